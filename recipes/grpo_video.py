@@ -1,0 +1,108 @@
+"""GRPO on questions about videos, images and text (arXiv 2505.19000, the slow search).
+
+    accelerate launch recipes/grpo_video.py                                      # the tiny world, CPU, minutes
+    accelerate launch recipes/grpo_video.py --config qwen2_5_vl_3b_lora/grpo.yaml \\
+        --datasets '{"path": "Video-R1-260k.json", "where": {"data_type": "video"}}'
+
+Without arguments it makes the embedded world, cold-starts the tiny model, trains it and evaluates it on held-out clips.
+A run that was broken off goes on from its last checkpoint.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import set_seed
+from trl import ModelConfig
+
+from veripo_trl import stages
+from veripo_trl.rewards import REWARDS
+from veripo_trl.rollouts import RolloutStore
+from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer
+
+RECIPES = Path(__file__).resolve().parent
+DEFAULT_CONFIG = RECIPES / "configs" / "tiny" / "grpo.yaml"
+
+
+@dataclass
+class GRPOArguments:
+    """What this recipe adds to TRL's arguments."""
+
+    rewards: list[str] = field(
+        default_factory=lambda: ["accuracy", "format"],
+        metadata={"help": f"Reward functions, of {', '.join(REWARDS)}; weights are `reward_weights`."},
+    )
+    cold_start: str | None = field(
+        default=None,
+        metadata={"help": "A config of sft_video.py that makes `model_name_or_path`, run first if that is missing."},
+    )
+
+    def __post_init__(self):
+        unknown = sorted(set(self.rewards) - set(REWARDS))
+        if unknown:
+            raise SystemExit(f"Unknown rewards {unknown}; expected some of {sorted(REWARDS)}.")
+
+
+def cold_start(config: str, model_path: str, seed: int) -> None:
+    """Make the starting policy with sft_video.py, in a process of its own, unless it is there already."""
+    state = PartialState()
+    saved = any((Path(model_path) / name).exists() for name in ("config.json", "adapter_config.json"))
+    if state.is_main_process and not saved:
+        command = [sys.executable, str(RECIPES / "sft_video.py"), "--config", config]
+        command += ["--output_dir", model_path, "--seed", str(seed)]
+        print(f"{model_path} is not there yet. Cold start: {' '.join(command)}", flush=True)
+        # A process of its own, not a member of this one's group.
+        launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        kept = ("ACCELERATE_", "TORCHELASTIC_", "GROUP_", "ROLE_")
+        env = {k: v for k, v in os.environ.items() if k not in launcher and not k.startswith(kept)}
+        subprocess.run(command, check=True, env=env)
+    state.wait_for_everyone()
+
+
+def main(argv: list[str] | None = None) -> None:
+    data_args, report, grpo_args, training_args, model_args = stages.parse(
+        (stages.DataArguments, stages.ReportArguments, GRPOArguments, VideoGRPOConfig, ModelConfig),
+        default_config=DEFAULT_CONFIG,
+        argv=argv,
+    )
+    started = time.time()
+    stages.allow_many_open_files()
+    stages.make_tiny_world(data_args, training_args)
+    dataset = stages.load_training_rows(data_args, seed=training_args.seed)
+    heldout = stages.load_eval_rows(data_args)
+    if grpo_args.cold_start:
+        cold_start(grpo_args.cold_start, model_args.model_name_or_path, training_args.seed)
+    set_seed(training_args.seed)
+    model, processor = stages.make_policy(model_args, data_args)
+    checkpoint = stages.open_run(training_args.output_dir, accelerator=PartialState())
+    trainer = VideoGRPOTrainer(
+        model=model,
+        reward_funcs=[REWARDS[name] for name in grpo_args.rewards],
+        args=training_args,
+        train_dataset=dataset,
+        processing_class=processor,
+        encoder=stages.make_encoder(model, processor, data_args),
+        rollout_store=RolloutStore(Path(training_args.output_dir) / "rollouts"),
+    )
+    if trainer.accelerator.is_main_process:
+        stages.save_arguments(training_args.output_dir, data_args, report, grpo_args, training_args, model_args)
+    evaluation = None
+    if heldout is not None:
+        evaluation = stages.HeldOutEvaluation(trainer, heldout, report, before=True)
+        trainer.add_callback(evaluation)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    stages.finish(
+        trainer,
+        evaluation,
+        title="Held-out questions",
+        extra={"minutes": (time.time() - started) / 60, "seconds": dict(trainer.seconds)},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Cold start: supervised fine-tuning on questions with thinking (`process`), loss on the assistant's tokens only.
+
+    accelerate launch recipes/sft_video.py                                       # the tiny world, CPU
+    accelerate launch recipes/sft_video.py --config video_r1_7b/sft.yaml --datasets '{"path": "Video-R1-COT-165k.json"}'
+
+Without arguments it trains the embedded tiny model. A run that was broken off goes on from its last checkpoint.
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import TrainerCallback, set_seed
+from trl import ModelConfig
+from trl.models import unwrap_model_for_generation
+from accelerate.utils import gather_object
+
+from veripo_trl import stages
+from veripo_trl.evaluate import generate, summarize
+from veripo_trl.rows import load_rows
+from veripo_trl.trainers.sft import VideoSFTConfig, VideoSFTTrainer
+from veripo_trl.verifier.judges import judge_by_rules
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "tiny" / "sft.yaml"
+
+
+@dataclass
+class StopArguments:
+    """Stop a cold start early, to leave room for reinforcement learning."""
+
+    stop_datasets: list[str] | None = field(
+        default=None, metadata={"help": "Development rows for the early stop, in the form of `datasets`."}
+    )
+    stop_at_accuracy: float | None = field(
+        default=None, metadata={"help": "Stop once greedy accuracy on the development rows reaches this."}
+    )
+    stop_check_steps: int = field(default=50, metadata={"help": "Steps between two looks."})
+
+
+class StopAtAccuracy(TrainerCallback):
+    """Ends training once greedy accuracy on development rows is reached."""
+
+    def __init__(self, trainer, dataset, report, *, threshold: float, every: int):
+        self.trainer, self.dataset, self.report, self.threshold, self.every = trainer, dataset, report, threshold, every
+        self.history: list[dict] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every:
+            return
+        accelerator = self.trainer.accelerator
+        own = list(range(accelerator.process_index, len(self.dataset), accelerator.num_processes))
+        with unwrap_model_for_generation(self.trainer.model_wrapped, accelerator) as model:
+            answers = generate(
+                model,
+                self.trainer.encoder,
+                self.dataset.select(own),
+                max_new_tokens=self.report.report_max_new_tokens,
+                batch_size=self.report.report_batch_size,
+            )
+        answers = gather_object([{**answer, "row": own[answer["row"]]} for answer in answers])
+        summary = summarize(answers, self.dataset, judge=judge_by_rules)
+        self.history.append({"step": state.global_step, **summary})
+        if state.is_world_process_zero:
+            parts = ", ".join(f"{key.removeprefix('accuracy: ')} {summary[key]:.2f}" for key in summary if ": " in key)
+            print(
+                f"step {state.global_step}: development accuracy {summary['accuracy']:.3f} ({parts}), "
+                f"format {summary['format']:.2f}; stops at {self.threshold}",
+                flush=True,
+            )
+        control.should_training_stop = control.should_training_stop or summary["accuracy"] >= self.threshold
+
+
+def main(argv: list[str] | None = None) -> None:
+    data_args, report, stop, training_args, model_args = stages.parse(
+        (stages.DataArguments, stages.ReportArguments, StopArguments, VideoSFTConfig, ModelConfig),
+        default_config=DEFAULT_CONFIG,
+        argv=argv,
+    )
+    started = time.time()
+    stages.allow_many_open_files()
+    stages.make_tiny_world(data_args, training_args)
+    dataset = stages.load_training_rows(data_args, seed=training_args.seed)
+    heldout = stages.load_eval_rows(data_args)
+    set_seed(training_args.seed)
+    model, processor = stages.make_policy(model_args, data_args)
+    trainer = VideoSFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=dataset,
+        processing_class=processor,
+        encoder=stages.make_encoder(model, processor, data_args),
+    )
+    checkpoint = stages.open_run(training_args.output_dir, accelerator=trainer.accelerator)
+    stages.save_arguments(training_args.output_dir, data_args, stop, training_args, model_args)
+    stopper = None
+    if stop.stop_at_accuracy is not None:
+        development = load_rows(stop.stop_datasets, shuffle=False, allow_urls=data_args.allow_urls, unique_ids=False)
+        stopper = StopAtAccuracy(
+            trainer, development, report, threshold=stop.stop_at_accuracy, every=stop.stop_check_steps
+        )
+        trainer.add_callback(stopper)
+    evaluation = None
+    if heldout is not None:
+        evaluation = stages.HeldOutEvaluation(trainer, heldout, report, before=False)
+        trainer.add_callback(evaluation)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    stages.finish(
+        trainer,
+        evaluation,
+        title="Cold start on held-out questions",
+        extra={"minutes": (time.time() - started) / 60, "development": stopper.history if stopper else []},
+    )
+
+
+if __name__ == "__main__":
+    main()

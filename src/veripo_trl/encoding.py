@@ -1,0 +1,278 @@
+"""Rows to what the model takes: token ids, M-RoPE positions and vision tensors, once per prompt.
+
+Everything downstream (rollout, old and reference log-probabilities, update, SFT, evaluation) builds its inputs from
+`EncodedPrompt` with `model_inputs`, so that all of them see the same ids, pixels and positions.
+"""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .positions import mrope_positions
+from .prompts import PromptTemplate, build_messages
+from .rows import resolve_media
+from .video import VideoLoader, load_image
+
+
+class PromptTooLongError(ValueError):
+    """A prompt has more tokens than the run allows."""
+
+
+class EncodedPrompt:
+    """One prompt, encoded. Tensors stay on the host; `model_inputs` moves what a forward needs.
+
+    A plain object on purpose: a data loader's `pin_memory` copies every mapping, and accelerate moves whatever has
+    `.to`, so either would undo the sharing of one encoded prompt between the rows of a group.
+
+    Attributes:
+        input_ids: int64 array (P,), vision tokens expanded.
+        positions: int64 array (3, P), see `mrope_positions`.
+        pixel_values: (image patches, patch size) or None; image_grid_thw: int64 array (images, 3) or None.
+        pixel_values_videos: (video patches, patch size) or None; video_grid_thw: int64 array (videos, 3) or None.
+        media: a line per image and video for people: frames × height × width and tokens.
+        load_s, encode_s: seconds spent in reading media and in the processor.
+    """
+
+    __slots__ = (
+        "question_id",
+        "input_ids",
+        "positions",
+        "pixel_values",
+        "image_grid_thw",
+        "pixel_values_videos",
+        "video_grid_thw",
+        "media",
+        "load_s",
+        "encode_s",
+    )
+
+    def __init__(self, **fields):
+        for name in self.__slots__:
+            setattr(self, name, fields[name])
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def next_position(self) -> int:
+        """Position of the first token after the prompt, the same in all three axes."""
+        return int(self.positions.max()) + 1
+
+
+class PromptEncoder:
+    """Encodes rows with a model's own processor.
+
+    Args:
+        processor: the model's `Qwen2_5_VLProcessor` or `Qwen3VLProcessor`.
+        config: the model's config.
+        template: what turns a row into chat messages.
+        loader: reads and samples the videos.
+        max_image_pixels: largest area of one image, in pixels.
+        max_prompt_tokens: longest prompt allowed, vision tokens included; None for no limit.
+        pixel_dtype: dtype in which pixels are kept; the model's own dtype loses nothing, since it casts them first.
+        allow_urls: whether rows may name media by URL.
+    """
+
+    def __init__(
+        self,
+        processor,
+        config,
+        *,
+        template: PromptTemplate,
+        loader: VideoLoader,
+        max_image_pixels: int = 1280 * 28 * 28,
+        max_prompt_tokens: int | None = None,
+        pixel_dtype: torch.dtype = torch.float32,
+        allow_urls: bool = False,
+    ):
+        self.processor = processor
+        self.config = config
+        self.template = template
+        self.loader = loader
+        self.max_image_pixels = max_image_pixels
+        self.max_prompt_tokens = max_prompt_tokens
+        self.pixel_dtype = pixel_dtype
+        self.allow_urls = allow_urls
+
+    def encode(self, row: dict, *, shuffle_seed: int | None = None) -> EncodedPrompt:
+        """Encode one row's prompt.
+
+        Args:
+            row: a row of `rows.load_rows`.
+            shuffle_seed: permute the frames of each video by this seed; for checks that their order matters.
+
+        Raises:
+            MediaError: a video or image cannot be read. RowError: a path is missing or leaves the media root.
+            PromptTooLongError: the prompt is over `max_prompt_tokens`.
+        """
+        started = time.perf_counter()
+        video_paths, image_paths = resolve_media(row, allow_urls=self.allow_urls)
+        clips = [self.loader.load(path, row_id=row["question_id"]) for path in video_paths]
+        images = [load_image(path, row_id=row["question_id"]) for path in image_paths]
+        loaded = time.perf_counter()
+
+        text = self.processor.apply_chat_template(
+            build_messages(row, self.template), tokenize=False, add_generation_prompt=True
+        )
+        inputs = {"text": [text]}
+        if images:
+            shortest = self.processor.image_processor.size["shortest_edge"]
+            size = {"shortest_edge": min(shortest, self.max_image_pixels), "longest_edge": self.max_image_pixels}
+            inputs["images"] = images
+            inputs["images_kwargs"] = {"size": size}
+        if clips:
+            inputs["videos"] = [_shuffled(clip.frames, shuffle_seed) for clip in clips]
+            inputs["videos_kwargs"] = {
+                "do_resize": False,
+                "do_sample_frames": False,
+                "video_metadata": [
+                    {
+                        "total_num_frames": clip.total_num_frames,
+                        "fps": clip.fps,
+                        "frames_indices": clip.frames_indices,
+                        "height": clip.frames.shape[1],
+                        "width": clip.frames.shape[2],
+                        "duration": clip.total_num_frames / clip.fps,
+                        "video_backend": clip.backend,
+                    }
+                    for clip in clips
+                ],
+            }
+        batch = self.processor(**inputs, return_tensors="pt")
+        input_ids = batch["input_ids"][0].numpy()
+        if self.max_prompt_tokens is not None and len(input_ids) > self.max_prompt_tokens:
+            raise PromptTooLongError(
+                f"Row {row['question_id']!r} ({', '.join(row['videos'] + row['images']) or 'text only'}): its prompt "
+                f"has {len(input_ids)} tokens, the limit is max_prompt_tokens={self.max_prompt_tokens}. Vision tokens "
+                f"are never cut off. Raise the limit, lower max_frames, fps or max_pixels, or drop the row."
+            )
+        image_grid, video_grid = batch.get("image_grid_thw"), batch.get("video_grid_thw")
+        positions = mrope_positions(
+            input_ids,
+            image_grid_thw=image_grid,
+            video_grid_thw=video_grid,
+            second_per_grid_ts=batch.get("second_per_grid_ts"),
+            config=self.config,
+        )
+        return EncodedPrompt(
+            question_id=row["question_id"],
+            input_ids=input_ids,
+            positions=positions,
+            pixel_values=self._pixels(batch.get("pixel_values")),
+            image_grid_thw=None if image_grid is None else image_grid.numpy(),
+            pixel_values_videos=self._pixels(batch.get("pixel_values_videos")),
+            video_grid_thw=None if video_grid is None else video_grid.numpy(),
+            media=self._describe(row, clips, video_grid, image_grid),
+            load_s=loaded - started,
+            encode_s=time.perf_counter() - loaded,
+        )
+
+    def _pixels(self, values):
+        return None if values is None else values.to(self.pixel_dtype)
+
+    def _describe(self, row, clips, video_grid, image_grid) -> list[str]:
+        merge = self.config.vision_config.spatial_merge_size**2
+        lines = []
+        for path, clip, grid in zip(row["videos"], clips, video_grid if clips else [], strict=True):
+            t, h, w, _ = clip.frames.shape
+            lines.append(
+                f"{Path(path).name}: {t} frames × {h} × {w} of {clip.total_num_frames} at {clip.fps:g} fps "
+                f"({clip.backend}) → {int(grid.prod()) // merge} tokens"
+            )
+        for path, grid in zip(row["images"], image_grid if row["images"] else [], strict=True):
+            patch = self.config.vision_config.patch_size
+            h, w = int(grid[1]) * patch, int(grid[2]) * patch
+            lines.append(f"{Path(path).name}: image {h} × {w} → {int(grid.prod()) // merge} tokens")
+        return lines
+
+
+def _shuffled(frames: np.ndarray, seed: int | None) -> np.ndarray:
+    return frames if seed is None else frames[np.random.default_rng(seed).permutation(len(frames))]
+
+
+def encode_unique(encoder: PromptEncoder, rows: list[dict]) -> list[EncodedPrompt]:
+    """Encode each distinct question of `rows` once; equal questions share one object."""
+    done: dict[str, EncodedPrompt] = {}
+    for row in rows:
+        if row["question_id"] not in done:
+            done[row["question_id"]] = encoder.encode(row)
+    return [done[row["question_id"]] for row in rows]
+
+
+def pad_positions(prompts: list[EncodedPrompt], *, prompt_width: int, completion_width: int) -> torch.Tensor:
+    """Positions of left-padded prompts followed by right-padded completions.
+
+    Returns:
+        int64 tensor (3, rows, prompt_width + completion_width). Padding before a prompt gets 0; it is masked.
+    """
+    positions = torch.zeros(3, len(prompts), prompt_width + completion_width, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        positions[:, row, prompt_width - len(prompt) : prompt_width] = torch.from_numpy(prompt.positions)
+        positions[:, row, prompt_width:] = torch.arange(completion_width) + prompt.next_position
+    return positions
+
+
+def media_inputs(prompts: list[EncodedPrompt], device) -> dict[str, torch.Tensor]:
+    """The vision tensors of a batch, in row order, moved to `device`."""
+    inputs = {}
+    for name in ("pixel_values", "pixel_values_videos"):
+        values = [getattr(prompt, name) for prompt in prompts if getattr(prompt, name) is not None]
+        if values:
+            inputs[name] = torch.cat(values).to(device, non_blocking=True)
+    for name in ("image_grid_thw", "video_grid_thw"):
+        grids = [getattr(prompt, name) for prompt in prompts if getattr(prompt, name) is not None]
+        if grids:
+            inputs[name] = torch.from_numpy(np.concatenate(grids)).to(device)
+    return inputs
+
+
+def check_vision_tokens(input_ids: torch.Tensor, prompts: list[EncodedPrompt], config) -> None:
+    """Raise unless a batch holds exactly the vision tokens of the features that will be given with it.
+
+    Args:
+        input_ids: (rows, width), padded; `prompts` in the same order.
+    """
+    merge = config.vision_config.spatial_merge_size**2
+    for name, token_id in (("image", config.image_token_id), ("video", config.video_token_id)):
+        grids = [getattr(prompt, f"{name}_grid_thw") for prompt in prompts]
+        expected = [0 if grid is None else int(grid.prod(axis=1).sum()) // merge for grid in grids]
+        found = (input_ids == token_id).sum(dim=1).tolist()
+        for prompt, want, got in zip(prompts, expected, found, strict=True):
+            if want != got:
+                raise RuntimeError(
+                    f"Row {prompt.question_id!r}: its features stand for {want} {name} tokens, its ids hold {got}. "
+                    f"Ids and features belong to different prompts, or a vision token was sampled or cut off."
+                )
+
+
+def model_inputs(
+    prompts: list[EncodedPrompt], input_ids: torch.Tensor, *, completion_width: int, config
+) -> dict[str, torch.Tensor]:
+    """Positions and vision tensors for a forward over padded prompts and completions.
+
+    Args:
+        prompts: one per row of `input_ids` (rows, prompt width + completion width).
+
+    Returns:
+        `position_ids` (3, rows, width) and the pixels and grids, on the device of `input_ids`.
+    """
+    check_vision_tokens(input_ids, prompts, config)
+    prompt_width = input_ids.size(1) - completion_width
+    positions = pad_positions(prompts, prompt_width=prompt_width, completion_width=completion_width)
+    return {"position_ids": positions.to(input_ids.device), **media_inputs(prompts, input_ids.device)}
+
+
+def vision_token_ids(processor, config) -> list[int]:
+    """Ids that a policy must never sample: placeholders and markers of images and videos, and padding."""
+    tokenizer = processor.tokenizer
+    ids = {config.image_token_id, config.video_token_id}
+    ids |= {config.vision_start_token_id, config.vision_end_token_id}
+    vocabulary = tokenizer.get_vocab()
+    if "<|vision_pad|>" in vocabulary:
+        ids.add(vocabulary["<|vision_pad|>"])
+    # Padding ends nothing and stands for nothing, unless the tokenizer ends its turns with it.
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        ids.add(tokenizer.pad_token_id)
+    return sorted(ids)

@@ -1,0 +1,130 @@
+"""Decoded frames on disk: one file per clip and sampling, no pickle, for any number of processes at once.
+
+A file is a fixed prefix (magic, CRC-32 of all that follows, lengths), a JSON header and the raw uint8 frames.
+Files are written under another name and renamed, so that a reader sees a whole entry or none.
+"""
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+import time
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+PREFIX = struct.Struct("<8sIIQ")  # magic, CRC-32 of header and frames, header bytes, frame bytes
+MAGIC = b"VTFRAME1"
+ABANDONED_S = 3600.0
+# A scan lists the whole cache, so it is done once per this share of the limit.
+SCANS_PER_LIMIT = 256
+
+
+def cache_key(*parts) -> str:
+    """Name of an entry: a hash of everything its frames depend on (values that JSON can hold)."""
+    return hashlib.sha256(json.dumps([MAGIC.decode(), *parts]).encode()).hexdigest()
+
+
+class FrameCache:
+    """Frames by key, in a directory of at most `max_bytes`.
+
+    The least recently used go first. One process keeps the limit; of several, each may run over it by
+    `max_bytes` / 256 between two of its scans. A full or read-only disk is warned of once and ends the writing.
+    """
+
+    def __init__(self, directory, *, max_bytes: int):
+        self.directory = Path(directory)
+        self.max_bytes = max_bytes
+        self.damaged = 0
+        self._allowance = 0  # bytes that may be written before the next scan
+        self._writable = True
+
+    def path(self, key: str) -> Path:
+        return self.directory / key[:2] / f"{key}.frames"
+
+    def get(self, key: str) -> tuple[np.ndarray, dict] | None:
+        """Frames uint8 (T, H, W, 3) and their metadata, or None if absent; a damaged entry is removed."""
+        path = self.path(key)
+        try:
+            with open(path, "rb") as file:
+                entry = read_entry(file)
+        except OSError:  # absent, or removed by another process just now
+            return None
+        if entry is None:
+            self.damaged += 1
+            path.unlink(missing_ok=True)
+            return None
+        try:
+            os.utime(path)  # the time of the last use, which eviction goes by (atime is often not kept)
+        except OSError:  # removed meanwhile, or a cache that others own
+            pass
+        return entry
+
+    def put(self, key: str, frames: np.ndarray, metadata: dict):
+        header = json.dumps({**metadata, "shape": frames.shape}).encode()
+        data = np.ascontiguousarray(frames).reshape(-1).data
+        size = PREFIX.size + len(header) + len(data)
+        if not self._writable or size > self.max_bytes:
+            return
+        prefix = PREFIX.pack(MAGIC, zlib.crc32(data, zlib.crc32(header)), len(header), len(data))
+        path, temporary = self.path(key), None
+        try:
+            self._make_room(size)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, temporary = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
+            with os.fdopen(descriptor, "wb") as file:
+                file.writelines((prefix, header, data))
+            os.replace(temporary, path)
+        except OSError as error:
+            self._writable = False
+            if temporary is not None:
+                Path(temporary).unlink(missing_ok=True)
+            warnings.warn(
+                f"frame cache {self.directory}: {error}; this process goes on without writing to it", stacklevel=3
+            )
+
+    def _make_room(self, size):
+        step = self.max_bytes // SCANS_PER_LIMIT
+        if size > self._allowance:
+            evict(self.directory, max_bytes=max(self.max_bytes - max(size, step), 0))
+            self._allowance = max(size, step)
+        self._allowance -= size
+
+
+def read_entry(file) -> tuple[np.ndarray, dict] | None:
+    """Frames and metadata of an open entry, or None if it is not whole."""
+    prefix = file.read(PREFIX.size)
+    if len(prefix) < PREFIX.size:
+        return None
+    magic, checksum, header_bytes, frame_bytes = PREFIX.unpack(prefix)
+    if magic != MAGIC or os.fstat(file.fileno()).st_size != PREFIX.size + header_bytes + frame_bytes:
+        return None
+    header = file.read(header_bytes)
+    frames = np.empty(frame_bytes, dtype=np.uint8)
+    if file.readinto(frames.data) != frame_bytes or zlib.crc32(frames.data, zlib.crc32(header)) != checksum:
+        return None
+    metadata = json.loads(header)
+    return frames.reshape(metadata.pop("shape")), metadata
+
+
+def evict(directory: Path, *, max_bytes: int):
+    """Remove the least recently used entries until the rest fits, and what killed processes left half-written."""
+    entries, now = [], time.time()
+    for path in directory.glob("??/*"):
+        try:
+            status = path.stat()
+        except FileNotFoundError:  # another process evicts too
+            continue
+        if path.suffix == ".frames":
+            entries.append((status.st_mtime_ns, status.st_size, path))
+        elif path.suffix == ".tmp" and now - status.st_mtime > ABANDONED_S:
+            path.unlink(missing_ok=True)
+    total = sum(size for _, size, _ in entries)
+    for _, size, path in sorted(entries):
+        if total <= max_bytes:
+            return
+        path.unlink(missing_ok=True)
+        total -= size

@@ -1,0 +1,67 @@
+"""Sample completions with transformers, each distinct prompt computed once."""
+
+import torch
+
+from .encoding import EncodedPrompt, model_inputs
+
+
+def left_pad(prompts: list[EncodedPrompt], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask of prompts padded on the left, int64 (prompts, longest)."""
+    width = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), width), pad_token_id)
+    attention_mask = torch.zeros((len(prompts), width), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = torch.from_numpy(prompt.input_ids)
+        attention_mask[row, width - len(prompt) :] = 1
+    return input_ids, attention_mask
+
+
+@torch.no_grad()
+def sample_completions(model, prompts: list[EncodedPrompt], *, pad_token_id: int, config, **options) -> torch.Tensor:
+    """Sample one completion per entry of `prompts`.
+
+    Neighbours that are the same object (a group) share one pass over their prompt: its keys and values are computed
+    once and repeated. Vision features are therefore computed once per prompt too.
+
+    Args:
+        model: the unwrapped policy. options: for `model.generate` (`generation_config` or its fields).
+
+    Returns:
+        int64 (len(prompts), new tokens), padded on the right with `pad_token_id`.
+    """
+    unique: list[EncodedPrompt] = []
+    place = []
+    for prompt in prompts:
+        if not unique or unique[-1] is not prompt:
+            unique.append(prompt)
+        place.append(len(unique) - 1)
+    device = next(model.parameters()).device
+    input_ids, attention_mask = (tensor.to(device) for tensor in left_pad(unique, pad_token_id))
+    inputs = model_inputs(unique, input_ids, completion_width=0, config=config)
+    positions = inputs.pop("position_ids")
+    # `generate` computes the last token of the prompt itself, since it needs its logits.
+    cache = model(
+        input_ids=input_ids[:, :-1],
+        attention_mask=attention_mask[:, :-1],
+        position_ids=positions[:, :, :-1],
+        use_cache=True,
+        logits_to_keep=1,
+        **inputs,
+    ).past_key_values
+    rows = torch.tensor(place, device=device)
+    cache.batch_select_indices(rows)
+    output = model.generate(
+        input_ids=input_ids[rows],
+        attention_mask=attention_mask[rows],
+        position_ids=positions[:, rows],
+        past_key_values=cache,
+        **options,
+    )
+    return output[:, input_ids.size(1) :]
+
+
+def cut_at_end(tokens: torch.Tensor, end_ids: list[int]) -> list[list[int]]:
+    """Each row of (rows, width) up to and including its first end token."""
+    ended = torch.isin(tokens, torch.tensor(end_ids, device=tokens.device))
+    first = torch.where(ended.any(1), ended.int().argmax(1) + 1, tokens.size(1))
+    return [row[:length] for row, length in zip(tokens.tolist(), first.tolist(), strict=True)]

@@ -1,0 +1,410 @@
+"""What the recipes share: arguments, the run folder, resuming, the end table."""
+
+import json
+import logging
+import math
+import os
+import re
+import resource
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl.models import unwrap_model_for_generation
+
+from .encoding import PromptEncoder
+from .evaluate import generate, summarize
+from .policy import LANGUAGE_MODEL_LINEAR, load_policy
+from .prompts import load_template
+from .rows import check_media, load_rows
+from .verifier.judges import judge_by_rules
+from .video import VideoLoader, VideoSettings
+
+logger = logging.getLogger(__name__)
+
+RESULTS = "results.json"  # written last: a run that has it is finished
+
+
+@dataclass
+class DataArguments:
+    """Which rows a stage reads, and how their media are read."""
+
+    datasets: list[str] | None = field(
+        default=None,
+        metadata={"help": "List of {path, split, where, limit, media_root, name, revision}; JSON on the command line."},
+    )
+    eval_datasets: list[str] | None = field(
+        default=None, metadata={"help": "Held-out rows, in the same form, for the table at the end."}
+    )
+    manifest: str | None = field(
+        default=None, metadata={"help": "Written by recipes/check_rows.py: rows it marks bad are left out."}
+    )
+    allow_urls: bool = field(default=False, metadata={"help": "Let rows name media by URL."})
+    prompt_template: str = field(
+        default="default", metadata={"help": "A template of the package (default, tiny) or a YAML file."}
+    )
+    fps: float = field(default=2.0, metadata={"help": "Frames sampled per second of video."})
+    min_frames: int = field(default=4, metadata={"help": "Fewest frames per video."})
+    max_frames: int = field(default=128, metadata={"help": "Most frames per video."})
+    min_pixels: int = field(default=16 * 28 * 28, metadata={"help": "Smallest area of one frame, in pixels."})
+    max_pixels: int = field(default=128 * 28 * 28, metadata={"help": "Largest area of one frame, in pixels."})
+    max_image_pixels: int = field(default=1280 * 28 * 28, metadata={"help": "Largest area of one image, in pixels."})
+    max_prompt_tokens: int | None = field(
+        default=None, metadata={"help": "A longer prompt, vision tokens included, is refused. Never cut."}
+    )
+    video_backend: str = field(default="decord", metadata={"help": "decord (PyAV where decord cannot) or pyav."})
+    decode_timeout_s: float = field(default=60.0, metadata={"help": "Seconds before one video's decoding is given up."})
+    frame_cache: str | None = field(default=None, metadata={"help": "Folder for sampled frames; none by default."})
+    frame_cache_gb: float = field(default=20.0, metadata={"help": "Largest size of that folder."})
+    train_vision_tower: bool = field(default=False, metadata={"help": "Train the vision tower too."})
+    tiny_world: str | None = field(
+        default=None, metadata={"help": "Make the embedded world in this folder first, unless it is there."}
+    )
+
+    def __post_init__(self):
+        for name in ("datasets", "eval_datasets"):
+            sources = getattr(self, name)
+            if sources is not None:
+                setattr(self, name, [json.loads(item) if isinstance(item, str) else item for item in sources])
+
+
+@dataclass
+class ReportArguments:
+    """The held-out evaluation behind the table at the end of a stage."""
+
+    report_batch_size: int = field(default=8, metadata={"help": "Questions per batch and process."})
+    report_samples: int = field(default=2, metadata={"help": "Sampled answers per question, beside the greedy one."})
+    report_temperature: float = field(default=1.0, metadata={"help": "Temperature of the sampled answers."})
+    report_max_new_tokens: int = field(default=1024, metadata={"help": "Longest answer, in tokens."})
+
+
+def parse(dataclasses: tuple, *, default_config: Path, argv: list[str] | None = None) -> tuple:
+    """Parse a recipe's YAML and command line; unknown keys are refused.
+
+    `--config` names a file as seen from the working directory or from `recipes/configs/`. Without it, and without a
+    model, the recipe's default configuration is used.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    configs = default_config.parent.parent
+    if "--config" in argv:
+        place = argv.index("--config") + 1
+        if place == len(argv):
+            raise SystemExit("--config expects a YAML file.")
+        given = Path(argv[place])
+        found = given if given.is_file() else configs / given
+        if not found.is_file():
+            raise SystemExit(f"--config {given}: no such file here or in {configs}.")
+        argv[place] = str(found)
+    elif not any(word.split("=")[0] == "--model_name_or_path" for word in argv):
+        argv = ["--config", str(default_config), *argv]
+    if "--config" in argv and int(os.environ.get("RANK", "0")) == 0:
+        print(f"config: {argv[argv.index('--config') + 1]}", flush=True)
+    try:
+        return TrlParser(dataclasses).parse_args_and_config(args=argv)
+    except ValueError as error:
+        known = sorted({f.name for kind in dataclasses for f in fields(kind)})
+        unknown = re.findall(r"'--(\w+)'", str(error)) if "Unknown arguments" in str(error) else []
+        if not unknown:
+            raise
+        import difflib
+
+        hints = [f"{key!r} (close: {', '.join(difflib.get_close_matches(key, known)) or 'none'})" for key in unknown]
+        raise SystemExit(f"{argv[argv.index('--config') + 1]}: unknown key {'; '.join(hints)}. Nothing was run.") from None
+
+
+def allow_many_open_files() -> None:
+    """Raise the soft limit of open files to the hard one: every tensor from a loader's worker holds a descriptor."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def make_policy(model_args: ModelConfig, data_args: DataArguments):
+    """The model and processor of a stage, see `policy.load_policy`. LoRA targets the language model by default."""
+    if model_args.use_peft and model_args.lora_target_modules is None:
+        model_args.lora_target_modules = LANGUAGE_MODEL_LINEAR
+    quantization = get_quantization_config(model_args)
+    device_map = {"": torch.cuda.current_device()} if quantization and torch.cuda.is_available() else None
+    return load_policy(
+        model_args.model_name_or_path,
+        revision=None if model_args.model_revision == "main" else model_args.model_revision,
+        dtype=model_args.dtype or "float32",
+        attn_implementation=model_args.attn_implementation,
+        train_vision_tower=data_args.train_vision_tower,
+        lora=get_peft_config(model_args),
+        quantization_config=quantization,
+        device_map=device_map,
+    )
+
+
+def make_encoder(model, processor, data_args: DataArguments) -> PromptEncoder:
+    """The encoder of a stage: template, frame sampling and limits from its arguments, sizes from its model."""
+    vision = model.config.vision_config
+    loader = VideoLoader(
+        VideoSettings(
+            fps=data_args.fps,
+            min_frames=data_args.min_frames,
+            max_frames=data_args.max_frames,
+            min_pixels=data_args.min_pixels,
+            max_pixels=data_args.max_pixels,
+            size_factor=vision.patch_size * vision.spatial_merge_size,
+        ),
+        cache_dir=data_args.frame_cache,
+        cache_max_bytes=int(data_args.frame_cache_gb * 1e9),
+        timeout_s=data_args.decode_timeout_s,
+        backend=data_args.video_backend,
+    )
+    return PromptEncoder(
+        processor,
+        model.config,
+        template=load_template(data_args.prompt_template),
+        loader=loader,
+        max_image_pixels=data_args.max_image_pixels,
+        max_prompt_tokens=data_args.max_prompt_tokens,
+        pixel_dtype=model.dtype,
+        allow_urls=data_args.allow_urls,
+    )
+
+
+def make_tiny_world(data_args: DataArguments, training_args) -> None:
+    """Make the embedded world where a configuration asks for it; several processes may ask at once."""
+    if data_args.tiny_world is not None:
+        from .tiny.world import make_world
+
+        with training_args.main_process_first(desc="tiny world"):
+            make_world(data_args.tiny_world)
+
+
+def load_training_rows(data_args: DataArguments, *, seed: int):
+    """The training rows, mixed and shuffled by seed, with every media file looked at."""
+    if not data_args.datasets:
+        raise SystemExit("Expected `datasets:`, a list of {path: …}; none was given.")
+    dataset = load_rows(
+        data_args.datasets, seed=seed, allow_urls=data_args.allow_urls, manifest=data_args.manifest, unique_ids=True
+    )
+    check_media(dataset, allow_urls=data_args.allow_urls)
+    return dataset
+
+
+def load_eval_rows(data_args: DataArguments):
+    """The held-out rows in file order, or None where the recipe names none."""
+    if not data_args.eval_datasets:
+        return None
+    dataset = load_rows(data_args.eval_datasets, shuffle=False, allow_urls=data_args.allow_urls, unique_ids=False)
+    check_media(dataset, allow_urls=data_args.allow_urls)
+    return dataset
+
+
+def open_run(output_dir: str, *, accelerator) -> str | None:
+    """Prepare a run's folder and find the checkpoint to go on from.
+
+    A finished run of the same name is moved aside, never written over; an unfinished one is continued.
+
+    Returns:
+        The last checkpoint of an unfinished run, or None for a fresh start.
+    """
+    folder = Path(output_dir)
+    if accelerator.is_main_process and (folder / RESULTS).exists():
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.previous-{number}")).exists():
+            number += 1
+        folder.rename(aside)
+        print(f"{folder} holds a finished run: moved to {aside}", flush=True)
+    accelerator.wait_for_everyone()
+    checkpoint = get_last_checkpoint(output_dir) if folder.is_dir() else None
+    if checkpoint is not None and accelerator.is_main_process:
+        print(f"{folder} holds an unfinished run: going on from {checkpoint}", flush=True)
+    accelerator.wait_for_everyone()
+    return checkpoint
+
+
+def evaluate_policy(trainer, dataset, report: ReportArguments, *, title: str) -> dict[str, dict]:
+    """Greedy and sampled answers of the trainer's policy to held-out rows, shared out over the processes.
+
+    Returns:
+        {"greedy": summary, "sampled": summary}, the same on every process; see `evaluate.summarize`.
+    """
+    accelerator, summaries = trainer.accelerator, {}
+    own = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
+    for decoding, samples, temperature in (
+        ("greedy", 1, 0.0),
+        ("sampled", report.report_samples, report.report_temperature),
+    ):
+        with unwrap_model_for_generation(trainer.model_wrapped, accelerator) as model:
+            answers = generate(
+                model,
+                trainer.encoder,
+                dataset.select(own),
+                samples=samples,
+                temperature=temperature,
+                max_new_tokens=report.report_max_new_tokens,
+                batch_size=report.report_batch_size,
+                num_workers=trainer.args.dataloader_num_workers,
+                seed=trainer.args.seed + accelerator.process_index,
+                progress=f"{title} ({decoding})" if accelerator.is_main_process else None,
+            )
+        answers = gather_object([{**answer, "row": own[answer["row"]]} for answer in answers])
+        summaries[decoding] = summarize(answers, dataset, judge=judge_by_rules)
+    return summaries
+
+
+class HeldOutEvaluation(TrainerCallback):
+    """Evaluates the policy on held-out rows before the first step and after the last.
+
+    Inside training on purpose: only there is the model wrapped for its backend. `before` survives a restart in
+    `<output_dir>/before.json`.
+    """
+
+    def __init__(self, trainer, dataset, report: ReportArguments, *, before: bool):
+        self.trainer, self.dataset, self.report, self.evaluate_before = trainer, dataset, report, before
+        self.file = Path(trainer.args.output_dir) / "before.json"
+        self.before: dict | None = None
+        self.after: dict | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not self.evaluate_before:
+            return
+        if state.global_step > 0 and self.file.exists():
+            self.before = json.loads(self.file.read_text())
+            self.before = {d: {k: math.nan if v is None else v for k, v in s.items()} for d, s in self.before.items()}
+            return
+        self.before = evaluate_policy(self.trainer, self.dataset, self.report, title="held-out, before")
+        if state.is_world_process_zero:
+            write_json(self.file, self.before)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.after = evaluate_policy(self.trainer, self.dataset, self.report, title="held-out, after")
+
+
+def write_json(path: str | Path, content) -> None:
+    """Write JSON whole or not at all; NaN becomes null."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_table(title: str, rows: list[dict]) -> None:
+    """Print dicts of one shape as a table, the first column at the left."""
+    columns = list(rows[0])
+    cells = [columns] + [[_cell(row[column]) for column in columns] for row in rows]
+    widths = [max(len(line[place]) for line in cells) for place in range(len(columns))]
+    print(f"\n{title}")
+    for number, line in enumerate(cells):
+        first, rest = line[0].ljust(widths[0]), [cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True)]
+        print("  ".join([first, *rest]))
+        if number == 0:
+            print("  ".join("-" * width for width in widths))
+    sys.stdout.flush()
+
+
+def _cell(value) -> str:
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return str(value)
+
+
+def result_row(when: str, decoding: str, summary: dict) -> dict:
+    """One line of the end table from `evaluate.summarize`."""
+    return {
+        "policy": when,
+        "decoding": decoding,
+        "accuracy": summary["accuracy"],
+        "95% interval": f"{summary['accuracy_low']:.3f}–{summary['accuracy_high']:.3f}",
+        "format": summary["format"],
+        "inconsistent": summary["inconsistency"],
+        "unknown": summary["unknown"],
+        "accurate+consistent": summary["accurate_and_consistent"],
+        "think tokens": summary["think_tokens"],
+    }
+
+
+def save_arguments(output_dir: str, *arguments) -> None:
+    """Record what a run was started with, secrets left out."""
+    record = {type(item).__name__: asdict(item) for item in arguments}
+    for values in record.values():
+        for key in [key for key in values if key.endswith("token")]:
+            values.pop(key)
+    write_json(Path(output_dir) / "arguments.json", json.loads(json.dumps(record, default=str)))
+
+
+def finish(trainer, evaluation: HeldOutEvaluation | None, *, title: str, extra: dict) -> None:
+    """End a stage: tables on the screen, curves as a picture, results.json, and the push if one was asked for."""
+    folder = Path(trainer.args.output_dir)
+    if trainer.accelerator.is_main_process:
+        rows = []
+        for when in ("before", "after"):
+            summaries = getattr(evaluation, when, None) or {}
+            rows += [result_row(when, decoding, summary) for decoding, summary in summaries.items()]
+        if rows:
+            print_table(f"{title} (consistency judged by rules)", rows)
+        if extra.get("seconds"):
+            steps = max(trainer.state.global_step, 1)
+            print_table(
+                "Seconds per step (load and encode run in the loader's workers where there are any)",
+                [{"part": part, "seconds": seconds / steps} for part, seconds in extra["seconds"].items()],
+            )
+        history = trainer.state.log_history
+        plot_curves(folder / "curves.png", history, title=folder.name)
+        results = {
+            "before": getattr(evaluation, "before", None),
+            "after": getattr(evaluation, "after", None),
+            "steps": trainer.state.global_step,
+            **extra,
+        }
+        write_json(folder / RESULTS, results)
+        print(f"\nmodel, {RESULTS} and curves.png are in {folder} ({extra['minutes']:.1f} minutes)", flush=True)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+
+
+CURVES = {
+    "reward": "reward",
+    "rewards/accuracy_reward/mean": "accuracy reward",
+    "loss": "loss",
+    "mean_token_accuracy": "token accuracy",
+    "completions/mean_length": "completion tokens",
+    "entropy": "entropy",
+}
+
+
+def plot_curves(path: Path, history: list[dict], *, title: str) -> None:
+    """Plot what a trainer logged, one panel per quantity, over its steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    series = {
+        label: [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
+        for key, label in CURVES.items()
+    }
+    series = {label: points for label, points in series.items() if points}
+    if not series:
+        return
+    figure, axes = pyplot.subplots(1, len(series), figsize=(3.2 * len(series), 2.8), squeeze=False)
+    for axis, (label, points) in zip(axes[0], series.items(), strict=True):
+        axis.plot(*zip(*points, strict=True))
+        axis.set_title(label, fontsize=10)
+        axis.set_xlabel("step", fontsize=9)
+        axis.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,171 @@
+"""Make the offline world on first use and find it again later.
+
+    python -m veripo_trl.tiny.world --root outputs/tiny_world --seed 0
+
+    <root>/clips/*.mp4   train.jsonl  rl.jsonl  dev.jsonl  heldout.jsonl
+    <root>/model/        untrained, with its processor
+    <root>/world.json
+
+The folder appears whole or not at all: everything is written beside it and renamed at the end, under a file lock, so
+that several processes may ask for the same world at once. `world.json` holds the settings it was made from.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from veripo_trl.tiny.clips import make_clip
+from veripo_trl.tiny.questions import PLANTED_SHARE, SHARES, SIZES, SPLITS, SplitSize, make_split
+
+VERSION = 1  # raise it when the same settings no longer give the same world
+
+
+class WorldError(RuntimeError):
+    """The folder holds something other than the world asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """Where a world's parts are. Rows' video paths are relative to `root`, which is their `media_root`."""
+
+    root: Path
+
+    @property
+    def train(self) -> Path:
+        return self.root / "train.jsonl"
+
+    @property
+    def rl(self) -> Path:
+        return self.root / "rl.jsonl"
+
+    @property
+    def dev(self) -> Path:
+        return self.root / "dev.jsonl"
+
+    @property
+    def heldout(self) -> Path:
+        return self.root / "heldout.jsonl"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+
+def make_world(
+    root: str | os.PathLike = "outputs/tiny_world",
+    *,
+    seed: int = 0,
+    sizes: dict[str, SplitSize] | None = None,
+    shares: dict[str, float] | None = None,
+    planted_share: float = PLANTED_SHARE,
+    workers: int | None = None,
+) -> World:
+    """Return the world at `root`, making it first if the folder is missing or empty.
+
+    `sizes` overrides splits by name. Raises WorldError if the folder holds a world of other settings, a damaged one or
+    something else: it is never deleted. `workers` (threads, by default one per core) does not change the result.
+    """
+    unknown = set(sizes or {}) - set(SPLITS)
+    if unknown:
+        raise ValueError(f"sizes: expected only {SPLITS}, got {sorted(unknown)} too")
+    root = Path(root).absolute()
+    settings = {
+        "version": VERSION,
+        "seed": seed,
+        "sizes": {name: dataclasses.asdict({**SIZES, **(sizes or {})}[name]) for name in SPLITS},
+        "shares": shares or SHARES,
+        "planted_share": planted_share,
+    }
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(root.with_name(f".{root.name}.lock")):
+        if not root.is_dir() or not any(root.iterdir()):
+            _build(root, settings, workers or os.cpu_count() or 1)
+        return _open(root, settings)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    # The file stays: removing it would let two processes lock two files of the same name.
+    with open(path, "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _open(root: Path, settings: dict) -> World:
+    remedy = f"choose another --root, or remove {root} so that it is made again"
+    marker = root / "world.json"
+    if not marker.is_file():
+        raise WorldError(f"{root}: expected a tiny world or an empty folder, but there is no world.json: {remedy}")
+    try:
+        found = json.loads(marker.read_text())
+    except ValueError as error:
+        raise WorldError(f"{marker}: expected JSON, got {error}: {remedy}") from error
+    if found != settings:
+        differing = [
+            f"{name} {found.get(name) if isinstance(found, dict) else found!r} instead of {value}"
+            for name, value in settings.items()
+            if not isinstance(found, dict) or found.get(name) != value
+        ]
+        raise WorldError(f"{root}: this world was made with {'; '.join(differing) or 'further settings'}: {remedy}")
+    world = World(root)
+    for path in (world.train, world.rl, world.dev, world.heldout, world.model / "model.safetensors", root / "clips"):
+        if not path.exists():
+            raise WorldError(f"{path}: missing from the world at {root}: {remedy}")
+    return world
+
+
+def _build(root: Path, settings: dict, workers: int) -> None:
+    for leftover in root.parent.glob(f".{root.name}.building-*"):
+        shutil.rmtree(leftover)  # of a process that was killed: whoever builds holds the lock
+    building = Path(tempfile.mkdtemp(prefix=f".{root.name}.building-", dir=root.parent))
+    building.chmod(0o755)  # mkdtemp's is for the owner alone
+    try:
+        clips = {}
+        for split in SPLITS:
+            rows, needed = make_split(
+                split,
+                seed=settings["seed"],
+                size=SplitSize(**settings["sizes"][split]),
+                shares=settings["shares"],
+                planted_share=settings["planted_share"],
+            )
+            clips.update(needed)
+            (building / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (building / "clips").mkdir()
+        with ThreadPoolExecutor(workers) as pool:  # the encoder works outside Python's lock
+
+            def make(item: tuple[str, tuple[str, list[int]]]) -> None:
+                make_clip(building / item[0], *item[1])
+
+            for _ in tqdm(pool.map(make, clips.items()), total=len(clips), desc="tiny world", unit="clip"):
+                pass
+        from veripo_trl.tiny.model import save_tiny_model  # here: opening a world needs no torch
+
+        save_tiny_model(building / "model", seed=settings["seed"])
+        (building / "world.json").write_text(json.dumps(settings, indent=2) + "\n")
+        building.rename(root)  # onto nothing, or onto an empty folder
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the tiny offline world, or check that it is there.")
+    parser.add_argument("--root", default="outputs/tiny_world", help="folder (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    arguments = parser.parse_args()
+    print(make_world(arguments.root, seed=arguments.seed).root)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,381 @@
+"""GRPO on text, image and video rows: what TRL's `GRPOTrainer` leaves out, and nothing else."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import Sampler
+from trl import GRPOConfig, GRPOTrainer
+from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import RepeatSampler
+
+from ..encoding import EncodedPrompt, PromptEncoder, encode_unique, model_inputs, vision_token_ids
+from ..generation import cut_at_end, sample_completions
+from ..positions import use_trained_positions
+from ..prompts import build_messages
+from ..rollouts import RolloutStore
+from .checkpoints import CheckpointMixin
+from .guards import check_frames_matter, show_resolved_media
+
+
+@dataclass
+class VideoGRPOConfig(GRPOConfig):
+    """TRL's `GRPOConfig`, with the method's defaults (arXiv 2505.19000) and private repositories."""
+
+    loss_type: str = field(default="grpo", metadata={"help": "Loss, as in TRL; `grpo` averages within a completion."})
+    beta: float = field(default=0.0, metadata={"help": "KL coefficient; 0 needs no reference model."})
+    hub_private_repo: bool | None = field(default=True, metadata={"help": "Whether a pushed repository is private."})
+    rollout_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Completions generated at once per process. Default: per_device_train_batch_size."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        cycle = self.steps_per_generation * self.num_iterations
+        if self.save_strategy == "steps" and (
+            self.save_steps < 1 or (int(self.save_steps) * self.gradient_accumulation_steps) % cycle
+        ):
+            raise ValueError(
+                f"A checkpoint in the middle of a generation batch cannot be resumed: save_steps "
+                f"({self.save_steps}) × gradient_accumulation_steps ({self.gradient_accumulation_steps}) must be a "
+                f"multiple of steps_per_generation ({self.steps_per_generation}) × num_iterations "
+                f"({self.num_iterations}) = {cycle}. Change save_steps."
+            )
+
+
+class MarkedRows(TorchDataset):
+    """A dataset's rows, with a mark on those that the loader only repeats.
+
+    The loader yields every generation batch `num_iterations × steps_per_generation` times and the trainer uses the
+    first; the rows of the others need not be decoded.
+    """
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key) -> dict:
+        index, repeated = key if isinstance(key, tuple) else (key, False)
+        return {**self.dataset[index], "repeated": repeated}
+
+
+class MarkedSampler(Sampler):
+    """TRL's sampler, yielding `(index, repeated)`, with an order that depends on the epoch's number alone.
+
+    TRL's own order depends on how many epochs this process has drawn, so that a run resumed in its second epoch would
+    see the rows of the first again.
+
+    Args:
+        sampler: yields each generation batch `repeat_count` times in a row.
+        batch_size: rows of one generation batch, over all processes.
+        epoch: gives the number of the epoch that begins.
+    """
+
+    def __init__(self, sampler: RepeatSampler, *, batch_size: int, repeat_count: int, epoch: Callable[[], int]):
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.repeat_count = repeat_count
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self):
+        if self.sampler.shuffle:
+            self.sampler.generator.manual_seed(self.sampler.seed + self.epoch())
+        for place, index in enumerate(self.sampler):
+            yield index, (place // self.batch_size) % self.repeat_count > 0
+
+
+class RolloutCollator:
+    """Rows with their chat messages and, unless the loader only repeats them, their encoded prompts.
+
+    Runs in the loader's workers, ahead of the step. Equal questions of a batch share one `EncodedPrompt`.
+    """
+
+    def __init__(self, encoder: PromptEncoder):
+        self.encoder = encoder
+
+    def __call__(self, rows: list[dict]) -> list[dict]:
+        fresh = encode_unique(self.encoder, [row for row in rows if not row.get("repeated")])
+        encoded = iter(fresh)
+        return [
+            {
+                **row,
+                "prompt": build_messages(row, self.encoder.template),
+                "encoded": None if row.get("repeated") else next(encoded),
+            }
+            for row in rows
+        ]
+
+
+class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
+    """TRL's `GRPOTrainer` for rows with any number of videos and images.
+
+    Args:
+        encoder: turns a row into ids, positions and vision tensors; the trainer sees prompts through it only.
+        rollout_store: where every training rollout is written; None writes none.
+        Further arguments as in `trl.GRPOTrainer`. Datasets have the columns of `rows.load_rows`.
+
+    Raises:
+        ValueError: `use_vllm` with images or videos, which this version does not carry.
+    """
+
+    def __init__(self, *args, encoder: PromptEncoder, rollout_store: RolloutStore | None = None, **kwargs):
+        if kwargs["args"].use_vllm:
+            refuse_vllm_with_media(kwargs["train_dataset"])
+        super().__init__(*args, **kwargs)
+        self.encoder = encoder
+        self.rollout_store = rollout_store
+        self.args.remove_unused_columns = False
+        self.data_collator = RolloutCollator(encoder)
+        use_trained_positions(self.accelerator.unwrap_model(self.model))
+        if not self.use_vllm:
+            banned = vision_token_ids(encoder.processor, encoder.config)
+            self.generation_config.suppress_tokens = banned
+            self.generation_kwargs["suppress_tokens"] = banned
+        # Encoded prompts of the latest generation batch, per mode: an evaluation between two updates of one training
+        # batch must not replace them.
+        self._encoded: dict[str, tuple[int, list[EncodedPrompt]]] = {}
+        self._generation = 0
+        self._active: list[EncodedPrompt] = []  # prompts of the rows that a forward is running on
+        self._scored: dict = {}  # what `_calculate_rewards` saw last
+        self._checked = False
+        self.seconds = defaultdict(float)
+        self._seconds_logged: dict[str, float] = {}
+        self._step_logged = 0
+
+    # Loading
+
+    def _get_dataloader(self, dataset, *args, **kwargs):
+        return super()._get_dataloader(MarkedRows(dataset), *args, **kwargs)
+
+    def _get_train_sampler(self, dataset=None):
+        return MarkedSampler(
+            super()._get_train_sampler(dataset),
+            batch_size=self.args.generation_batch_size,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        started = time.perf_counter()
+        batches = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.seconds["wait for data"] += time.perf_counter() - started
+        return batches
+
+    # Rollout
+
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
+        mode = "train" if self.model.training else "eval"
+        if mode == "train" and not self._checked:
+            self._check_first_rows()
+        started = time.perf_counter()
+        missing = [row for row in inputs if row["encoded"] is None]
+        # TRL generates from a repeat of the loader's in one case: the first batch after some resumed checkpoints.
+        found = iter(encode_unique(self.encoder, missing))
+        prompts = [next(found) if row["encoded"] is None else row["encoded"] for row in inputs]
+        self._generation += 1
+        self._encoded[mode] = (self._generation, prompts)
+        self._active = prompts
+        # TRL processes an `images` column itself; ours travel in `self._active`.
+        hidden = ("videos", "images", "encoded", "repeated", "media_root", "process")
+        output = super()._generate_and_score_completions(
+            [{key: value for key, value in row.items() if key not in hidden} for row in inputs]
+        )
+        device = output["prompt_ids"].device
+        output["row_index"] = torch.arange(len(inputs), device=device)
+        output["generation"] = torch.full((len(inputs),), self._generation, device=device)
+        if mode == "train":
+            for prompt in {id(prompt): prompt for prompt in prompts}.values():
+                self.seconds["load (in workers)"] += prompt.load_s
+                self.seconds["encode (in workers)"] += prompt.encode_s
+            self.seconds["rollout"] += time.perf_counter() - started
+            if self.rollout_store is not None:
+                self._store_rollouts(inputs, output["advantages"].tolist())
+        return output
+
+    def _check_first_rows(self) -> None:
+        self._checked = True
+        if self.accelerator.is_main_process:
+            if self.rollout_store is not None:
+                self.rollout_store.set_aside_from(self.state.global_step)
+            show_resolved_media(self.encoder, self.train_dataset)
+        check_frames_matter(
+            self.model_wrapped,
+            self.encoder,
+            self.train_dataset,
+            accelerator=self.accelerator,
+            autocast=self.accelerator.autocast,
+        )
+        self.accelerator.wait_for_everyone()  # nobody writes rollouts before the old ones are set aside
+
+    def _tokenize_prompts(self, prompts: list):
+        if len(prompts) != len(self._active):
+            raise RuntimeError(f"Expected {len(self._active)} prompts, one per encoded row, but got {len(prompts)}.")
+        return [prompt.input_ids.tolist() for prompt in self._active], None, {}
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        if self.use_vllm:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations)
+        started = time.perf_counter()
+        size = self.args.rollout_batch_size or self.args.per_device_train_batch_size
+        completions = []
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                generation_kwargs=self.generation_kwargs,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            for start in range(0, len(self._active), size):
+                tokens = sample_completions(
+                    model,
+                    self._active[start : start + size],
+                    pad_token_id=self._tokenizer.pad_token_id,
+                    config=self.encoder.config,
+                    generation_config=self.generation_config,
+                )
+                completions += cut_at_end(tokens.cpu(), self.eos_token_ids)
+        self.seconds["generate"] += time.perf_counter() - started
+        return completions, None
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        started = time.perf_counter()
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self.seconds["score"] += time.perf_counter() - started
+        self._scored = {"completions": completions, "ids": completion_ids_list, "rewards": rewards}
+        return rewards
+
+    def _store_rollouts(self, rows: list[dict], advantages: list[float]) -> None:
+        rank, step = self.accelerator.process_index, self.state.global_step
+        part = self._step % self.args.gradient_accumulation_steps
+        rewards = self._scored["rewards"][rank * len(rows) : (rank + 1) * len(rows)].tolist()
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        rollouts = []
+        for place, row in enumerate(rows):
+            ids, completion = self._scored["ids"][place], self._scored["completions"][place]
+            values = zip(self.reward_func_names, rewards[place], strict=True)
+            rollouts.append(
+                {
+                    **{key: row[key] for key in ("question_id", "problem", "options", "problem_type", "solution")},
+                    **{key: row[key] for key in ("videos", "images", "data_source")},
+                    "rollout_id": f"step{step}-part{part}-rank{rank}-{place}",
+                    "step": step,
+                    "completion": completion[0]["content"],
+                    "completion_tokens": len(ids),
+                    "finish_reason": "stop" if ids[-1] in ends else "length",
+                    "rewards": {name: None if value != value else value for name, value in values},
+                    "advantage": advantages[place],
+                    "policy": self.model.config._name_or_path,
+                    "prompt_template": self.encoder.template.hash,
+                    "seed": self.args.seed,
+                }
+            )
+        self.rollout_store.write(rollouts, step=step, part=part, rank=rank, reward_names=self.reward_func_names)
+
+    # Update
+
+    def _prepare_inputs(self, generation_batch):
+        buffered = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.model.training or self._buffered_inputs is buffered:
+            return inputs
+        # TRL shuffled the rows of a new generation batch, which takes groups apart.
+        self._buffered_inputs = regroup(self._buffered_inputs)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _compute_loss(self, model, inputs):
+        mode = "train" if self.model.training else "eval"
+        generation, prompts = self._encoded[mode]
+        if not bool((inputs["generation"] == generation).all()):
+            raise RuntimeError(
+                f"The rows of this update come from generation batches {inputs['generation'].unique().tolist()}, the "
+                f"encoded prompts held for {mode} from batch {generation}."
+            )
+        self._active = [prompts[index] for index in inputs["row_index"].tolist()]
+        return super()._compute_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
+    ):
+        size = batch_size or input_ids.size(0)
+        parts = []
+        for start in range(0, input_ids.size(0), size):
+            rows = slice(start, start + size)
+            media = model_inputs(
+                self._active[rows], input_ids[rows], completion_width=logits_to_keep, config=self.encoder.config
+            )
+
+            def forward(*args, media=media, **inputs):
+                return model(*args, **inputs, **media)
+
+            parts.append(
+                super()._get_per_token_logps_and_entropies(
+                    forward, input_ids[rows], attention_mask[rows], logits_to_keep, **kwargs
+                )
+            )
+        logps, entropies, aux_losses = zip(*parts, strict=True)
+        return (
+            torch.cat(logps),
+            None if entropies[0] is None else torch.cat(entropies),
+            None if aux_losses[0] is None else torch.stack(aux_losses).mean(),
+        )
+
+    def training_step(self, *args, **kwargs):
+        started, rollout = time.perf_counter(), self.seconds["rollout"]
+        loss = super().training_step(*args, **kwargs)
+        self.seconds["update"] += time.perf_counter() - started - (self.seconds["rollout"] - rollout)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        steps = self.state.global_step - self._step_logged
+        if self.model.training and steps > 0:
+            for part, seconds in self.seconds.items():
+                spent = seconds - self._seconds_logged.get(part, 0.0)
+                self._metrics["train"][f"time/{part}"].append(spent / steps)
+            self._seconds_logged, self._step_logged = dict(self.seconds), self.state.global_step
+        super().log(logs, start_time)
+
+
+def refuse_vllm_with_media(dataset) -> None:
+    """Raise if a run that generates with vLLM has rows with images or videos."""
+    if any(videos or images for videos, images in zip(dataset["videos"], dataset["images"], strict=True)):
+        raise ValueError(
+            "use_vllm=true was given with rows that hold images or videos. TRL's vLLM path drops videos silently, "
+            "and this version does not replace it yet. Set use_vllm: false, or train on text rows only."
+        )
+
+
+def regroup(slices: list[dict]) -> list[dict]:
+    """Put the rows of a generation batch, split into equal slices, back into the order in which they were generated.
+
+    The completions of a prompt are neighbours in that order, so a group is divided only where a slice ends.
+    """
+    sizes = {len(part["row_index"]) for part in slices}
+    if len(sizes) != 1:
+        raise RuntimeError(f"Expected slices of one size, but got {sorted(sizes)}.")
+    order = torch.cat([part["row_index"] for part in slices]).argsort()
+    whole = {}
+    for key, value in slices[0].items():
+        if isinstance(value, torch.Tensor) and value.ndim > 0:
+            whole[key] = torch.cat([part[key] for part in slices])[order]
+        else:
+            whole[key] = value
+    size = sizes.pop()
+    return [
+        {
+            key: value[start : start + size] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
+            for key, value in whole.items()
+        }
+        for start in range(0, size * len(slices), size)
+    ]

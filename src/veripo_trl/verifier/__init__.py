@@ -1,0 +1,1 @@
+"""Judging rollouts: does the thinking conclude the answer that is given?"""

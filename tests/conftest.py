@@ -1,0 +1,100 @@
+"""Models, clips and rows that several test files share. All real: saved models, mp4 files, processors."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="session")
+def model_paths(tmp_path_factory):
+    """Folders of an untrained tiny model and its processor, by kind."""
+    from veripo_trl.tiny.model import save_tiny_model
+
+    folder = tmp_path_factory.mktemp("models")
+    return {kind: save_tiny_model(folder / kind, kind) for kind in ("qwen2_5_vl", "qwen3_vl")}
+
+
+def write_video(path: Path, *, frames: int, height: int, width: int, fps: int = 2, seed: int = 0) -> None:
+    """A clip of smooth noise that changes from frame to frame."""
+    import av
+
+    rng = np.random.default_rng(seed)
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "10", "preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for _ in range(frames):
+            small = rng.integers(0, 255, size=(4, 4, 3), dtype=np.uint8)
+            picture = np.kron(small, np.ones((height // 4, width // 4, 1), dtype=np.uint8))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.fixture(scope="session")
+def media_root(tmp_path_factory):
+    """Clips `long.mp4` (24 frames, longer than its grid is wide), `wide.mp4`, `fast.mp4` (8 fps) and two images.
+
+    Sides are multiples of 28 and of 32 where a test needs no resizing.
+    """
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("media")
+    write_video(folder / "long.mp4", frames=24, height=56, width=56, fps=2, seed=1)
+    write_video(folder / "wide.mp4", frames=6, height=56, width=112, fps=2, seed=2)
+    write_video(folder / "fast.mp4", frames=16, height=56, width=56, fps=8, seed=3)
+    rng = np.random.default_rng(4)
+    for name, size in (("square.png", (56, 56)), ("tall.png", (56, 112))):
+        small = rng.integers(0, 255, size=(4, 4, 3), dtype=np.uint8)
+        picture = np.kron(small, np.ones((size[1] // 4, size[0] // 4, 1), dtype=np.uint8))
+        Image.fromarray(picture).save(folder / name)
+    return folder
+
+
+def make_row(name: str, root, *, videos=(), images=(), problem="Which colour is first?", **changes) -> dict:
+    """A multiple-choice row whose answer is B."""
+    row = {
+        "question_id": name,
+        "problem": problem,
+        "options": ["A. red", "B. blue", "C. green", "D. yellow"],
+        "problem_type": "multiple choice",
+        "solution": "B",
+        "process": "I see blue then red, first is blue: B.",
+        "videos": list(videos),
+        "images": list(images),
+        "data_source": "test",
+        "media_root": str(root),
+    }
+    return {**row, **changes}
+
+
+@pytest.fixture(scope="session")
+def mixed_rows(media_root):
+    """Text, image, video, two videos, and image with video; prompts of different lengths."""
+    return [
+        make_row("text", media_root, problem="Which colour is last?"),
+        make_row("image", media_root, images=["square.png"]),
+        make_row("video", media_root, videos=["long.mp4"]),
+        make_row("two-videos", media_root, videos=["wide.mp4", "fast.mp4"]),
+        make_row("image-and-video", media_root, videos=["fast.mp4"], images=["tall.png"]),
+    ]
+
+
+@pytest.fixture(scope="session")
+def load(model_paths):
+    """`load(kind) -> (model, encoder)`: a fresh model and an encoder for it."""
+    from veripo_trl import stages
+    from veripo_trl.policy import load_policy
+
+    def fresh(kind: str = "qwen2_5_vl", **options):
+        settings = {"prompt_template": "tiny", "fps": 2.0, "min_frames": 2, "max_frames": 24, "min_pixels": 56 * 56}
+        data_args = stages.DataArguments(**{**settings, "max_pixels": 112 * 56, **options})
+        model, processor = load_policy(str(model_paths[kind]))
+        return model, stages.make_encoder(model, processor, data_args)
+
+    return fresh

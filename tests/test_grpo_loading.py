@@ -1,0 +1,202 @@
+"""Every unique video of a generation batch is decoded and processed once, however the loader repeats it."""
+
+import json
+import os
+
+import pytest
+import torch
+from conftest import make_row
+from test_grpo_parity import make_trainer
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+
+from veripo_trl.rollouts import RolloutStore
+from veripo_trl.trainers.grpo import VideoGRPOConfig
+from veripo_trl.video import VideoLoader
+
+
+@pytest.fixture
+def counted(monkeypatch, tmp_path):
+    """A file with a line per decode and per processor call, in whatever process it happens."""
+    log = tmp_path / "calls.log"
+
+    def line(kind, what):
+        with open(log, "a") as file:
+            file.write(json.dumps([kind, what, os.getpid()]) + "\n")
+
+    load, call = VideoLoader.load, Qwen2_5_VLProcessor.__call__
+
+    def counting_load(self, path, **kwargs):
+        line("decode", os.path.basename(path))
+        return load(self, path, **kwargs)
+
+    def counting_call(self, *args, **kwargs):
+        line("process", len(kwargs.get("videos") or []))
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(VideoLoader, "load", counting_load)
+    monkeypatch.setattr(Qwen2_5_VLProcessor, "__call__", counting_call)
+    return lambda: [json.loads(text) for text in log.read_text().splitlines()]
+
+
+def video_rows(media_root, count):
+    from conftest import write_video
+
+    for place in range(count):
+        path = media_root / f"clip{place}.mp4"
+        if not path.exists():
+            write_video(path, frames=4, height=56, width=56, seed=200 + place)
+    return [make_row(f"row{place}", media_root, videos=[f"clip{place}.mp4"]) for place in range(count)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_once_per_unique_video(workers, load, media_root, tmp_path, counted, monkeypatch):
+    """8 clips, G 2, 4 generation batches of 2 prompts, each yielded 2 × 2 times by the loader."""
+    model, encoder = load()
+    monkeypatch.setattr("veripo_trl.trainers.grpo.VideoGRPOTrainer._check_first_rows", lambda self: None)
+    trainer = make_trainer(
+        model, encoder, video_rows(media_root, 8), tmp_path / "run", per_device_train_batch_size=2, num_generations=2,
+        steps_per_generation=2, num_iterations=2, gradient_accumulation_steps=2, max_steps=8,
+        dataloader_num_workers=workers, max_completion_length=4,
+    )  # fmt: skip
+    trainer.train()
+    calls = counted()
+    decoded = sorted(what for kind, what, _ in calls if kind == "decode")
+    assert decoded == sorted(f"clip{place}.mp4" for place in range(8))
+    assert sum(kind == "process" for kind, *_ in calls) == 8
+    here = {pid for *_, pid in calls} == {os.getpid()}
+    assert here == (workers == 0)  # with workers, ahead of the step and elsewhere
+
+
+def test_a_group_shares_one_object_in_host_memory(load, media_root, tmp_path):
+    model, encoder = load()
+    trainer = make_trainer(
+        model, encoder, video_rows(media_root, 2), tmp_path, num_generations=2, dataloader_num_workers=1,
+        per_device_train_batch_size=4, dataloader_pin_memory=False,
+    )  # fmt: skip
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert len({id(row["encoded"]) for row in batch}) == 2
+    assert batch[0]["encoded"] is batch[1]["encoded"]
+    assert all(row["encoded"].pixel_values_videos.device.type == "cpu" for row in batch)
+
+
+def test_a_repeat_that_must_be_generated_from_is_encoded_on_the_spot(load, media_root, tmp_path):
+    model, encoder = load()
+    trainer = make_trainer(
+        model, encoder, video_rows(media_root, 2), tmp_path, per_device_train_batch_size=2, steps_per_generation=2
+    )
+    first, repeat = [batch for _, batch in zip(range(2), trainer.get_train_dataloader(), strict=False)]
+    assert all(row["encoded"] is not None for row in first)
+    assert all(row["encoded"] is None for row in repeat)
+    model.train()
+    output = trainer._generate_and_score_completions(repeat)
+    assert [p.question_id for p in trainer._encoded["train"][1]] == [row["question_id"] for row in repeat]
+    assert output["row_index"].tolist() == [0, 1, 2, 3]
+
+
+def test_a_checkpoint_inside_a_generation_batch_is_refused(tmp_path):
+    options = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True, "per_device_train_batch_size": 4}
+    options |= {"num_generations": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 1, "num_iterations": 1}
+    with pytest.raises(ValueError, match="multiple of steps_per_generation"):
+        VideoGRPOConfig(**options, save_steps=6)
+    VideoGRPOConfig(**options, save_steps=8)
+    VideoGRPOConfig(**options, save_steps=6, save_strategy="no")
+
+
+class _KilledError(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize("break_at", [3, 5])
+def test_resume_repeats_nothing_and_loses_nothing(break_at, load, media_root, tmp_path):
+    """Broken off and resumed, also in the second epoch, the store holds what an unbroken run's holds."""
+    rows = video_rows(media_root, 8)
+    options = {
+        "per_device_train_batch_size": 4, "steps_per_generation": 1, "num_generations": 2, "max_steps": 7,
+        "save_strategy": "steps", "save_steps": 2, "max_completion_length": 4, "shuffle_dataset": True, "seed": 3,
+    }  # fmt: skip
+
+    def reward(completion_ids, **kwargs):
+        return [float(sum(ids) % 7) for ids in completion_ids]  # never the same within a group: the weights move
+
+    def run(folder, *, stop=None, resume=None):
+        model, encoder = load()
+        trainer = make_trainer(model, encoder, rows, folder, **options)
+        trainer.reward_funcs = [reward]
+        trainer.rollout_store = RolloutStore(folder / "rollouts")
+        if stop is not None:
+            generate = trainer._generate_single_turn
+
+            def generate_or_die(*args, **kwargs):
+                result = generate(*args, **kwargs)
+                if trainer.state.global_step == stop:
+                    trainer.rollout_store.write([], step=stop, part=9, rank=0, reward_names=["accuracy_reward"])
+                    raise _KilledError
+                return result
+
+            trainer._generate_single_turn = generate_or_die
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.rollout_store.read()
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(_KilledError):
+        run(tmp_path / "broken", stop=break_at)
+    checkpoint = tmp_path / "broken" / f"checkpoint-{break_at - break_at % 2}"
+    resumed = run(tmp_path / "broken", resume=str(checkpoint))
+    assert [row["rollout_id"] for row in resumed] == [row["rollout_id"] for row in whole]
+    assert len({row["rollout_id"] for row in resumed}) == len(resumed) == 28
+    for key in ("question_id", "completion", "advantage"):  # the same rows, weights and random state
+        assert [row[key] for row in resumed] == [row[key] for row in whole], key
+    assert list((tmp_path / "broken" / "rollouts" / "set_aside").glob("*/*.parquet"))
+
+
+def test_the_store_holds_training_rollouts_only(load, mixed_rows, tmp_path):
+    model, encoder = load()
+    trainer = make_trainer(model, encoder, mixed_rows, tmp_path, per_device_eval_batch_size=2, max_completion_length=6)
+    trainer.rollout_store = RolloutStore(tmp_path / "rollouts")
+    trainer.train()
+    before = trainer.rollout_store.read()
+    trainer.evaluate(eval_dataset=trainer.train_dataset)
+    rollouts = trainer.rollout_store.read()
+    assert rollouts == before and len(rollouts) == 10
+    for row, rollout in zip([row for row in mixed_rows for _ in range(2)], rollouts, strict=True):
+        for key in ("question_id", "problem", "options", "solution", "videos", "images"):
+            assert rollout[key] == row[key]
+        assert rollout["step"] == 0 and rollout["prompt_template"] == encoder.template.hash
+        assert set(rollout["rewards"]) == {"accuracy_reward"}
+        assert rollout["finish_reason"] in ("stop", "length")
+        assert 0 < rollout["completion_tokens"] <= 6
+        assert "media_root" not in rollout
+    assert len({rollout["rollout_id"] for rollout in rollouts}) == 10
+
+
+def test_a_broken_write_leaves_no_file(tmp_path):
+    store = RolloutStore(tmp_path)
+    with pytest.raises((TypeError, ValueError)):
+        store.write([{"step": "not a number"}], step=0, part=0, rank=0, reward_names=[])
+    assert store.files() == []
+
+
+def test_vllm_with_media_is_refused(load, mixed_rows, tmp_path, monkeypatch):
+    """TRL's vLLM path would drop the videos; the refusal comes with the remedy. (vLLM itself is not installed here.)"""
+    from veripo_trl.trainers.grpo import refuse_vllm_with_media
+    from veripo_trl.rows import rows_to_dataset
+
+    with pytest.raises(ValueError, match="use_vllm: false"):
+        refuse_vllm_with_media(rows_to_dataset(mixed_rows))
+    refuse_vllm_with_media(rows_to_dataset(mixed_rows[:1]))
+
+
+def test_frames_that_do_not_matter_stop_the_run(load, media_root, tmp_path):
+    """A model whose vision features are blanked fails the check at the start."""
+    from veripo_trl.trainers.guards import FramesIgnoredError
+
+    model, encoder = load()
+
+    def blank(module, inputs, output):
+        output.pooler_output = torch.zeros_like(output.pooler_output)
+        return output
+
+    trainer = make_trainer(model, encoder, video_rows(media_root, 2), tmp_path)
+    model.model.visual.register_forward_hook(blank)
+    with pytest.raises(FramesIgnoredError, match="row0"):
+        trainer.train()

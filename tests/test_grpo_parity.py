@@ -1,0 +1,353 @@
+"""What the trainer computes equals a plain transformers forward of the same prompt, row by row and unpadded."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_row
+from trl import GRPOConfig, GRPOTrainer
+
+from veripo_trl.encoding import model_inputs
+from veripo_trl.generation import left_pad, sample_completions
+from veripo_trl.prompts import build_messages
+from veripo_trl.rewards import REWARDS
+from veripo_trl.rows import rows_to_dataset
+from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer, regroup
+
+KINDS = ["qwen2_5_vl", "qwen3_vl"]
+
+
+def make_trainer(model, encoder, rows, tmp_path, **changes):
+    options = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": len(rows) * 2,
+        "num_generations": 2,
+        "max_completion_length": 12,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "shuffle_dataset": False,
+        "max_steps": 1,
+        "learning_rate": 1e-3,
+        **changes,
+    }
+    trainer = VideoGRPOTrainer(
+        model=model,
+        reward_funcs=[REWARDS["accuracy"]],
+        args=VideoGRPOConfig(**options),
+        train_dataset=rows_to_dataset(rows),
+        processing_class=encoder.processor,
+        encoder=encoder,
+    )
+    return trainer
+
+
+def plain_positions(ids, batch, config) -> torch.Tensor:
+    """The trained rule a second time: token by token, as transformers up to 5.2 states it."""
+    merge = config.vision_config.spatial_merge_size
+    per_second = getattr(config.vision_config, "tokens_per_second", None)
+    videos = [] if "video_grid_thw" not in batch else batch["video_grid_thw"].tolist()
+    if per_second is None:
+        videos = [[1, h, w] for t, h, w in videos for _ in range(t)]
+    images = [] if "image_grid_thw" not in batch else batch["image_grid_thw"].tolist()
+    seconds = list(batch.get("second_per_grid_ts", []))
+    result, highest, place, ids = [], -1, 0, ids.tolist()
+    while place < len(ids):
+        if ids[place] not in (config.image_token_id, config.video_token_id):
+            highest += 1
+            result.append((highest,) * 3)
+            place += 1
+            continue
+        is_video = ids[place] == config.video_token_id
+        t, h, w = (videos if is_video else images).pop(0)
+        step = float(seconds.pop(0)) * per_second if is_video and per_second else 0.0
+        start = highest + 1
+        block = [
+            (start + int(i * step), start + j, start + k)
+            for i in range(t)
+            for j in range(h // merge)
+            for k in range(w // merge)
+        ]
+        result += block
+        highest = max(max(cell) for cell in block)
+        place += len(block)
+    return torch.tensor(result).T
+
+
+def plain_log_probs(model, encoder, row, completion_ids) -> torch.Tensor:
+    """Log-probabilities of a completion by a plain forward, everything prepared without the encoder."""
+    processor = encoder.processor
+    text = processor.apply_chat_template(
+        build_messages(row, encoder.template), tokenize=False, add_generation_prompt=True
+    )
+    inputs = {"text": [text], "return_tensors": "pt"}
+    if row["images"]:
+        from PIL import Image
+
+        inputs["images"] = [Image.open(f"{row['media_root']}/{name}") for name in row["images"]]
+        inputs["images_kwargs"] = {"do_resize": encoder.config.vision_config.patch_size != 14}
+        if inputs["images_kwargs"]["do_resize"]:  # 56 and 112 are no multiples of 32
+            inputs["images_kwargs"]["size"] = {"shortest_edge": 1024, "longest_edge": encoder.max_image_pixels}
+    if row["videos"]:
+        clips = [encoder.loader.load(f"{row['media_root']}/{name}", row_id="plain") for name in row["videos"]]
+        inputs["videos"] = [clip.frames for clip in clips]
+        metadata = [
+            {"total_num_frames": c.total_num_frames, "fps": c.fps, "frames_indices": c.frames_indices} for c in clips
+        ]
+        inputs["videos_kwargs"] = {"video_metadata": metadata, "do_sample_frames": False, "do_resize": False}
+    batch = processor(**inputs)
+    prompt = batch["input_ids"][0]
+    ids = torch.cat([prompt, torch.tensor(completion_ids)])
+    positions = plain_positions(ids, batch, encoder.config)[:, None]
+    names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+    media = {name: batch[name] for name in names if name in batch}
+    with torch.no_grad():
+        logits = model(input_ids=ids[None], position_ids=positions, **media).logits[0]
+    log_probs = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    return log_probs.gather(1, torch.tensor(completion_ids)[:, None])[:, 0]
+
+
+def fixed_completions(tokenizer, count, seed=0) -> list[list[int]]:
+    """Text tokens of different lengths, each ended by the end of turn."""
+    rng = np.random.default_rng(seed)
+    text = [token for token in range(100, 250) if token not in tokenizer.all_special_ids]
+    return [
+        [*rng.choice(text, size=int(rng.integers(3, 12))).tolist(), tokenizer.eos_token_id] for _ in range(count)
+    ]
+
+
+def give_completions(trainer, completions, monkeypatch):
+    monkeypatch.setattr(trainer, "_generate_single_turn", lambda *args, **kwargs: (completions, None))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch_size", [10, 3])
+def test_update_sees_what_a_plain_forward_sees(kind, batch_size, load, mixed_rows, tmp_path, monkeypatch):
+    """Text, image, video, two videos, image + video in one left-padded batch, G = 2, whole and in parts."""
+    model, encoder = load(kind)
+    trainer = make_trainer(model, encoder, mixed_rows, tmp_path)
+    completions = fixed_completions(encoder.processor.tokenizer, 10)
+    give_completions(trainer, completions, monkeypatch)
+    model.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    inputs = trainer._generate_and_score_completions(batch)
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    trainer._active = trainer._encoded["train"][1]
+    found, entropies, _ = trainer._get_per_token_logps_and_entropies(
+        model, ids, mask, inputs["completion_ids"].size(1), batch_size=batch_size, compute_entropy=True
+    )
+    assert entropies.shape == found.shape
+    rows = [row for row in mixed_rows for _ in range(2)]
+    for place, (row, completion) in enumerate(zip(rows, completions, strict=True)):
+        expected = plain_log_probs(model, encoder, row, completion)
+        torch.testing.assert_close(found[place, : len(completion)].detach(), expected, atol=1e-5, rtol=0)
+
+
+def test_the_loss_of_an_update_uses_those_log_probs(load, mixed_rows, tmp_path, monkeypatch):
+    """After TRL's shuffle and split, every slice scores its own rows: seen through what the update really computed."""
+    model, encoder = load()
+    trainer = make_trainer(
+        model, encoder, mixed_rows, tmp_path, per_device_train_batch_size=5, steps_per_generation=2,
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
+    completions = fixed_completions(encoder.processor.tokenizer, 10)
+    give_completions(trainer, completions, monkeypatch)
+    rows = [row for row in mixed_rows for _ in range(2)]
+    expected = [
+        plain_log_probs(model, encoder, row, ids).tolist() for row, ids in zip(rows, completions, strict=True)
+    ]
+    seen = []
+    score = VideoGRPOTrainer._get_per_token_logps_and_entropies
+
+    def record(self, *args, **kwargs):
+        result = score(self, *args, **kwargs)
+        if kwargs.get("compute_entropy"):
+            seen.append(result[0].detach())
+        return result
+
+    monkeypatch.setattr(VideoGRPOTrainer, "_get_per_token_logps_and_entropies", record)
+    trainer.train()
+    found = [row.tolist() for part in seen for row in part]
+    assert len(found) == 10
+    for want, got in zip(expected, found, strict=True):  # slices are put back into the order of the rows
+        assert got[: len(want)] == pytest.approx(want, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_tokens_score_as_they_were_generated(kind, load, mixed_rows, tmp_path):
+    """Generation and scoring see the same positions: log-probabilities of both passes agree."""
+    model, encoder = load(kind)
+    trainer = make_trainer(model, encoder, mixed_rows, tmp_path, num_generations=2)
+    prompts = [encoder.encode(row) for row in mixed_rows]
+    trainer._active = prompts
+    ids, mask = left_pad(prompts, encoder.processor.tokenizer.pad_token_id)
+    width = ids.size(1)
+    fields = model_inputs(prompts, ids, completion_width=0, config=encoder.config)
+    options = {
+        "do_sample": False, "max_new_tokens": 10, "min_new_tokens": 10,
+        "suppress_tokens": trainer.generation_config.suppress_tokens,
+    }  # fmt: skip
+    output = model.generate(
+        input_ids=ids, attention_mask=mask, **fields, **options, output_logits=True, return_dict_in_generate=True
+    )
+    tokens = output.sequences[:, width:]
+    generated = torch.stack(output.logits, 1).log_softmax(-1).gather(2, tokens[..., None])[..., 0]
+    scored, _, _ = trainer._get_per_token_logps_and_entropies(
+        model, output.sequences, torch.cat([mask, torch.ones_like(tokens)], 1), 10
+    )
+    torch.testing.assert_close(scored.detach(), generated, atol=1e-5, rtol=0)
+    # The rollout's own way, prompts computed once for each pair, takes the same tokens.
+    pairs = [prompt for prompt in prompts for _ in range(2)]
+    shared = sample_completions(
+        model, pairs, pad_token_id=encoder.processor.tokenizer.pad_token_id, config=encoder.config, **options
+    )
+    assert shared.tolist() == tokens.repeat_interleave(2, 0).tolist()
+
+
+def test_image_batch_has_the_loss_of_stock_grpo(load, media_root, tmp_path, monkeypatch):
+    from PIL import Image
+
+    rows = [
+        make_row("one", media_root, images=["square.png"]),
+        make_row("two", media_root, images=["tall.png"], problem="Which colour is last?"),
+    ]
+    losses, gradients = [], []
+    for stock in (True, False):
+        model, encoder = load()
+        completions = fixed_completions(encoder.processor.tokenizer, 4)
+        options = {
+            "per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 12, "bf16": False,
+            "use_cpu": True, "report_to": "none", "save_strategy": "no", "shuffle_dataset": False, "max_steps": 1,
+            "beta": 0.0, "loss_type": "bnpo", "gradient_checkpointing": False, "logging_steps": 1,
+            "output_dir": str(tmp_path / str(stock)), "learning_rate": 1e-3,
+        }  # fmt: skip
+
+        def reward(completions, **kwargs):
+            return [float(place % 3) for place in range(len(completions))]
+
+        if stock:
+            from datasets import Dataset
+
+            text = [build_messages(row, encoder.template)[0]["content"][-1]["text"] for row in rows]
+            data = Dataset.from_list(
+                [
+                    {
+                        "prompt": [{"role": "user", "content": line}],
+                        "images": [Image.open(media_root / row["images"][0])],
+                    }
+                    for line, row in zip(text, rows, strict=True)
+                ]
+            )
+            trainer = GRPOTrainer(
+                model=model, reward_funcs=reward, args=GRPOConfig(**options), train_dataset=data,
+                processing_class=encoder.processor,
+            )  # fmt: skip
+        else:
+            trainer = VideoGRPOTrainer(
+                model=model, reward_funcs=reward, args=VideoGRPOConfig(**options), encoder=encoder,
+                train_dataset=rows_to_dataset(rows), processing_class=encoder.processor,
+            )  # fmt: skip
+        give_completions(trainer, completions, monkeypatch)
+        model.train()
+        batch = next(iter(trainer.get_train_dataloader()))
+        inputs = trainer._prepare_inputs(batch)
+        # `max_steps` was not entered: TRL reads this inside its loop.
+        trainer.current_gradient_accumulation_steps = 1
+        losses.append(trainer._compute_loss(model, inputs))
+        losses[-1].backward()
+        gradients.append([p.grad for p in model.model.language_model.parameters()])
+    assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-5)
+    assert abs(losses[0].item()) > 1e-2  # token means of groups with unequal lengths do not cancel
+    for stock_gradient, own in zip(*gradients, strict=True):
+        torch.testing.assert_close(own, stock_gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_evaluation_between_two_updates_changes_nothing(load, media_root, tmp_path, monkeypatch):
+    """Equal lengths and grids on both sides, so that other prompts' media would go unnoticed by shape."""
+    from conftest import write_video
+
+    for place in range(4):
+        write_video(media_root / f"same{place}.mp4", frames=4, height=56, width=56, seed=100 + place)
+    rows = [make_row(f"row{place}", media_root, videos=[f"same{place}.mp4"]) for place in range(4)]
+    losses = []
+    for evaluate in (False, True):
+        model, encoder = load()
+        trainer = make_trainer(
+            model, encoder, rows[:2], tmp_path / str(evaluate), per_device_train_batch_size=2,
+            steps_per_generation=2, per_device_eval_batch_size=4, num_generations=2,
+        )  # fmt: skip
+        tokenizer = encoder.processor.tokenizer
+        completions = fixed_completions(tokenizer, 4)
+        give_completions(trainer, completions, monkeypatch)
+        trainer.current_gradient_accumulation_steps = 1
+        torch.manual_seed(0)
+        model.train()
+        batch = next(iter(trainer.get_train_dataloader()))
+        trainer._compute_loss(model, trainer._prepare_inputs(batch))
+        trainer._step += 1
+        if evaluate:
+            trainer.evaluate(eval_dataset=rows_to_dataset(rows[2:]))
+            model.train()
+        inputs = trainer._prepare_inputs(batch)
+        trainer.current_gradient_accumulation_steps = 1
+        trainer._compute_loss(model, inputs)
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        logps = trainer._get_per_token_logps_and_entropies(model, ids, mask, inputs["completion_ids"].size(1))[0]
+        losses.append(logps.detach())
+    torch.testing.assert_close(losses[0], losses[1], atol=0, rtol=0)
+
+
+def test_rows_of_another_generation_batch_are_refused(load, mixed_rows, tmp_path, monkeypatch):
+    model, encoder = load()
+    trainer = make_trainer(model, encoder, mixed_rows, tmp_path)
+    give_completions(trainer, fixed_completions(encoder.processor.tokenizer, 10), monkeypatch)
+    model.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    old = trainer._generate_and_score_completions(batch)
+    trainer._generate_and_score_completions(batch)
+    with pytest.raises(RuntimeError, match="generation batches"):
+        trainer._compute_loss(model, old)
+
+
+def test_ids_and_features_of_different_rows_are_refused(load, mixed_rows, tmp_path):
+    model, encoder = load()
+    trainer = make_trainer(model, encoder, mixed_rows, tmp_path)
+    prompts = [encoder.encode(row) for row in mixed_rows]
+    ids = torch.from_numpy(prompts[2].input_ids)[None]
+    trainer._active = [prompts[3]]
+    with pytest.raises(RuntimeError, match="video tokens"):
+        trainer._get_per_token_logps_and_entropies(model, ids, torch.ones_like(ids), 2)
+
+
+def test_regroup_restores_the_order():
+    index = torch.tensor([3, 0, 2, 1, 5, 4])
+    parts = [
+        {"row_index": index[:3], "x": index[:3] * 10, "n": torch.tensor(7)},
+        {"row_index": index[3:], "x": index[3:] * 10, "n": torch.tensor(7)},
+    ]
+    whole = regroup(parts)
+    assert [part["row_index"].tolist() for part in whole] == [[0, 1, 2], [3, 4, 5]]
+    assert [part["x"].tolist() for part in whole] == [[0, 10, 20], [30, 40, 50]]
+    assert whole[1]["n"].item() == 7
+
+
+def test_vision_and_pad_tokens_are_never_sampled(load, mixed_rows, tmp_path):
+    """A model that wants nothing but vision tokens still samples none."""
+    model, encoder = load()
+    trainer = make_trainer(model, encoder, mixed_rows, tmp_path)
+    tokenizer = encoder.processor.tokenizer
+    wanted = ["<|video_pad|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]
+    wanted = tokenizer.convert_tokens_to_ids([*wanted, tokenizer.pad_token])
+    hidden = []
+    model.model.language_model.norm.register_forward_hook(lambda m, i, o: hidden.append(o))
+    with torch.no_grad():
+        model.model.language_model.norm.weight.fill_(0.1)
+        head = model.lm_head.weight
+        head[wanted] = head.mean(0) + 50 * head[wanted].sign()
+    batch = next(iter(trainer.get_train_dataloader()))
+    output = trainer._generate_and_score_completions(batch)
+    sampled = set(output["completion_ids"][output["completion_mask"].bool()].tolist())
+    assert sampled and not sampled & set(wanted)

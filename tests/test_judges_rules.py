@@ -1,0 +1,214 @@
+"""The rules judge: conclusions read out of thinking, by tables."""
+
+import time
+
+import pytest
+
+from veripo_trl.verifier.judges import conclude_by_rules, judge_by_rules
+
+COLOURS = ["A. red", "B. green", "C. blue", "D. dark red"]
+MOVES = ["A. left", "B. right", "C. up", "D. It stands still"]
+
+CHOICE = [
+    # the tiny world's template; the letter is the conclusion even where the colour beside it is another option's
+    ("I see red then blue then green, last is green: B.", COLOURS, "B"),
+    ("I see red then blue then green, first is red: A.", COLOURS, "A"),
+    ("I see red then blue then green, last is green: C.", COLOURS, "C"),
+    # letters
+    ("The ball rolls away. So the answer is B.", MOVES, "B"),
+    ("The ball rolls away. So the answer is B", MOVES, "B"),
+    ("Therefore B.", MOVES, "B"),
+    ("It goes right, therefore, B.", MOVES, "B"),
+    ("Thus, the correct answer is (B).", MOVES, "B"),
+    ("Thus the correct option is B: right.", MOVES, "B"),
+    ("Thus the correct option is B. right", MOVES, "B"),
+    ("Hence option B.", MOVES, "B"),
+    ("Option B is correct.", MOVES, "B"),
+    ("A is wrong because it never goes left. B is the correct answer.", MOVES, "B"),
+    ("I choose B.", MOVES, "B"),
+    ("We'll go with C.", MOVES, "C"),
+    ("Answer: C", MOVES, "C"),
+    ("**Answer:** C", MOVES, "C"),
+    ("The final answer is \\boxed{C}.", MOVES, "C"),
+    ("\\boxed{\\text{C}}", MOVES, "C"),
+    ("So the answer is A.", MOVES, "A"),
+    ("So A.", MOVES, "A"),
+    ("So the answers are A and C.", MOVES, "A,C"),
+    ("So the answer is B because it drifts.", None, None),  # not settled by a pattern: no guess
+    ("The answer is J.", None, "J"),
+    # the last conclusion counts
+    ("First I thought the answer is A. Then it turned, so the answer is B.", MOVES, "B"),
+    ("So the answer is A. Wait, it turns at the end. So the answer is B.", MOVES, "B"),
+    ("So the answer is B. The video ends there.", MOVES, "B"),
+    # an option's own text
+    ("It must be red.", COLOURS, "A"),
+    ("It must be dark red.", COLOURS, "D"),
+    ("The object drifts, so it moves right.", MOVES, "B"),
+    ("The frames are equal, therefore it stands still.", MOVES, "D"),
+    # ambiguous, hedged, negated, hypothetical, taken back: None
+    ("So the answer is A or B.", MOVES, None),
+    ("So it is either A or B.", MOVES, None),
+    ("So the answer is A/B.", MOVES, None),
+    ("So it moves left or right.", MOVES, None),
+    ("So it is not left.", MOVES, None),
+    ("So the answer is not B.", MOVES, None),
+    ("If the answer is B, the ball would leave.", MOVES, None),
+    ("Is the answer B?", MOVES, None),
+    ("The answer could be B.", MOVES, None),
+    ("So the answer is B. Wait, it turns at the end.", MOVES, None),
+    ("So the answer is B. Hmm, maybe C.", MOVES, None),
+    ("so the answer is b or so B. wait, no", MOVES, None),
+    ("so B. wait, no", MOVES, None),
+    ("The answer is B. Right.", MOVES, "B"),
+    ("The answer cannot be B.", MOVES, None),
+    ("I would not choose B.", MOVES, None),
+    ("So B is wrong.", MOVES, None),
+    ("It turns right, so the first one is B.", MOVES, "B"),
+    ("It turns right, so the first one is not B.", MOVES, None),
+    ("So the one that does not move is C.", MOVES, None),  # a negation we cannot place: no guess
+    ("So option C is out.", MOVES, None),
+    ("So we compare A with B.", MOVES, None),
+    ("The ball goes right so the option is clear.", MOVES, None),
+    ("So let us look at option C.", MOVES, None),
+    ("Since it moves right, the answer is **B**.", MOVES, "B"),
+    ("Looking at the video, the answer would be option (C).", MOVES, "C"),
+    ("This matches option B.", MOVES, None),
+    ("So the best choice is B) right.", MOVES, "B"),
+    ("So the answer is: B", MOVES, "B"),
+    ("So the answer is $B$.", MOVES, "B"),
+    ("So the answer is B (left).", MOVES, None),
+    ("A ball is seen. So a ball moves.", MOVES, None),
+    ("So A ball moves.", MOVES, None),
+    ("I see red then blue then green.", COLOURS, None),
+    ("The options are A. red, B. green.", COLOURS, None),
+    ("", COLOURS, None),
+    ("So the answer is Z.", COLOURS, None),
+]
+
+NUMBERS = [
+    ("I count one two three shapes, so 3.", "3"),
+    ("I count one two three, so 3.", "3"),
+    ("I count one two three, so three.", "3"),
+    ("I count one two three, so 4.", "4"),
+    ("There are 2 red and 1 blue. That makes 3.", "3"),
+    ("There are 2 red and 1 blue shapes, that makes 3 shapes in all.", "3"),
+    ("2 + 10 = 12", "12"),
+    ("2 + 10 = 12.", "12"),
+    ("So 2 + 3 = 5.", "5"),
+    ("So the total is 5, as expected.", "5"),
+    ("Answer: 12", "12"),
+    ("The answer is 1,234 metres.", "1234"),
+    ("The final answer is \\boxed{3}.", "3"),
+    ("Therefore, the distance is about 3.5 meters.", "3.5"),
+    ("The share is 12 of 100, so 12%.", "12%"),
+    ("So there are 3. I looked at every frame.", "3"),
+    ("I count the chairs in frames 1 to 8, giving 4.", "4"),
+    ("So half of it, therefore \\frac{1}{2}.", "1/2"),
+    ("At first 3, so 3. Wait, one was hidden. So 4.", "4"),
+    ("So 3. Wait, I missed one.", None),
+    ("So 3 or 4.", None),
+    ("So there are 2 red and 3 blue shapes.", None),
+    ("So not 3.", None),
+    ("So I need to count from frame 3 to frame 8.", None),
+    ("so 3. wait, one more", None),
+    ("The ball is 2 m away. So it takes 4 seconds to reach it.", "4"),
+    ("Total: 7", "7"),
+    ("The total is 7.", "7"),
+    ("In total, there are 7 chairs.", "7"),
+    ("There are 7 chairs in total.", "7"),
+    ("I count 7 chairs.", None),
+    ("If one is hidden, so 4.", None),
+    ("Is it 3?", None),
+    ("I see 3 shapes then 2 shapes.", None),
+    ("So there are many.", None),
+    ("So at least 3.", None),
+    ("", None),
+]
+
+TEXTS = [
+    ("I see red then blue then green, so red blue green.", "free-form", "red blue green"),
+    ("I see red then blue then green, so red, blue and green.", "free-form", "red blue green"),
+    ('The sign reads "MAIN STREET".', "OCR", "MAIN STREET"),
+    ("So the text is STOP.", "OCR", "STOP"),
+    ("Answer: a red car", "free-form", "a red car"),
+    ("It is a long video.", "free-form", None),
+    ("We get $x = \\frac{1}{2}$, so the answer is $\\frac{1}{2}$.", "math", "0.5"),
+    ("Thus x = 7", "math", "7"),
+    ("So \\boxed{2\\pi}", "math", "2\\pi"),
+    ("Therefore the answer is 3 apples.", "math", "3"),
+    ("Let x be small.", "math", None),
+]
+
+
+@pytest.mark.parametrize("think, options, expected", CHOICE)
+def test_choice_conclusions(think, options, expected):
+    assert conclude_by_rules(think, problem_type="multiple choice", options=options) == expected
+
+
+@pytest.mark.parametrize("problem_type", ["numerical", "regression"])
+@pytest.mark.parametrize("think, expected", NUMBERS)
+def test_number_conclusions(think, expected, problem_type):
+    concluded = conclude_by_rules(think, problem_type=problem_type, options=[])
+    if expected is None:
+        assert concluded is None
+    else:
+        completion = f"<think>{think}</think><answer>{expected}</answer>"
+        assert concluded is not None
+        assert judge_by_rules(completion, problem_type=problem_type, options=[]) == "consistent"
+        other = completion.replace(f"<answer>{expected}", f"<answer>7{expected}")
+        assert judge_by_rules(other, problem_type=problem_type, options=[]) == "inconsistent"
+
+
+@pytest.mark.parametrize("think, problem_type, expected", TEXTS)
+def test_text_and_math_conclusions(think, problem_type, expected):
+    concluded = conclude_by_rules(think, problem_type=problem_type, options=[])
+    if expected is None:
+        assert concluded is None
+    else:
+        completion = f"<think>{think}</think><answer>{expected}</answer>"
+        assert judge_by_rules(completion, problem_type=problem_type, options=[]) == "consistent", concluded
+        other = f"<think>{think}</think><answer>91</answer>"
+        assert judge_by_rules(other, problem_type=problem_type, options=[]) == "inconsistent"
+
+
+@pytest.mark.parametrize(
+    "completion, verdict",
+    [
+        ("<think>last is green: B.</think><answer>B</answer>", "consistent"),
+        ("<think>last is green: B.</think><answer>B. green</answer>", "consistent"),
+        ("<think>last is green: B.</think><answer>green</answer>", "consistent"),
+        ("<think>It must be green.</think><answer>B</answer>", "consistent"),
+        ("<think>last is green: B.</think><answer>A</answer>", "inconsistent"),
+        ("<think>last is green: B.</think><answer>A or B</answer>", "inconsistent"),
+        ("<think>I see red then blue.</think><answer>A</answer>", "unknown"),
+        ("<think></think><answer>A</answer>", "unknown"),
+        ("<think>last is green: B.</think><answer></answer>", "unknown"),
+        ("<answer>B</answer>", "unknown"),
+        ("<think>last is green: B.</think>", "unknown"),
+        ("<think>so B.</think><answer>B</answer><answer>B</answer>", "unknown"),
+        ("<think>so B.<answer>B</answer>", "unknown"),
+        ("", "unknown"),
+    ],
+)
+def test_verdicts(completion, verdict):
+    assert judge_by_rules(completion, problem_type="multiple choice", options=COLOURS) == verdict
+
+
+def test_long_free_text_in_other_words_is_unknown():
+    think = "so the man walks across the whole street and then he buys a big bag of apples there"
+    completion = f"<think>{think}</think><answer>A man crosses a road to buy fruit</answer>"
+    assert judge_by_rules(completion, problem_type="free-form", options=[]) == "unknown"
+
+
+@pytest.mark.parametrize("problem_type", ["multiple choice", "numerical", "regression", "math", "OCR", "free-form"])
+@pytest.mark.parametrize(
+    "text",
+    ["so " * 30_000, "(" * 50_000, "A" * 50_000, "so 1" + "0" * 50_000, "= " * 30_000, "\\boxed{" * 5_000,
+     "\x00\ud7ff",
+     "A, " * 20_000, "answer is " * 10_000, " " * 50_000 + "x", "B and " * 10_000],
+    ids=lambda text: text[:6].replace("\x00", "nul"),
+)  # fmt: skip
+def test_strange_thinking_neither_raises_nor_hangs(text, problem_type):
+    start = time.monotonic()
+    conclude_by_rules(text, problem_type=problem_type, options=COLOURS)
+    assert time.monotonic() - start < 5

@@ -1,0 +1,151 @@
+import re
+
+import pytest
+
+from veripo_trl.answers import PROBLEM_TYPES, is_well_formed
+from veripo_trl.prompts import PromptError, build_messages, build_target, load_template
+
+ROW = {
+    "question_id": "q1",
+    "problem": "Which colour comes last?",
+    "options": ["A. red", "B. blue"],
+    "problem_type": "multiple choice",
+    "solution": "B",
+    "process": "Red, then blue: B.",
+    "videos": ["v.mp4"],
+    "images": [],
+    "data_source": "unit",
+}
+INSTRUCTIONS = "".join(f"  {kind}: say {kind}\n" for kind in PROBLEM_TYPES)
+NO_INSTRUCTIONS = "".join(f'  {kind}: ""\n' for kind in PROBLEM_TYPES)
+
+
+def template(tmp_path, layout=r'"{problem}\n{options}\n{instruction}"', instructions=INSTRUCTIONS, more=""):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"layout: {layout}\ninstructions:\n{instructions}{more}")
+    return load_template(str(file))
+
+
+def text(row, template):
+    (message,) = build_messages(row, template)
+    return message["content"][-1]["text"]
+
+
+def test_messages_put_videos_then_images_then_text_in_one_user_message(tmp_path):
+    row = ROW | {"videos": ["a.mp4", "b.mp4"], "images": ["c.png"]}
+    (message,) = build_messages(row, template(tmp_path))
+    assert message["role"] == "user"
+    assert [part["type"] for part in message["content"]] == ["video", "video", "image", "text"]
+    # no empty keys: the processor takes a part with a "video" key for a video, whatever its value
+    assert all(set(part) == {"type"} for part in message["content"][:-1])
+    assert message["content"][-1]["text"] == "Which colour comes last?\nA. red\nB. blue\nsay multiple choice"
+    assert [part["type"] for part in build_messages(ROW | {"videos": []}, template(tmp_path))[0]["content"]] == [
+        "text"
+    ]
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"options": [], "problem_type": "numerical"}, "Which colour comes last?\nsay numerical"),
+        # braces are text, in a problem and in an option, whatever they spell
+        (
+            {"problem": r"\frac{options}{instruction} {0} {problem}", "options": ["A. {problem}", "B. {"]},
+            "\\frac{options}{instruction} {0} {problem}\nA. {problem}\nB. {\nsay multiple choice",
+        ),
+        ({"problem": "Last?\nA. red\nB. blue"}, "Last?\nA. red\nB. blue\nsay multiple choice"),
+        ({"problem": "Last? A. red"}, "Last? A. red\nA. red\nB. blue\nsay multiple choice"),
+    ],
+    ids=["no options: no empty line", "braces", "options already in the problem", "one option in the problem"],
+)
+def test_text(tmp_path, change, expected):
+    assert text(ROW | change, template(tmp_path)) == expected
+
+
+def test_every_type_has_an_instruction_of_its_own_in_default():
+    default = load_template("default")
+    texts = {text(ROW | {"problem_type": kind}, default) for kind in PROBLEM_TYPES}
+    assert len(texts) == len(PROBLEM_TYPES)
+    for shown in texts:
+        assert [shown.count(tag) for tag in ("<think>", "</think>", "<answer>", "</answer>")] == [1, 1, 1, 1]
+        assert not re.search(r"\{(problem|options|instruction)\}", shown)
+
+
+def test_tiny_is_the_problem_and_its_options_on_one_line():
+    tiny = load_template("tiny")
+    assert text(ROW, tiny) == "Which colour comes last? A. red B. blue"
+    assert text(ROW | {"options": [], "problem_type": "numerical"}, tiny) == "Which colour comes last?"
+
+
+@pytest.mark.parametrize("name, joiner", [("default", "\n"), ("tiny", "")])
+def test_target(name, joiner):
+    target = build_target(ROW, load_template(name))
+    assert target == f"<think>Red, then blue: B.</think>{joiner}<answer>B</answer>"
+    assert is_well_formed(target)
+
+
+def test_target_of_a_row_without_thinking_names_the_row():
+    with pytest.raises(PromptError, match=r"'q1'.*'unit'.*process"):
+        build_target(ROW | {"process": None}, load_template("default"))
+
+
+def test_a_row_of_another_type_is_refused_by_name():
+    with pytest.raises(PromptError, match=r"'q1'.*'riddle'.*'tiny'.*multiple choice"):
+        build_messages(ROW | {"problem_type": "riddle"}, load_template("tiny"))
+
+
+def test_hash_is_of_the_content(tmp_path):
+    first = template(tmp_path)
+    assert re.fullmatch("[0-9a-f]{16}", first.hash)
+    assert (first.name, load_template("default").name) == ("mine", "default")
+    same = [
+        template(tmp_path, more="# a comment\n"),
+        template(tmp_path, more='target_joiner: "\\n"\n'),  # the default, written out
+        template(tmp_path, layout='"{problem}\\n{options}\\n{instruction}"  # as before'),
+    ]
+    assert {other.hash for other in same} == {first.hash}
+    other = [
+        template(tmp_path, layout='"{problem} {options}\\n{instruction}"'),
+        template(tmp_path, instructions=INSTRUCTIONS.replace("say OCR", "read it")),
+        template(tmp_path, more='target_joiner: ""\n'),
+        template(tmp_path, more='option_separator: " "\n'),
+        load_template("default"),
+        load_template("tiny"),
+    ]
+    assert len({first.hash, *(t.hash for t in other)}) == 7
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"layout": '"{options} {instruction}"'}, r"layout needs \{problem\} \{options\} \{instruction\}"),
+        ({"layout": '"{problem} {options}"'}, r"layout needs .*\{instruction\}"),
+        ({"layout": '"{problem} {instruction}"'}, r"layout needs .*came \{problem\} \{instruction\}"),
+        ({"layout": '"{problem} {problem} {options} {instruction}"'}, "once each"),
+        ({"layout": '"{question} {problem} {options} {instruction}"'}, r"no other placeholder, came \{question\}"),
+        ({"layout": "[1]"}, "expected a text under layout"),
+        ({"instructions": INSTRUCTIONS + "  riddle: guess\n"}, "multiple choice, .*came .*riddle"),
+        ({"instructions": INSTRUCTIONS.replace("  OCR: say OCR\n", "")}, "one instruction for each of .*OCR"),
+        ({"instructions": INSTRUCTIONS.replace("say OCR", "7")}, "expected a text under instructions: OCR"),
+        ({"more": "layuot: x\n"}, "came .*layuot"),
+        ({"more": "target_joiner: null\n"}, "expected a text under target_joiner"),
+        ({"more": "x: [\n"}, "not readable YAML"),
+    ],
+)
+def test_a_wrong_template_is_refused(tmp_path, arguments, message):
+    with pytest.raises(PromptError, match=message) as caught:
+        template(tmp_path, **arguments)
+    assert "mine.yaml" in str(caught.value)
+
+
+def test_a_layout_without_instruction_needs_empty_instructions(tmp_path):
+    assert text(ROW, template(tmp_path, layout='"{problem}{options}"', instructions=NO_INSTRUCTIONS))
+
+
+def test_an_unknown_template_lists_the_known_ones(tmp_path):
+    for name in ("tinny", str(tmp_path / "none.yaml")):
+        with pytest.raises(PromptError, match="default, tiny"):
+            load_template(name)
+    (tmp_path / "list.yaml").write_text("- layout\n")
+    with pytest.raises(PromptError, match="expected the keys layout"):
+        load_template(str(tmp_path / "list.yaml"))
