@@ -9,6 +9,10 @@ A run that was broken off goes on from its last checkpoint.
 """
 
 import os
+
+# The loader's workers share the cores with the model: threads that spin while they wait would slow both many times over.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+
 import subprocess
 import sys
 import time
@@ -95,12 +99,12 @@ def main(argv: list[str] | None = None) -> None:
         evaluation = stages.HeldOutEvaluation(trainer, heldout, report, before=True)
         trainer.add_callback(evaluation)
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
     stages.finish(
         trainer,
         evaluation,
         title="Held-out questions",
-        extra={"minutes": (time.time() - started) / 60, "seconds": dict(trainer.seconds)},
+        started=started,
+        extra={"seconds": dict(trainer.seconds)},
     )
 
 

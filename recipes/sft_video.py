@@ -6,14 +6,19 @@
 Without arguments it trains the embedded tiny model. A run that was broken off goes on from its last checkpoint.
 """
 
+import os
+
+# The loader's workers share the cores with the model: threads that spin while they wait would slow both many times over.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate.utils import gather_object
 from transformers import TrainerCallback, set_seed
 from trl import ModelConfig
 from trl.models import unwrap_model_for_generation
-from accelerate.utils import gather_object
 
 from veripo_trl import stages
 from veripo_trl.evaluate import generate, summarize
@@ -104,12 +109,12 @@ def main(argv: list[str] | None = None) -> None:
         evaluation = stages.HeldOutEvaluation(trainer, heldout, report, before=False)
         trainer.add_callback(evaluation)
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
     stages.finish(
         trainer,
         evaluation,
         title="Cold start on held-out questions",
-        extra={"minutes": (time.time() - started) / 60, "development": stopper.history if stopper else []},
+        started=started,
+        extra={"development": stopper.history if stopper else []},
     )
 
 

@@ -123,9 +123,11 @@ def give_completions(trainer, completions, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch_size", [10, 3])
-def test_update_sees_what_a_plain_forward_sees(kind, batch_size, load, mixed_rows, tmp_path, monkeypatch):
+@pytest.mark.parametrize("vision", ["frozen", "trained"])
+def test_update_sees_what_a_plain_forward_sees(kind, batch_size, vision, load, mixed_rows, tmp_path, monkeypatch):
     """Text, image, video, two videos, image + video in one left-padded batch, G = 2, whole and in parts."""
     model, encoder = load(kind)
+    model.model.visual.requires_grad_(vision == "trained")
     trainer = make_trainer(model, encoder, mixed_rows, tmp_path)
     completions = fixed_completions(encoder.processor.tokenizer, 10)
     give_completions(trainer, completions, monkeypatch)

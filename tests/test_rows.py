@@ -170,6 +170,11 @@ def test_video_r1_is_read_as_it_is(tmp_path):
     ]
 
 
+def test_video_r1_rows_may_leave_data_source_blank(tmp_path):
+    dataset = load(write(tmp_path / "Video-R1-260k.json", [VIDEO_R1 | {"data_source": ""}]))
+    assert dataset["data_source"][:] == ["Video-R1-260k"]
+
+
 # ---- choosing and mixing
 
 

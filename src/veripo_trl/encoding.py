@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .downloads import fetch
 from .positions import mrope_positions
 from .prompts import PromptTemplate, build_messages
 from .rows import resolve_media
@@ -108,7 +109,10 @@ class PromptEncoder:
             PromptTooLongError: the prompt is over `max_prompt_tokens`.
         """
         started = time.perf_counter()
-        video_paths, image_paths = resolve_media(row, allow_urls=self.allow_urls)
+        video_paths, image_paths = (
+            [fetch(path, row_id=row["question_id"]) if "://" in path else path for path in paths]
+            for paths in resolve_media(row, allow_urls=self.allow_urls)
+        )
         clips = [self.loader.load(path, row_id=row["question_id"]) for path in video_paths]
         images = [load_image(path, row_id=row["question_id"]) for path in image_paths]
         loaded = time.perf_counter()
@@ -228,6 +232,40 @@ def media_inputs(prompts: list[EncodedPrompt], device) -> dict[str, torch.Tensor
     return inputs
 
 
+def shared_vision_inputs(model, prompts: list[EncodedPrompt], device) -> dict[str, dict]:
+    """Vision features of a batch, each distinct prompt's computed once: for a frozen vision tower.
+
+    Args:
+        model: the unwrapped Qwen-VL model. prompts: in row order; rows of a group share one object.
+
+    Returns:
+        `{"mm_encoder_outputs": …}` for the forward, features in row order; `{}` without images and videos.
+    """
+    unique = list({id(prompt): prompt for prompt in prompts}.values())
+    media = media_inputs(unique, device)
+    outputs = {}
+    for kind, pixels, features in (
+        ("image", "pixel_values", model.get_image_features),
+        ("video", "pixel_values_videos", model.get_video_features),
+    ):
+        if pixels not in media:
+            continue
+        grid = f"{kind}_grid_thw"
+        with torch.no_grad():
+            output = features(media[pixels], media[grid])
+        items, count = {}, 0  # which features belong to which prompt
+        for prompt in unique:
+            own = 0 if getattr(prompt, grid) is None else len(getattr(prompt, grid))
+            items[id(prompt)] = range(count, count + own)
+            count += own
+        order = [item for prompt in prompts for item in items[id(prompt)]]
+        output.pooler_output = tuple(output.pooler_output[item] for item in order)
+        if "deepstack_features" in output:  # Qwen3-VL feeds features of several depths to its first layers
+            output.deepstack_features = [tuple(level[item] for item in order) for level in output.deepstack_features]
+        outputs[kind] = output
+    return {"mm_encoder_outputs": outputs} if outputs else {}
+
+
 def check_vision_tokens(input_ids: torch.Tensor, prompts: list[EncodedPrompt], config) -> None:
     """Raise unless a batch holds exactly the vision tokens of the features that will be given with it.
 
@@ -248,20 +286,26 @@ def check_vision_tokens(input_ids: torch.Tensor, prompts: list[EncodedPrompt], c
 
 
 def model_inputs(
-    prompts: list[EncodedPrompt], input_ids: torch.Tensor, *, completion_width: int, config
+    prompts: list[EncodedPrompt], input_ids: torch.Tensor, *, completion_width: int, config, frozen_model=None
 ) -> dict[str, torch.Tensor]:
     """Positions and vision tensors for a forward over padded prompts and completions.
 
     Args:
         prompts: one per row of `input_ids` (rows, prompt width + completion width).
+        frozen_model: the unwrapped model, if its vision tower is frozen: features are then computed here, once per
+            distinct prompt, instead of once per row in the forward.
 
     Returns:
-        `position_ids` (3, rows, width) and the pixels and grids, on the device of `input_ids`.
+        `position_ids` (3, rows, width) and the pixels and grids, or features, on the device of `input_ids`.
     """
     check_vision_tokens(input_ids, prompts, config)
     prompt_width = input_ids.size(1) - completion_width
     positions = pad_positions(prompts, prompt_width=prompt_width, completion_width=completion_width)
-    return {"position_ids": positions.to(input_ids.device), **media_inputs(prompts, input_ids.device)}
+    if frozen_model is None:
+        media = media_inputs(prompts, input_ids.device)
+    else:
+        media = shared_vision_inputs(frozen_model, prompts, input_ids.device)
+    return {"position_ids": positions.to(input_ids.device), **media}
 
 
 def vision_token_ids(processor, config) -> list[int]:

@@ -48,7 +48,6 @@ def generate(
     options = {
         "max_new_tokens": max_new_tokens,
         "eos_token_id": ends,
-        "pad_token_id": tokenizer.pad_token_id,
         "suppress_tokens": vision_token_ids(encoder.processor, encoder.config),
         "repetition_penalty": 1.0,
     }

@@ -447,7 +447,9 @@ def _from_video_r1(record: dict[str, Any]) -> dict[str, Any]:
             "data_type", "'video' or 'image'", _show(kind), "Correct it or leave the rows out by `where`."
         )
     media = {"videos" if kind == "video" else "images": [_text(record, "path")]}
-    common = {field: record.get(field) for field in ("problem", "options", "problem_type", "data_source")}
+    common = {field: record.get(field) for field in ("problem", "options", "problem_type")}
+    # Rows of one of its sources (ArxivQA) are reported to leave data_source blank; it is a label only.
+    common["data_source"] = record.get("data_source") or None
     solution = _untagged(record, "solution", "answer")
     return {**common, "solution": solution, "process": _untagged(record, "process", "think"), **media}
 

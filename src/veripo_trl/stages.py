@@ -4,13 +4,15 @@ import json
 import logging
 import math
 import os
-import re
 import resource
 import sys
+import time
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -58,6 +60,7 @@ class DataArguments:
         default=None, metadata={"help": "A longer prompt, vision tokens included, is refused. Never cut."}
     )
     video_backend: str = field(default="decord", metadata={"help": "decord (PyAV where decord cannot) or pyav."})
+    decode_threads: int = field(default=0, metadata={"help": "Threads of a video's decoder; 0 for its own choice."})
     decode_timeout_s: float = field(default=60.0, metadata={"help": "Seconds before one video's decoding is given up."})
     frame_cache: str | None = field(default=None, metadata={"help": "Folder for sampled frames; none by default."})
     frame_cache_gb: float = field(default=20.0, metadata={"help": "Largest size of that folder."})
@@ -83,8 +86,11 @@ class ReportArguments:
     report_max_new_tokens: int = field(default=1024, metadata={"help": "Longest answer, in tokens."})
 
 
-def parse(dataclasses: tuple, *, default_config: Path, argv: list[str] | None = None) -> tuple:
+def parse(dataclasses: tuple, *, default_config: Path, argv: list[str] | None = None, ignored: tuple = ()) -> tuple:
     """Parse a recipe's YAML and command line; unknown keys are refused.
+
+    Keys of the dataclasses in `ignored` are known, but not read: a check takes a training recipe's YAML, and can do
+    without what that asks of the machine.
 
     `--config` names a file as seen from the working directory or from `recipes/configs/`. Without it, and without a
     model, the recipe's default configuration is used.
@@ -105,17 +111,25 @@ def parse(dataclasses: tuple, *, default_config: Path, argv: list[str] | None = 
         argv = ["--config", str(default_config), *argv]
     if "--config" in argv and int(os.environ.get("RANK", "0")) == 0:
         print(f"config: {argv[argv.index('--config') + 1]}", flush=True)
-    try:
-        return TrlParser(dataclasses).parse_args_and_config(args=argv)
-    except ValueError as error:
-        known = sorted({f.name for kind in dataclasses for f in fields(kind)})
-        unknown = re.findall(r"'--(\w+)'", str(error)) if "Unknown arguments" in str(error) else []
-        if not unknown:
-            raise
-        import difflib
+    known = sorted({f.name for kind in (*dataclasses, *ignored) for f in fields(kind)})
+    if "--config" in argv:
+        # before the dataclasses are made: one of them may stumble over the value that a mistyped key did not set
+        config = argv[argv.index("--config") + 1]
+        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        _refuse_unknown(config, [key for key in content if key != "env"] if isinstance(content, dict) else [], known)
+    *parsed, _, rest = TrlParser(dataclasses).parse_args_and_config(
+        args=argv, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    if rest:
+        given = [word[2:].split("=")[0] for word in rest if word.startswith("--")]
+        _refuse_unknown("command line", given or rest, known)
+    return tuple(parsed)
 
-        hints = [f"{key!r} (close: {', '.join(difflib.get_close_matches(key, known)) or 'none'})" for key in unknown]
-        raise SystemExit(f"{argv[argv.index('--config') + 1]}: unknown key {'; '.join(hints)}. Nothing was run.") from None
+
+def _refuse_unknown(place: str, keys: list, known: list[str]) -> None:
+    if unknown := [key for key in map(str, keys) if key not in known]:
+        hints = [f"{key!r} (close: {', '.join(get_close_matches(key, known)) or 'none'})" for key in unknown]
+        raise SystemExit(f"{place}: unknown key {'; '.join(hints)}. Correct or remove it. Nothing was run.")
 
 
 def allow_many_open_files() -> None:
@@ -145,7 +159,12 @@ def make_policy(model_args: ModelConfig, data_args: DataArguments):
 
 def make_encoder(model, processor, data_args: DataArguments) -> PromptEncoder:
     """The encoder of a stage: template, frame sampling and limits from its arguments, sizes from its model."""
-    vision = model.config.vision_config
+    return encoder_from_config(model.config, processor, data_args, pixel_dtype=model.dtype)
+
+
+def encoder_from_config(config, processor, data_args: DataArguments, *, pixel_dtype=torch.float32) -> PromptEncoder:
+    """As `make_encoder`, where no weights are loaded."""
+    vision = config.vision_config
     loader = VideoLoader(
         VideoSettings(
             fps=data_args.fps,
@@ -159,15 +178,16 @@ def make_encoder(model, processor, data_args: DataArguments) -> PromptEncoder:
         cache_max_bytes=int(data_args.frame_cache_gb * 1e9),
         timeout_s=data_args.decode_timeout_s,
         backend=data_args.video_backend,
+        decode_threads=data_args.decode_threads,
     )
     return PromptEncoder(
         processor,
-        model.config,
+        config,
         template=load_template(data_args.prompt_template),
         loader=loader,
         max_image_pixels=data_args.max_image_pixels,
         max_prompt_tokens=data_args.max_prompt_tokens,
-        pixel_dtype=model.dtype,
+        pixel_dtype=pixel_dtype,
         allow_urls=data_args.allow_urls,
     )
 
@@ -255,9 +275,9 @@ def evaluate_policy(trainer, dataset, report: ReportArguments, *, title: str) ->
 
 
 class HeldOutEvaluation(TrainerCallback):
-    """Evaluates the policy on held-out rows before the first step and after the last.
+    """Evaluates the policy on held-out rows: `before` the first step, and `after`, when `finish` asks for it.
 
-    Inside training on purpose: only there is the model wrapped for its backend. `before` survives a restart in
+    `before` runs inside training on purpose: only there is the model wrapped for its backend. It survives a restart in
     `<output_dir>/before.json`.
     """
 
@@ -278,7 +298,7 @@ class HeldOutEvaluation(TrainerCallback):
         if state.is_world_process_zero:
             write_json(self.file, self.before)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def run_after(self) -> None:
         self.after = evaluate_policy(self.trainer, self.dataset, self.report, title="held-out, after")
 
 
@@ -343,8 +363,11 @@ def save_arguments(output_dir: str, *arguments) -> None:
     write_json(Path(output_dir) / "arguments.json", json.loads(json.dumps(record, default=str)))
 
 
-def finish(trainer, evaluation: HeldOutEvaluation | None, *, title: str, extra: dict) -> None:
-    """End a stage: tables on the screen, curves as a picture, results.json, and the push if one was asked for."""
+def finish(trainer, evaluation: HeldOutEvaluation | None, *, title: str, started: float, extra: dict) -> None:
+    """End a stage: save the model, then tables on the screen, curves as a picture, results.json, and the push."""
+    trainer.save_model()
+    if evaluation is not None:
+        evaluation.run_after()
     folder = Path(trainer.args.output_dir)
     if trainer.accelerator.is_main_process:
         rows = []
@@ -365,10 +388,11 @@ def finish(trainer, evaluation: HeldOutEvaluation | None, *, title: str, extra: 
             "before": getattr(evaluation, "before", None),
             "after": getattr(evaluation, "after", None),
             "steps": trainer.state.global_step,
+            "minutes": (time.time() - started) / 60,
             **extra,
         }
         write_json(folder / RESULTS, results)
-        print(f"\nmodel, {RESULTS} and curves.png are in {folder} ({extra['minutes']:.1f} minutes)", flush=True)
+        print(f"\nmodel, {RESULTS} and curves.png are in {folder} ({results['minutes']:.1f} minutes)", flush=True)
     trainer.accelerator.wait_for_everyone()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()

@@ -20,6 +20,7 @@ from .video_process import DecodeProcess, WorkerLost
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)  # what Pillow's decoders raise
+MAX_ASPECT_RATIO = 200  # qwen-vl-utils' and the processors' own bound
 MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own bound for a decompression bomb
 
 
@@ -241,6 +242,9 @@ def read_image(path, settings):
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            if max(image.size) > MAX_ASPECT_RATIO * min(image.size):  # processors refuse it, without the row's id
+                sides = f"{image.width} x {image.height} pixels"
+                raise BadFile(f"aspect ratio over {MAX_ASPECT_RATIO} ({sides}); crop the image or leave the row out")
             image = image.convert("RGB")
     except Image.DecompressionBombError as error:
         raise BadFile(f"{error}; make it smaller") from None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from peft import PeftModel
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 from trl import GRPOConfig, GRPOTrainer
@@ -27,6 +28,10 @@ class VideoGRPOConfig(GRPOConfig):
 
     loss_type: str = field(default="grpo", metadata={"help": "Loss, as in TRL; `grpo` averages within a completion."})
     beta: float = field(default=0.0, metadata={"help": "KL coefficient; 0 needs no reference model."})
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Without it a LoRA's dropout makes update and reference score other policies than sampled."},
+    )
     hub_private_repo: bool | None = field(default=True, metadata={"help": "Whether a pushed repository is private."})
     rollout_batch_size: int | None = field(
         default=None,
@@ -309,12 +314,21 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
     ):
         size = batch_size or input_ids.size(0)
+        unwrapped = self.accelerator.unwrap_model(model)
+        unwrapped = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
+        # Decided from the parameters at each call, so that features of a trained tower are never stale.
+        frozen = not any(parameter.requires_grad for parameter in unwrapped.model.visual.parameters())
         parts = []
         for start in range(0, input_ids.size(0), size):
             rows = slice(start, start + size)
-            media = model_inputs(
-                self._active[rows], input_ids[rows], completion_width=logits_to_keep, config=self.encoder.config
-            )
+            with self.accelerator.autocast():
+                media = model_inputs(
+                    self._active[rows],
+                    input_ids[rows],
+                    completion_width=logits_to_keep,
+                    config=self.encoder.config,
+                    frozen_model=unwrapped if frozen else None,
+                )
 
             def forward(*args, media=media, **inputs):
                 return model(*args, **inputs, **media)

@@ -70,9 +70,13 @@ class VideoSFTTrainer(CheckpointMixin, SFTTrainer):
     Args:
         encoder: turns a row into ids, positions and vision tensors.
         Further arguments as in `trl.SFTTrainer`. Datasets have the columns of `rows.load_rows`.
+
+    Raises:
+        ValueError: rows of the training data have no `process`.
     """
 
     def __init__(self, *args, encoder: PromptEncoder, **kwargs):
+        check_thinking(kwargs["train_dataset"])
         config = kwargs["args"]
         config.remove_unused_columns = False
         config.dataset_kwargs = {**(config.dataset_kwargs or {}), "skip_prepare_dataset": True}
@@ -95,3 +99,14 @@ class VideoSFTTrainer(CheckpointMixin, SFTTrainer):
                 autocast=self.accelerator.autocast,
             )
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+def check_thinking(dataset) -> None:
+    """Raise unless every row has a `process`, naming the first rows without."""
+    bare = [place for place, process in enumerate(dataset["process"]) if not (process or "").strip()]
+    if bare:
+        names = ", ".join(repr(row["question_id"]) for row in dataset.select(bare[:10]))
+        raise ValueError(
+            f"{len(bare)} of {len(dataset)} rows have no `process`, the thinking that SFT teaches: {names}"
+            f"{', …' if len(bare) > 10 else ''}. Give them one, or leave them out with `where` in `datasets`."
+        )

@@ -1,0 +1,25 @@
+"""What a benchmark ran on."""
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
+
+
+def describe_machine() -> dict:
+    """Processor, cores, memory, accelerator and versions, for a result file."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+    }

@@ -1,0 +1,288 @@
+"""Bad input to the shipped GRPO recipe: one clear error with row, file and remedy, and nothing lost."""
+
+import importlib.util
+import json
+import pickle
+import re
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from conftest import make_row, write_video
+from torch.utils.data import DataLoader
+
+from veripo_trl import stages
+from veripo_trl.answers import SolutionError
+from veripo_trl.encoding import PromptTooLongError
+from veripo_trl.prompts import PromptError
+from veripo_trl.rollouts import RolloutStore
+from veripo_trl.rows import COLUMNS, RowError
+from veripo_trl.video import MediaError, VideoError
+
+RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "grpo_video.py"
+ROLLOUT = {"rollout_id": "old", "question_id": "q", "step": 0, "rewards": {"accuracy_reward": 1.0}}
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    spec = importlib.util.spec_from_file_location("grpo_video", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def truncated(path):
+    write_video(path, frames=6, height=56, width=56)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def audio_only(path):
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+
+
+def zero_frames(path):
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("mpeg4", rate=8)
+        stream.width = stream.height = 56
+        stream.pix_fmt = "yuv420p"
+        output.start_encoding()
+
+
+def playlist(text):
+    def write(path):
+        write_video(path.with_name("target.mp4"), frames=4, height=56, width=56)
+        path.write_text(text)
+
+    return write
+
+
+def link_out(path):
+    write_video(path.parent.parent / "secret.mp4", frames=4, height=56, width=56)
+    path.symlink_to(path.parent.parent / "secret.mp4")
+
+
+# what makes bad.mp4; error; what came and what to do
+FILES_SEEN_EARLY = {
+    "missing file": (lambda path: None, RowError, "does not exist", "Put the file there"),
+    "empty file": (lambda path: path.touch(), RowError, "is empty", "Fetch it again"),
+    "link that leaves the root": (link_out, RowError, "bad.mp4 -> .*secret.mp4", "replace the symbolic link"),
+}
+FILES_SEEN_BY_THE_DECODER = {
+    "truncated mp4": (truncated, VideoError, "truncated mp4", "copy or download it again"),
+    "audio only": (audio_only, VideoError, "no video stream .it has: audio", "leave the row out"),
+    "zero frames": (zero_frames, VideoError, "no frames|no video stream", "leave the row out"),
+    "text": (lambda path: path.write_text("no video\n" * 99), VideoError, "text file", "leave the row out"),
+    "HLS": (
+        playlist("#EXTM3U\n#EXTINF:4,\ntarget.mp4\n#EXT-X-ENDLIST\n"),
+        VideoError,
+        "playlist",
+        "leave the row out",
+    ),
+    "concat": (playlist("ffconcat version 1.0\nfile target.mp4\n"), VideoError, "playlist", "leave the row out"),
+}
+# changes to the row "bad"; what came and what to do
+ROWS = {
+    "path that leaves the root": ({"videos": ["../secret.mp4"]}, r"'\.\./secret.mp4'", "Choose a media_root"),
+    "absolute path": ({"videos": ["/etc/passwd"]}, "'/etc/passwd'", "Choose a media_root"),
+    "URL": ({"videos": ["https://example.org/bad.mp4"]}, "the URL 'https://example.org/bad.mp4'", "allow_urls"),
+    "unknown problem type": ({"problem_type": "riddle"}, "'riddle'", "leave the rows out"),
+    "empty solution": ({"solution": ""}, "solution: .*''", "remove the row"),
+    "no option of that letter": ({"solution": "E"}, "'E'", "Correct the solution, its options"),
+    "duplicate id": ({"question_id": "good"}, "the id of .*rows.jsonl row 1", "Make the ids unique"),
+}
+
+
+class Run:
+    """A folder with media, rows, a recipe's YAML, and what an earlier, unfinished run of that name has written."""
+
+    def __init__(self, folder, model):
+        self.folder, self.model = folder, model
+        self.media, self.output = folder / "media", folder / "run"
+        self.media.mkdir()
+        write_video(self.media / "good.mp4", frames=6, height=56, width=56)
+        self.store = RolloutStore(self.output / "rollouts")
+        self.store.write([ROLLOUT], step=0, part=0, rank=0, reward_names=["accuracy_reward"])
+        (self.output / "before.json").write_text("{}")
+
+    def start(self, recipe, rows, *, workers=0, **changes):
+        data = self.folder / "rows.jsonl"
+        kept = [column for column in COLUMNS if column != "media_root"]
+        data.write_text("".join(json.dumps({column: row[column] for column in kept}) + "\n" for row in rows))
+        settings = {
+            "model_name_or_path": str(self.model), "output_dir": str(self.output),
+            "datasets": [{"path": str(data), "media_root": str(self.media)}],
+            "prompt_template": "tiny", "max_frames": 8, "min_pixels": 3136, "max_pixels": 3136,
+            "num_generations": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
+            "max_completion_length": 4, "max_steps": 5, "learning_rate": 1e-4, "gradient_checkpointing": False,
+            "dtype": "float32", "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no",
+            "dataloader_num_workers": workers, "disable_tqdm": True,
+        }  # fmt: skip
+        self.config = self.folder / "grpo.yaml"
+        self.config.write_text(json.dumps(settings | changes))  # JSON is YAML
+        recipe.main(["--config", str(self.config), "--max_steps", "1"])
+
+    def good_row(self):
+        return make_row("good", self.media, videos=["good.mp4"])
+
+    def bad_row(self, **changes):
+        return make_row("bad", self.media, videos=["bad.mp4"], **changes)
+
+    def written(self):
+        """Content of every file under the run's folder, or where it was moved aside to."""
+        return sorted(p.read_bytes() for p in self.folder.glob("run*/**/*") if p.is_file())
+
+    def assert_nothing_ran(self, before):
+        """No rollout beside the old one, and everything that was there is there still."""
+        left = self.written()
+        assert all(content in left for content in before)
+        rollouts = [file for file in self.folder.glob("run*/**/*.parquet")]
+        assert len(rollouts) == 1 and not list(self.folder.glob("run*/**/*.safetensors"))
+
+
+@pytest.fixture
+def run(tmp_path, model_paths):
+    return Run(tmp_path, model_paths["qwen2_5_vl"])
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Loading a model fails the test: the error has to come before."""
+
+    def loaded(*args, **kwargs):
+        pytest.fail("the model was loaded before the rows were refused")
+
+    monkeypatch.setattr(stages, "make_policy", loaded)
+
+
+def assert_clear(error, *parts):
+    """One message that says it all: row, file, what came, what to do."""
+    for part in parts:
+        assert re.search(part, str(error), re.DOTALL), f"{part!r} is not in: {error}"
+
+
+@pytest.mark.parametrize("name", FILES_SEEN_EARLY)
+def test_files_that_a_look_refuses(name, run, recipe, no_model):
+    write, kind, came, remedy = FILES_SEEN_EARLY[name]
+    write(run.media / "bad.mp4")
+    before = run.written()
+    with pytest.raises(kind) as caught:
+        run.start(recipe, [run.good_row(), run.bad_row()])
+    assert_clear(caught.value, "1 row ", "'bad'", "bad.mp4", came, remedy)
+    run.assert_nothing_ran(before)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_that_reading_refuses(name, run, recipe, no_model):
+    changes, came, remedy = ROWS[name]
+    before = run.written()
+    row = make_row("bad", run.media, videos=["good.mp4"])
+    with pytest.raises(RowError) as caught:
+        run.start(recipe, [run.good_row(), {**row, **changes}])
+    row_id = changes.get("question_id", "bad")
+    assert_clear(caught.value, "1 row ", f"rows.jsonl row 2, question_id '{row_id}'", came, remedy)
+    run.assert_nothing_ran(before)
+
+
+def test_all_bad_rows_are_named_at_once(run, recipe, no_model):
+    rows = [{**run.bad_row(solution=""), "question_id": f"bad{place}"} for place in range(3)]
+    with pytest.raises(RowError, match="(?s)3 rows.*'bad0'.*'bad1'.*'bad2'") as caught:
+        run.start(recipe, [run.good_row(), *rows])
+    assert len(caught.value.problems) == 3
+
+
+def test_a_held_out_row_is_refused_as_early(run, recipe, no_model):
+    heldout = run.folder / "heldout.jsonl"
+    row = {key: value for key, value in run.bad_row().items() if key != "media_root"}
+    heldout.write_text(json.dumps(row) + "\n")
+    before = run.written()
+    with pytest.raises(RowError) as caught:
+        run.start(recipe, [run.good_row()], eval_datasets=[{"path": str(heldout), "media_root": str(run.media)}])
+    assert_clear(caught.value, "'bad'", "bad.mp4", "does not exist")
+    run.assert_nothing_ran(before)
+
+
+@pytest.mark.parametrize(
+    "name, workers", [*((name, 0) for name in FILES_SEEN_BY_THE_DECODER), ("truncated mp4", 1), ("audio only", 1)]
+)
+def test_files_that_decoding_refuses(name, workers, run, recipe):
+    write, kind, came, remedy = FILES_SEEN_BY_THE_DECODER[name]
+    write(run.media / "bad.mp4")
+    before = run.written()
+    with pytest.raises(kind) as caught:
+        run.start(recipe, [run.good_row(), run.bad_row()], workers=workers)
+    assert_clear(caught.value, "row 'bad'", "bad.mp4", came, remedy)
+    run.assert_nothing_ran(before)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_prompt_over_the_limit(workers, run, recipe):
+    write_video(run.media / "bad.mp4", frames=8, height=56, width=56)
+    before = run.written()
+    with pytest.raises(PromptTooLongError) as caught:
+        run.start(recipe, [run.good_row(), run.bad_row(problem="Which? " * 90)], workers=workers, max_prompt_tokens=70)
+    assert_clear(caught.value, "Row 'bad'", "bad.mp4", r"has \d+ tokens", "max_prompt_tokens=70", "Raise the limit")
+    run.assert_nothing_ran(before)
+
+
+def test_a_finished_run_outlives_a_run_that_fails(run, recipe):
+    """Its folder is moved aside, whole."""
+    truncated(run.media / "bad.mp4")
+    (run.output / stages.RESULTS).write_text('{"steps": 1}')
+    before = run.written()
+    with pytest.raises(VideoError):
+        run.start(recipe, [run.good_row(), run.bad_row()])
+    run.assert_nothing_ran(before)
+    assert (run.folder / "run.previous-1" / stages.RESULTS).is_file()
+
+
+@pytest.mark.parametrize(
+    "key, close", [("max_frame", "max_frames"), ("num_generation", "num_generations"), ("datasetz", "datasets")]
+)
+def test_a_mistyped_key(key, close, run, recipe, no_model):
+    before = run.written()
+    with pytest.raises(SystemExit) as caught:
+        run.start(recipe, [run.good_row()], **{key: 2})
+    assert_clear(caught.value, str(run.config), f"unknown key '{key}' .close: .*{close}", "Correct or remove")
+    run.assert_nothing_ran(before)
+
+
+def test_good_rows_train(run, recipe):
+    """What the others refuse is their input: as it is here, a step is made and its rollouts are written."""
+    write_video(run.media / "bad.mp4", frames=6, height=56, width=56, seed=1)
+    run.start(recipe, [run.good_row(), run.bad_row()], workers=1)
+    assert {rollout["question_id"] for rollout in run.store.read()} == {"good", "bad"}
+    assert len(run.store.read()) == 4
+    aside = RolloutStore(run.output / "rollouts" / "set_aside" / "001")  # the old run's, which had no checkpoint
+    assert [rollout["rollout_id"] for rollout in aside.read()] == ["old"]
+
+
+class Raising:
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [MediaError, VideoError, RowError, PromptTooLongError, PromptError, SolutionError],
+    ids=lambda k: k.__name__,
+)
+def test_errors_arrive_from_a_loader_worker_as_they_are(kind):
+    """torch makes the error again from its type and one text; pickle takes it through a pipe."""
+    error = kind("row 'bad', video 'bad.mp4': is bad; leave it out")
+    with pytest.raises(kind, match="row 'bad', video 'bad.mp4': is bad; leave it out") as caught:
+        list(DataLoader(Raising(error), num_workers=1))
+    assert type(caught.value) is kind
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)

@@ -1,0 +1,268 @@
+"""The check command: real files good and bad, the manifest it writes, going on after a break, and the training rows."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_row, write_video
+
+from veripo_trl.encoding import PromptEncoder
+from veripo_trl.rows import COLUMNS, RowError, load_rows, read_manifest
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+REASONS = {
+    "good": None,
+    "image": None,
+    "text": None,
+    "missing": "videos: missing",
+    "empty": "videos: empty",
+    "outside": "videos: outside of media_root",
+    "truncated": "video: is a truncated mp4",
+    "cut": "video: is a truncated mp4",
+    "words": "video: is a text file",
+    "playlist": "video: is a playlist",
+    "picture": "image: is not an image",
+    "strip": "image: aspect ratio over 200",
+    "long": "prompt longer than max_prompt_tokens",
+    "unsolved": "solution: malformed",
+    "twice": "question_id: used twice",
+}
+BAD = {name for name, reason in REASONS.items() if reason}
+
+
+@pytest.fixture(scope="module")
+def check_rows():
+    sys.path.insert(0, str(RECIPES))  # the script's own folder, as when Python runs it
+    try:
+        spec = importlib.util.spec_from_file_location("check_rows", RECIPES / "check_rows.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["check_rows"] = module
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(RECIPES))
+    return module
+
+
+@pytest.fixture
+def run(tmp_path, model_paths):
+    """`run(rows, **changes)` writes a recipe's YAML over these rows: its path. Media are in tmp_path/media."""
+    media = tmp_path / "media"
+    media.mkdir()
+
+    def write(rows, **changes):
+        data = tmp_path / "rows.jsonl"
+        kept = [c for c in COLUMNS if c != "media_root"]
+        data.write_text("".join(json.dumps({c: row[c] for c in kept if c in row}) + "\n" for row in rows))
+        settings = {
+            "model_name_or_path": str(model_paths["qwen2_5_vl"]),
+            "datasets": [{"path": str(data), "media_root": str(media)}],
+            "prompt_template": "tiny",
+            "max_frames": 8,
+            "max_pixels": 3136,
+            "min_pixels": 3136,
+            "max_prompt_tokens": 200,
+            # of the training recipe, and not to be acted on: one process cannot hold this batch, nor this machine bf16
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_size": 1,
+            "num_generations": 8,
+            "bf16": True,
+            "rewards": ["accuracy", "format"],
+        }
+        config = tmp_path / "grpo.yaml"
+        config.write_text(json.dumps(settings | changes))  # JSON is YAML
+        return config
+
+    return write
+
+
+def clip_rows(media, count):
+    for place in range(count):
+        write_video(media / f"{place}.mp4", frames=4, height=56, width=56, seed=place)
+    return [make_row(f"q{place}", media, videos=[f"{place}.mp4"]) for place in range(count)]
+
+
+def mixed(media):
+    """A row of each kind in REASONS, and two that no manifest can name."""
+    from PIL import Image
+
+    write_video(media / "good.mp4", frames=6, height=56, width=56)
+    data = (media / "good.mp4").read_bytes()
+    (media / "truncated.mp4").write_bytes(data[: len(data) // 2])
+    (media / "cut.mp4").write_bytes(data[:-100])
+    (media / "empty.mp4").touch()
+    (media / "words.mp4").write_text("no video\n" * 100)
+    (media / "playlist.mp4").write_text("#EXTM3U\n#EXTINF:4,\ngood.mp4\n#EXT-X-ENDLIST\n")
+    (media / "picture.png").write_text("no picture")
+    (media.parent / "secret.mp4").write_bytes(data)
+    (media / "outside.mp4").symlink_to(media.parent / "secret.mp4")
+    Image.new("RGB", (56, 56)).save(media / "image.png")
+    Image.new("RGB", (3000, 2)).save(media / "strip.png")
+    names = ("good", "missing", "empty", "outside", "truncated", "cut", "words", "playlist")
+    rows = [make_row(name, media, videos=[f"{name}.mp4"]) for name in names]
+    rows += [make_row(name, media, images=[f"{name}.png"]) for name in ("image", "picture", "strip")]
+    rows += [make_row("text", media), make_row("long", media, problem="Which colour is first? " * 200)]
+    rows += [make_row("unsolved", media, solution=""), make_row("twice", media), make_row("twice", media)]
+    return rows + [make_row(None, media), make_row(" ", media)]
+
+
+@pytest.mark.slow
+def test_the_real_script(run, tmp_path):
+    rows = mixed(tmp_path / "media")
+    config, manifest = run(rows, frame_cache=str(tmp_path / "frames")), tmp_path / "out" / "manifest.jsonl"
+    command = [sys.executable, str(RECIPES / "check_rows.py"), "--config", str(config), "--output", str(manifest)]
+    done = subprocess.run([*command, "--num_workers", "2"], check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    header, *lines = map(json.loads, manifest.read_text().splitlines())
+    assert header["manifest"] == 1 and header["max_frames"] == 8 and header["prompt_template_hash"]
+    assert {line["question_id"]: line["reason"] for line in lines} == REASONS
+    assert [line["question_id"] for line in lines].count("twice") == 2
+    for line in lines:
+        assert line["ok"] == (line["question_id"] not in BAD)
+        assert (line["prompt_tokens"] or 0) > 10 if line["ok"] else line["prompt_tokens"] is None
+        if not line["ok"]:
+            assert line["detail"]
+    by_id = {line["question_id"]: line for line in lines}
+    assert "truncated.mp4" in by_id["truncated"]["detail"] and "again" in by_id["truncated"]["detail"]
+    assert "raise the limit" in by_id["long"]["detail"].lower()
+    assert by_id["good"]["prompt_tokens"] > by_id["text"]["prompt_tokens"]
+    assert re.search(r"^18 +3 +15 ", done.stdout, re.MULTILINE), done.stdout
+    for text in ("2 rows have no usable id", "rows.jsonl row 17", f"--manifest {manifest}", "tokens median"):
+        assert text in done.stdout, done.stdout
+    assert "rows: 100%" in done.stderr
+    assert sorted(path.name for path in manifest.parent.iterdir()) == ["manifest.jsonl"]
+    assert any(path.is_file() for path in (tmp_path / "frames").rglob("*"))  # the cache is warm
+    assert not (tmp_path / "run").exists()
+
+    named = [row for row in rows if (row["question_id"] or "").strip()]
+    sources = json.loads(run(named).read_text())["datasets"]
+    assert read_manifest(str(manifest)) == REASONS
+    with pytest.raises(RowError):
+        load_rows(sources)
+    left = load_rows(sources, manifest=str(manifest))
+    assert sorted(left["question_id"]) == sorted(REASONS.keys() - BAD)
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Ids in the order in which their rows are encoded here; `encoded.stop_at` breaks off at that one."""
+
+    class Encoded(list):
+        stop_at = None
+
+    ids, encode = Encoded(), PromptEncoder.encode
+
+    def counting(self, row, **kwargs):
+        if row["question_id"] == ids.stop_at:
+            raise KeyboardInterrupt
+        ids.append(row["question_id"])
+        return encode(self, row, **kwargs)
+
+    monkeypatch.setattr(PromptEncoder, "encode", counting)
+    return ids
+
+
+def test_a_broken_check_goes_on_where_it_stopped(check_rows, run, tmp_path, encoded, capsys):
+    rows = clip_rows(tmp_path / "media", 5)
+    (tmp_path / "media" / "1.mp4").write_text("no video")
+    output, partial = tmp_path / "m.jsonl", tmp_path / "m.jsonl.partial"
+    arguments = ["--config", str(run(rows)), "--output", str(output), "--num_workers", "0"]
+    encoded.stop_at = "q3"
+    with pytest.raises(KeyboardInterrupt):
+        check_rows.main(arguments)
+    assert encoded == ["q0", "q1", "q2"] and not output.exists()
+    with open(partial, "a") as file:
+        file.write('{"question_id": "q3", "ok": fal')  # killed while it wrote
+
+    for change, key in (({"max_frames": 4}, "max_frames"), ({"max_prompt_tokens": 20}, "max_prompt_tokens")):
+        before = partial.read_bytes()
+        run(rows, **change)
+        with pytest.raises(SystemExit, match=key):
+            check_rows.main(arguments)
+        assert partial.read_bytes() == before
+    run([*rows[:4], rows[4] | {"problem": "Another question?"}])
+    with pytest.raises(SystemExit, match="rows_sha256"):
+        check_rows.main(arguments)
+
+    run(rows, frame_cache=str(tmp_path / "frames"))  # the cache changes no verdict
+    encoded.stop_at = None
+    assert check_rows.main(arguments) == 0
+    assert encoded == ["q0", "q1", "q2", "q3", "q4"]
+    assert "3 rows are checked already" in capsys.readouterr().out
+    assert not partial.exists()
+    assert {i for i, reason in read_manifest(str(output)).items() if reason} == {"q1"}
+
+    assert check_rows.main(arguments) == 0  # a finished check starts anew: files may have been repaired
+    assert len(encoded) == 10
+
+
+def test_workers_give_what_one_process_gives(check_rows, run, tmp_path):
+    config = run(clip_rows(tmp_path / "media", 4))
+    contents = []
+    for workers in ("0", "2"):
+        output = tmp_path / f"{workers}.jsonl"
+        assert check_rows.main(["--config", str(config), "--output", str(output), "--num_workers", workers]) == 0
+        contents.append(output.read_text())
+    assert contents[0] == contents[1]
+
+
+def test_what_no_row_is_to_blame_for_stops_the_check(check_rows, run, tmp_path, monkeypatch):
+    def broken(self, row, **kwargs):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(PromptEncoder, "encode", broken)
+    config = run([make_row("q", tmp_path)])
+    with pytest.raises(ZeroDivisionError):
+        check_rows.main(["--config", str(config), "--output", str(tmp_path / "m.jsonl"), "--num_workers", "0"])
+    assert not (tmp_path / "m.jsonl").exists()
+
+
+def test_no_good_rows(check_rows, run, tmp_path, capsys):
+    config = run([make_row("q", tmp_path, videos=["none.mp4"])])
+    arguments = ["--config", str(config), "--output", str(tmp_path / "m.jsonl"), "--num_workers", "0"]
+    assert check_rows.main(arguments) == 1
+    assert "No good rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes, arguments, message",
+    [
+        ({"max_frame": 4}, [], "'max_frame' .close: .*max_frames"),
+        ({}, ["--no_such_option", "3"], "'no_such_option'"),
+        ({}, ["word"], "'word'"),
+        ({}, ["--output", "manifest.json"], "ends in .jsonl"),
+        ({"datasets": None}, [], "datasets"),
+    ],
+)
+def test_refused(check_rows, run, tmp_path, monkeypatch, changes, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        check_rows.main(["--config", str(run([make_row("q", tmp_path)], **changes)), *arguments])
+    assert not (tmp_path / "manifest.jsonl").exists()
+
+
+def test_options_of_the_training_command_are_taken(check_rows, run, tmp_path):
+    config, output = run([make_row("q", tmp_path)], manifest="none.jsonl"), tmp_path / "m.jsonl"
+    options = [
+        "--max_steps",
+        "3",
+        "--learning_rate=1e-5",
+        "--rewards",
+        "accuracy",
+        "format",
+        "--max_prompt_tokens",
+        "5",
+    ]
+    arguments = ["--config", str(config), "--output", str(output), "--num_workers", "0", *options]
+    assert check_rows.main(arguments) == 1
+    assert read_manifest(str(output)) == {"q": "prompt longer than max_prompt_tokens"}
+
+
+def test_help_says_what_else_it_does(check_rows, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        check_rows.main(["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0 and "fills that folder" in out

@@ -1,0 +1,281 @@
+"""Every shipped YAML: read by its recipe's own parser, launched by a command that exists, saying what it claims."""
+
+import importlib.util
+import itertools
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from trl import ModelConfig
+
+from veripo_trl import stages
+from veripo_trl.rows import DatasetSource
+from veripo_trl.trainers.grpo import VideoGRPOConfig
+from veripo_trl.trainers.sft import VideoSFTConfig
+from veripo_trl.video import VideoSettings
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "recipes" / "configs"
+ALL = {str(file.relative_to(CONFIGS)): file for file in sorted(CONFIGS.rglob("*.yaml"))}
+ACCELERATE = [name for name in ALL if name.startswith("accelerate/")]
+RECIPES = [name for name in ALL if name not in ACCELERATE]
+GRPO_7B = ["qwen2_5_vl_7b/1_activation.yaml", "qwen2_5_vl_7b/2_search.yaml"]
+NODE = 8  # processes that the 7B files are written for
+
+# The dataclasses that a recipe adds of its own are found in it by name.
+PARSED_BY = {"grpo_video.py": ("GRPOArguments", VideoGRPOConfig), "sft_video.py": ("StopArguments", VideoSFTConfig)}
+
+
+def header(name: str) -> dict[str, str]:
+    """{field: text} of the comment block that opens a file."""
+    fields, field = {}, None
+    for line in ALL[name].read_text().splitlines():
+        if not line.startswith("#") or line == "#":
+            break
+        if match := re.fullmatch(r"# (\w+): +(.*)", line):
+            field = match[1]
+            fields[field] = match[2]
+        elif field and line.startswith("#  "):
+            fields[field] += " " + line[1:].strip()
+    return fields
+
+
+def launch(name: str) -> tuple[str | None, Path, list[str]]:
+    """(accelerate's config, the recipe, its arguments) of a file's launch command."""
+    words = shlex.split(header(name)["Launch"])
+    assert words[:2] == ["accelerate", "launch"], name
+    words, config_file = words[2:], None
+    if words[0] == "--config_file":
+        config_file, words = words[1], words[2:]
+    return config_file, ROOT / words[0], words[1:]
+
+
+def recipe_module(path: Path):
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def parse(file: Path, recipe: Path) -> dict:
+    """{attribute: value} of all argument objects that the recipe makes of a file. No GPU: bf16 is refused then."""
+    own, training = PARSED_BY[recipe.name]
+    module = recipe_module(recipe)
+    kinds = (stages.DataArguments, stages.ReportArguments, getattr(module, own), training, ModelConfig)
+    argv = ["--config", str(file), "--bf16", "false", "--use_cpu", "true"]
+    values = {}
+    for item in stages.parse(kinds, default_config=module.DEFAULT_CONFIG, argv=argv):
+        values |= vars(item)
+    return values
+
+
+@pytest.fixture(scope="module")
+def parsed():
+    return {name: parse(ALL[name], launch(name)[1]) for name in RECIPES}
+
+
+def test_every_promised_file_is_there():
+    promised = {*GRPO_7B, "tiny/sft.yaml", "tiny/grpo.yaml", "video_r1_7b/sft.yaml", "video_r1_7b/grpo.yaml"}
+    promised |= {"qwen2_5_vl_3b_lora/grpo.yaml"} | {
+        f"accelerate/{n}.yaml" for n in ("single", "ddp", "zero2", "zero3")
+    }
+    assert promised <= ALL.keys()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_header_and_launch_command(name):
+    assert list(header(name)) == ["Purpose", "Launch", "Hardware", "Expected"]
+    assert all(header(name).values())
+    config_file, recipe, arguments = launch(name)
+    assert recipe.is_file()
+    assert config_file is None or str((ROOT / config_file).relative_to(CONFIGS)) in ACCELERATE
+    if name in ACCELERATE:
+        assert ROOT / config_file == ALL[name]
+        assert arguments[0] == "--config" and arguments[1] in RECIPES
+        assert launch(arguments[1])[1] == recipe, "the configuration is another recipe's"
+    elif arguments:
+        assert arguments == ["--config", name]
+    else:  # the recipe's own default
+        assert recipe_module(recipe).DEFAULT_CONFIG == ALL[name]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_parses_it(name, parsed):
+    values, written = parsed[name], yaml.safe_load(ALL[name].read_text())
+    VideoSettings(**{key: values[key] for key in ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels")})
+    for source in values["datasets"] + (values["eval_datasets"] or []):
+        DatasetSource(**source)  # a mistyped key of an entry is an error here
+    assert values["output_dir"].startswith("outputs/")
+    for key in ("dataloader_num_workers", "report_to", "save_steps", "logging_steps", "dtype", "seed"):
+        assert key in written, f"{key} is left to a default that may change"
+    for key in ("report_batch_size", "report_max_new_tokens"):
+        assert key in written
+    if not name.startswith("tiny/"):
+        assert written["bf16"] is True and values["dtype"] == "bfloat16" and values["gradient_checkpointing"]
+        assert "not run on a GPU yet" in header(name)["Expected"]
+    # What no default may decide: TRL's differ from the papers' and are changed between its versions.
+    if launch(name)[1].name == "grpo_video.py":
+        for key in ("loss_type", "beta", "scale_rewards", "num_generations", "temperature", "max_completion_length"):
+            assert key in written, key
+        assert values["save_steps"] * values["gradient_accumulation_steps"] % values["steps_per_generation"] == 0
+
+
+@pytest.mark.parametrize(("name", "key", "mistyped"), [(n, "save_steps", "save_step") for n in RECIPES])
+def test_mistyped_key_is_named(name, key, mistyped, tmp_path):
+    file = tmp_path / "mistyped.yaml"
+    file.write_text(re.sub(rf"^{key}:", f"{mistyped}:", ALL[name].read_text(), flags=re.MULTILINE))
+    with pytest.raises(
+        SystemExit, match=rf"mistyped.yaml: unknown key '{mistyped}' \(close: .*{key}.*Nothing was run"
+    ):
+        parse(file, launch(name)[1])
+
+
+def test_unknown_reward_and_missing_file_are_named(tmp_path):
+    recipe = ROOT / "recipes" / "grpo_video.py"
+    file = tmp_path / "reward.yaml"
+    file.write_text("model_name_or_path: x\noutput_dir: outputs/x\nrewards: [accuracy, fromat]\n")
+    with pytest.raises(SystemExit, match=r"\['fromat'\]; expected some of \['accuracy', .*'format'"):
+        parse(file, recipe)
+    with pytest.raises(SystemExit, match=r"--config absent.yaml: no such file"):
+        parse(Path("absent.yaml"), recipe)
+
+
+def test_checkpoint_inside_a_generation_batch_is_refused(tmp_path):
+    file = tmp_path / "search.yaml"
+    file.write_text(ALL[GRPO_7B[1]].read_text().replace("save_steps: 96", "save_steps: 100"))
+    with pytest.raises(ValueError, match="Change save_steps"):
+        parse(file, ROOT / "recipes" / "grpo_video.py")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "processes", "zero_stage"),
+    [
+        ("accelerate/single.yaml", "NO", 1, None),
+        ("accelerate/ddp.yaml", "MULTI_GPU", NODE, None),
+        ("accelerate/zero2.yaml", "DEEPSPEED", NODE, 2),
+        ("accelerate/zero3.yaml", "DEEPSPEED", NODE, 3),
+    ],
+)
+def test_accelerate_loads_it(name, kind, processes, zero_stage):
+    config = load_config_from_file(str(ALL[name]))
+    assert (config.distributed_type.value, config.num_processes, config.mixed_precision) == (kind, processes, "bf16")
+    assert config.num_machines == 1 and not config.use_cpu
+    assert config.deepspeed_config.get("zero_stage") == zero_stage
+
+
+@pytest.mark.parametrize(
+    ("name", "completions_per_step", "steps_per_rollout"), [(GRPO_7B[0], 128, 4), (GRPO_7B[1], 64, 8)]
+)
+def test_batches_of_the_papers_table(name, completions_per_step, steps_per_rollout, parsed):
+    values = parsed[name]
+    assert load_config_from_file(str(ROOT / launch(name)[0])).num_processes == NODE
+    per_forward = values["per_device_train_batch_size"] * NODE
+    per_rollout = per_forward * values["steps_per_generation"]
+    assert per_forward * values["gradient_accumulation_steps"] == completions_per_step
+    assert per_rollout == 64 * values["num_generations"] == 512
+    assert per_rollout / completions_per_step == steps_per_rollout
+    assert values["num_iterations"] == 1  # more would repeat those steps
+    assert values["save_steps"] % steps_per_rollout == 0
+
+
+# Numbers with a source: the paper's table, its README, or Video-R1's code.
+SETTINGS = {
+    GRPO_7B[0]: {
+        "model_name_or_path": "Qwen/Qwen2.5-VL-7B-Instruct",
+        "learning_rate": 1e-6,
+        "num_generations": 8,
+        "temperature": 1.0,
+        "fps": 2.0,
+        "max_frames": 128,
+        "max_pixels": 128 * 28 * 28,
+        "beta": 0.0,
+        "epsilon": 0.2,
+        "adam_beta2": 0.95,
+        "max_grad_norm": 1.0,
+        "warmup_steps": 0.03,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "max_completion_length": 4096,
+        "loss_type": "grpo",
+        "train_vision_tower": False,
+    },
+    "video_r1_7b/sft.yaml": {
+        "model_name_or_path": "Qwen/Qwen2.5-VL-7B-Instruct",
+        "learning_rate": 1e-6,
+        "num_train_epochs": 1,
+        "max_frames": 16,
+        "max_pixels": 128 * 28 * 28,
+        "max_length": None,
+    },
+    "video_r1_7b/grpo.yaml": {
+        "model_name_or_path": "Video-R1/Qwen2.5-VL-7B-COT-SFT",
+        "num_generations": 8,
+        "beta": 0.04,
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.01,
+        "max_completion_length": 768,
+        "max_prompt_tokens": 16384,
+        "temperature": 1.0,
+        "top_p": 0.95,
+        "max_grad_norm": 5.0,
+        "max_steps": 1200,
+        "fps": 2.0,
+        "min_frames": 4,
+        "max_frames": 16,
+        "max_pixels": 128 * 28 * 28,
+        "rewards": ["accuracy_relative_error", "format"],
+        "reward_weights": [1.0, 2.0],
+    },
+    "qwen2_5_vl_3b_lora/grpo.yaml": {
+        "model_name_or_path": "Qwen/Qwen2.5-VL-3B-Instruct",
+        "use_peft": True,
+        "lora_r": 64,
+        "lora_dropout": 0.0,
+        "learning_rate": 1e-5,
+        "max_frames": 64,
+        "max_pixels": 100352,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 8,
+        "num_generations": 8,
+        "max_completion_length": 1024,
+        "loss_type": "grpo",
+        "beta": 0.0,
+    },
+}
+SETTINGS[GRPO_7B[1]] = SETTINGS[GRPO_7B[0]] | {"model_name_or_path": "outputs/qwen2_5_vl_7b/1_activation"}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_with_a_source(name, parsed):
+    assert {key: parsed[name][key] for key in SETTINGS[name]} == SETTINGS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "videos"),
+    [(GRPO_7B[0], [30_000, 39_000], []), (GRPO_7B[1], [4_000, 9_000, 10_000], [8_000, 8_000, 8_000])],
+)
+def test_rows_of_the_papers_table(name, images, videos, parsed):
+    sources = parsed[name]["datasets"]
+    limits = {"image": [], "video": []}
+    for source in sources:
+        limits[source["where"]["data_type"]].append(source["limit"])
+    assert limits == {"image": images, "video": videos}
+    # Two entries that match one row would give its id twice, which loading refuses.
+    for one, other in itertools.combinations([source["where"] for source in sources], 2):
+        assert any(values_of(one[key]).isdisjoint(values_of(other[key])) for key in one.keys() & other.keys())
+
+
+def values_of(wanted) -> set:
+    """The values that a `where` accepts for a column."""
+    return set(wanted) if isinstance(wanted, list) else {wanted}
+
+
+def test_each_stage_starts_from_what_the_one_before_saved(parsed):
+    assert parsed[GRPO_7B[1]]["model_name_or_path"] == parsed[GRPO_7B[0]]["output_dir"]
+    assert parsed["tiny/grpo.yaml"]["model_name_or_path"] == parsed["tiny/sft.yaml"]["output_dir"]
+    outputs = [parsed[name]["output_dir"] for name in RECIPES]
+    assert len(set(outputs)) == len(outputs)
