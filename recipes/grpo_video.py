@@ -91,6 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=processor,
         encoder=stages.make_encoder(model, processor, data_args),
         rollout_store=RolloutStore(Path(training_args.output_dir) / "rollouts"),
+        policy_name=model_args.model_name_or_path,
     )
     if trainer.accelerator.is_main_process:
         stages.save_arguments(training_args.output_dir, data_args, report, grpo_args, training_args, model_args)

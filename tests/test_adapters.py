@@ -12,7 +12,6 @@ from trl import ModelConfig
 from veripo_trl import stages
 from veripo_trl.policy import load_policy
 
-# Gradient checkpointing and LoRA's dropout are on in TRL: an adapter must train with them too.
 QUANTIZED = {"load_in_4bit": True}
 
 
@@ -76,12 +75,11 @@ def test_adapters_sit_on_the_language_models_linear_layers(kind, model_paths):
 
 
 @pytest.mark.parametrize("options", [{}, QUANTIZED], ids=["lora", "qlora"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_one_adapter_goes_through_the_stages(options, checkpointing, model_paths, rows, tmp_path):
+def test_one_adapter_goes_through_the_stages(options, model_paths, rows, tmp_path):
     """SFT with a new adapter, GRPO with the same one; everything else keeps every bit."""
     if options:
         pytest.importorskip("bitsandbytes")
-    switches = {"gradient_checkpointing": checkpointing}
+    switches = {"gradient_checkpointing": True}  # TRL's default; the other tests train without
     model, encoder = make(model_paths["qwen2_5_vl"], **options)
     before = state(model)
     trainer = sft(model, encoder, rows, tmp_path / "sft", **switches)
@@ -147,20 +145,17 @@ def test_a_qlora_adapter_merges_into_the_whole_weights(model_paths, rows, tmp_pa
         torch.testing.assert_close(plain_log_probs(merged, encoder, row, [150, 160]), want, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("stage", [sft, grpo])
-@pytest.mark.parametrize("options", [{}, QUANTIZED], ids=["lora", "qlora"])
+@pytest.mark.parametrize("stage, options", [(sft, {}), (grpo, {}), (grpo, QUANTIZED)], ids=["sft", "grpo", "grpo-qlora"])
 def test_a_resumed_run_ends_with_the_adapter_of_an_unbroken_one(stage, options, model_paths, rows, tmp_path):
     if options:
         pytest.importorskip("bitsandbytes")
     switches = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     switches |= {"beta": 0.1} if stage is grpo else {}
     model, encoder = make(model_paths["qwen2_5_vl"], **options)
-    torch.manual_seed(1)
     stage(model, encoder, rows, tmp_path, **switches).train()
     resumed, encoder = make(model_paths["qwen2_5_vl"], **options)
     start = adapter(resumed)
     trainer = stage(resumed, encoder, rows, tmp_path, **switches)
-    torch.manual_seed(2)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert trainer.state.global_step == 4
     assert changed(state(model), resumed) == set()

@@ -35,7 +35,7 @@ def counted(monkeypatch, tmp_path):
 
     monkeypatch.setattr(VideoLoader, "load", counting_load)
     monkeypatch.setattr(Qwen2_5_VLProcessor, "__call__", counting_call)
-    return lambda: [json.loads(text) for text in log.read_text().splitlines()]
+    return lambda: [json.loads(text) for text in log.read_text().splitlines()] if log.exists() else []
 
 
 def video_rows(media_root, count):
@@ -58,8 +58,9 @@ def test_once_per_unique_video(workers, load, media_root, tmp_path, counted, mon
         steps_per_generation=2, num_iterations=2, gradient_accumulation_steps=2, max_steps=8,
         dataloader_num_workers=workers, max_completion_length=4,
     )  # fmt: skip
+    before = len(counted())  # an encoder tries its processor once when it is made
     trainer.train()
-    calls = counted()
+    calls = counted()[before:]
     decoded = sorted(what for kind, what, _ in calls if kind == "decode")
     assert decoded == sorted(f"clip{place}.mp4" for place in range(8))
     assert sum(kind == "process" for kind, *_ in calls) == 8

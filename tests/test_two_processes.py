@@ -20,7 +20,7 @@ from veripo_trl.rollouts import RolloutStore
 from veripo_trl.rows import load_rows
 
 DRIVER = Path(__file__).with_name("two_process_driver.py")
-TIMEOUT_S = 180  # of one launch with all its runs: several times what it takes on two idle cores
+TIMEOUT_S = 180  # of one launch with all its runs
 GUARD_ROWS = 3  # `guards.ROWS_SHOWN`: rows that the main process reads to show what their media became
 
 # Two processes average over (gradients of half a batch) / 2 what one process sums over the whole: the same numbers in

@@ -95,7 +95,7 @@ def break_off(step: int) -> None:
 
 
 def make_world_slowly(record: Record, rows: str):
-    """Stands in for the embedded world: `rl.jsonl` only, made so slowly that a process which does not wait misses it."""
+    """Stands in for the embedded world: `rl.jsonl` only, so slow to make that who does not wait misses it."""
 
     def make(folder):
         record.add("world begins", exists=Path(folder).exists())

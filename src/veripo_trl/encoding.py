@@ -96,6 +96,32 @@ class PromptEncoder:
         self.max_prompt_tokens = max_prompt_tokens
         self.pixel_dtype = pixel_dtype
         self.allow_urls = allow_urls
+        self._import_everything()
+
+    def _import_everything(self) -> None:
+        """Run the processor once on made-up media, so that all modules it needs are imported in this process.
+
+        A data loader forks. Were a thread of this process (the Hub client's, say) importing at that moment, the child
+        would wait for ever for the lock of the first module that it imports itself.
+        """
+        import qwen_vl_utils.vision_process  # noqa: F401  (imported by the video loader on its first miss)
+        from PIL import Image
+
+        Image.init()
+        side = self.config.vision_config.patch_size * self.config.vision_config.spatial_merge_size
+        picture = np.zeros((2, side, side, 3), dtype=np.uint8)
+        message = [{"role": "user", "content": [{"type": "video"}, {"type": "image"}]}]
+        self.processor(
+            text=[self.processor.apply_chat_template(message, tokenize=False)],
+            images=[Image.fromarray(picture[0])],
+            videos=[picture],
+            videos_kwargs={
+                "do_resize": False,
+                "do_sample_frames": False,
+                "video_metadata": [{"total_num_frames": 2, "fps": 2.0, "frames_indices": [0, 1]}],
+            },
+            return_tensors="pt",
+        )
 
     def encode(self, row: dict, *, shuffle_seed: int | None = None) -> EncodedPrompt:
         """Encode one row's prompt.

@@ -55,6 +55,7 @@ def sample_completions(model, prompts: list[EncodedPrompt], *, pad_token_id: int
         attention_mask=attention_mask[rows],
         position_ids=positions[:, rows],
         past_key_values=cache,
+        pad_token_id=pad_token_id,
         **options,
     )
     return output[:, input_ids.size(1) :]

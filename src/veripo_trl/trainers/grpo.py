@@ -126,18 +126,27 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
     Args:
         encoder: turns a row into ids, positions and vision tensors; the trainer sees prompts through it only.
         rollout_store: where every training rollout is written; None writes none.
+        policy_name: what rollouts name as their policy: the model or adapter that this run starts from.
         Further arguments as in `trl.GRPOTrainer`. Datasets have the columns of `rows.load_rows`.
 
     Raises:
         ValueError: `use_vllm` with images or videos, which this version does not carry.
     """
 
-    def __init__(self, *args, encoder: PromptEncoder, rollout_store: RolloutStore | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        encoder: PromptEncoder,
+        rollout_store: RolloutStore | None = None,
+        policy_name: str | None = None,
+        **kwargs,
+    ):
         if kwargs["args"].use_vllm:
             refuse_vllm_with_media(kwargs["train_dataset"])
         super().__init__(*args, **kwargs)
         self.encoder = encoder
         self.rollout_store = rollout_store
+        self.policy_name = policy_name or self.model.config._name_or_path
         self.args.remove_unused_columns = False
         self.data_collator = RolloutCollator(encoder)
         use_trained_positions(self.accelerator.unwrap_model(self.model))
@@ -281,7 +290,7 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
                     "finish_reason": "stop" if ids[-1] in ends else "length",
                     "rewards": {name: None if value != value else value for name, value in values},
                     "advantage": advantages[place],
-                    "policy": self.model.config._name_or_path,
+                    "policy": self.policy_name,
                     "prompt_template": self.encoder.template.hash,
                     "seed": self.args.seed,
                 }
