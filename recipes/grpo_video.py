@@ -75,6 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     started = time.time()
     stages.allow_many_open_files()
+    stages.use_all_cores(training_args)
     stages.make_tiny_world(data_args, training_args)
     dataset = stages.load_training_rows(data_args, seed=training_args.seed)
     heldout = stages.load_eval_rows(data_args)

@@ -139,6 +139,12 @@ def allow_many_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def use_all_cores(training_args) -> None:
+    """On a CPU, share its cores among the processes: `accelerate launch` gives each a single thread."""
+    if training_args.use_cpu:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // training_args.world_size))
+
+
 def make_policy(model_args: ModelConfig, data_args: DataArguments):
     """The model and processor of a stage, see `policy.load_policy`. LoRA targets the language model by default."""
     if model_args.use_peft and model_args.lora_target_modules is None:
