@@ -29,8 +29,8 @@ class SplitSize:
 
 
 SIZES = {
-    "train": SplitSize(clips=6000, questions=9000),
-    "rl": SplitSize(clips=1400, questions=2000),
+    "train": SplitSize(clips=3000, questions=4500),
+    "rl": SplitSize(clips=700, questions=1000),
     "dev": SplitSize(clips=200, questions=200),
     "heldout": SplitSize(clips=450, questions=450),
 }
