@@ -122,7 +122,7 @@ def give_completions(trainer, completions, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("batch_size", [10, 3])
+@pytest.mark.parametrize("batch_size", [10, 3, 1])  # 1: nothing to share, the plain path
 @pytest.mark.parametrize("vision", ["frozen", "trained"])
 def test_update_sees_what_a_plain_forward_sees(kind, batch_size, vision, load, mixed_rows, tmp_path, monkeypatch):
     """Text, image, video, two videos, image + video in one left-padded batch, G = 2, whole and in parts."""
@@ -137,14 +137,39 @@ def test_update_sees_what_a_plain_forward_sees(kind, batch_size, vision, load, m
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     trainer._active = trainer._encoded["train"][1]
+    width = inputs["completion_ids"].size(1)
     found, entropies, _ = trainer._get_per_token_logps_and_entropies(
-        model, ids, mask, inputs["completion_ids"].size(1), batch_size=batch_size, compute_entropy=True
+        model, ids, mask, width, batch_size=batch_size, compute_entropy=True
     )
-    assert entropies.shape == found.shape
+    trainer.args.shared_prefix = False
+    _, plain_entropies, _ = trainer._get_per_token_logps_and_entropies(model, ids, mask, width, compute_entropy=True)
+    torch.testing.assert_close(entropies, plain_entropies, atol=1e-5, rtol=0)
     rows = [row for row in mixed_rows for _ in range(2)]
     for place, (row, completion) in enumerate(zip(rows, completions, strict=True)):
         expected = plain_log_probs(model, encoder, row, completion)
         torch.testing.assert_close(found[place, : len(completion)].detach(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shared_prompt_gives_the_gradient_of_whole_rows(kind, load, mixed_rows, tmp_path, monkeypatch):
+    """Vision tower trained too: its gradient comes through the one pass over the prompt."""
+    gradients = []
+    for shared in (True, False):
+        model, encoder = load(kind)
+        model.model.visual.requires_grad_(True)
+        trainer = make_trainer(model, encoder, mixed_rows, tmp_path, shared_prefix=shared, loss_type="bnpo")
+        give_completions(trainer, fixed_completions(encoder.processor.tokenizer, 10), monkeypatch)
+        trainer.reward_funcs = [lambda completions, **kwargs: [float(n % 3) for n in range(len(completions))]]
+        trainer.current_gradient_accumulation_steps = 1
+        model.train()
+        inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        trainer._compute_loss(model, inputs).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert any("visual" in name for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        difference = (gradient - gradients[1][name]).norm() / gradients[1][name].norm().clamp(min=1e-8)
+        assert difference < 1e-4, name
 
 
 def test_the_loss_of_an_update_uses_those_log_probs(load, mixed_rows, tmp_path, monkeypatch):

@@ -13,11 +13,19 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler
 
-from ..encoding import EncodedPrompt, PromptEncoder, encode_unique, model_inputs, vision_token_ids
+from ..encoding import (
+    EncodedPrompt,
+    PromptEncoder,
+    check_vision_tokens,
+    encode_unique,
+    model_inputs,
+    vision_token_ids,
+)
 from ..generation import cut_at_end, sample_completions
 from ..positions import use_trained_positions
 from ..prompts import build_messages
 from ..rollouts import RolloutStore
+from ..shared_prefix import score_completions
 from .checkpoints import CheckpointMixin
 from .guards import check_frames_matter, show_resolved_media
 
@@ -36,6 +44,10 @@ class VideoGRPOConfig(GRPOConfig):
     rollout_batch_size: int | None = field(
         default=None,
         metadata={"help": "Completions generated at once per process. Default: per_device_train_batch_size."},
+    )
+    shared_prefix: bool = field(
+        default=True,
+        metadata={"help": "Compute a group's prompt once in the update; not under gradient checkpointing."},
     )
 
     def __post_init__(self):
@@ -327,12 +339,28 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
         unwrapped = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
         # Decided from the parameters at each call, so that features of a trained tower are never stale.
         frozen = not any(parameter.requires_grad for parameter in unwrapped.model.visual.parameters())
+        # Under gradient checkpointing a forward keeps no keys and values to share.
+        share = self.args.shared_prefix and not unwrapped.is_activation_checkpointing
         parts = []
         for start in range(0, input_ids.size(0), size):
             rows = slice(start, start + size)
+            prompts = self._active[rows]
+            check_vision_tokens(input_ids[rows], prompts, self.encoder.config)
+            if share and len(set(map(id, prompts))) < len(prompts):
+                with self.accelerator.autocast():
+                    output = score_completions(
+                        model,
+                        unwrapped,
+                        prompts,
+                        input_ids[rows, -logits_to_keep:],
+                        attention_mask[rows, -logits_to_keep:],
+                        pad_token_id=self._tokenizer.pad_token_id,
+                    )
+                parts.append((output.log_probs, output.entropy, output.aux_loss))
+                continue
             with self.accelerator.autocast():
                 media = model_inputs(
-                    self._active[rows],
+                    prompts,
                     input_ids[rows],
                     completion_width=logits_to_keep,
                     config=self.encoder.config,
