@@ -165,11 +165,13 @@ def test_a_shared_prompt_gives_the_gradient_of_whole_rows(kind, load, mixed_rows
         inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         trainer._compute_loss(model, inputs).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    assert any("visual" in name for name in gradients[0])
-    for name, gradient in gradients[0].items():
-        difference = (gradient - gradients[1][name]).norm() / gradients[1][name].norm().clamp(min=1e-8)
-        assert difference < 1e-4, name
+    shared, plain = gradients
+    assert any("visual" in name for name in shared) and shared.keys() <= plain.keys()
+    for name, gradient in plain.items():
+        if name not in shared:  # feeds only the last layer's outputs at prompt tokens, which nothing reads
+            assert not gradient.any(), name
+            continue
+        assert (shared[name] - gradient).norm() / gradient.norm().clamp(min=1e-8) < 1e-4, name
 
 
 def test_the_loss_of_an_update_uses_those_log_probs(load, mixed_rows, tmp_path, monkeypatch):
