@@ -15,16 +15,12 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate.utils import gather_object
 from transformers import TrainerCallback, set_seed
 from trl import ModelConfig
-from trl.models import unwrap_model_for_generation
 
 from veripo_trl import stages
-from veripo_trl.evaluate import generate, summarize
 from veripo_trl.rows import load_rows
 from veripo_trl.trainers.sft import VideoSFTConfig, VideoSFTTrainer
-from veripo_trl.verifier.judges import judge_by_rules
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "tiny" / "sft.yaml"
 
@@ -52,18 +48,7 @@ class StopAtAccuracy(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every:
             return
-        accelerator = self.trainer.accelerator
-        own = list(range(accelerator.process_index, len(self.dataset), accelerator.num_processes))
-        with unwrap_model_for_generation(self.trainer.model_wrapped, accelerator) as model:
-            answers = generate(
-                model,
-                self.trainer.encoder,
-                self.dataset.select(own),
-                max_new_tokens=self.report.report_max_new_tokens,
-                batch_size=self.report.report_batch_size,
-            )
-        answers = gather_object([{**answer, "row": own[answer["row"]]} for answer in answers])
-        summary = summarize(answers, self.dataset, judge=judge_by_rules)
+        summary = stages.evaluate_policy(self.trainer, self.dataset, self.report, decoding="greedy")
         self.history.append({"step": state.global_step, **summary})
         if state.is_world_process_zero:
             parts = ", ".join(f"{key.removeprefix('accuracy: ')} {summary[key]:.2f}" for key in summary if ": " in key)

@@ -201,3 +201,12 @@ def test_frames_that_do_not_matter_stop_the_run(load, media_root, tmp_path):
     model.model.visual.register_forward_hook(blank)
     with pytest.raises(FramesIgnoredError, match="row0"):
         trainer.train()
+
+
+def test_pushes_are_private_unless_told_otherwise(tmp_path):
+    from veripo_trl.trainers.sft import VideoSFTConfig
+
+    for config in (VideoGRPOConfig, VideoSFTConfig):
+        options = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True}
+        assert config(**options).hub_private_repo is True
+        assert config(**options, hub_private_repo=False).hub_private_repo is False

@@ -40,7 +40,7 @@ def generate(
 
     Returns:
         One dict per completion, in row order: `row` (its index), `question_id`, `completion`, `completion_tokens`,
-        `think_tokens`, `finish_reason` ("stop" or "length").
+        `think_tokens`, `finish_reason` ("stop" or "length"), `prompt_template` (its hash).
     """
     tokenizer = encoder.processor.tokenizer
     device = next(model.parameters()).device
@@ -87,6 +87,7 @@ def generate(
                         "completion_tokens": len(ids),
                         "think_tokens": len(tokenizer(think)["input_ids"]) if think is not None else 0,
                         "finish_reason": "stop" if ids[-1] in ends else "length",
+                        "prompt_template": encoder.template.hash,
                     }
                 )
             bar.update(len(places))

@@ -16,6 +16,17 @@ def left_pad(prompts: list[EncodedPrompt], pad_token_id: int) -> tuple[torch.Ten
     return input_ids, attention_mask
 
 
+def distinct_neighbours(prompts: list[EncodedPrompt]) -> tuple[list[EncodedPrompt], list[int]]:
+    """Prompts without repeats of the one before, and for each entry the place of its prompt among them."""
+    unique: list[EncodedPrompt] = []
+    place = []
+    for prompt in prompts:
+        if not unique or unique[-1] is not prompt:
+            unique.append(prompt)
+        place.append(len(unique) - 1)
+    return unique, place
+
+
 @torch.no_grad()
 def sample_completions(model, prompts: list[EncodedPrompt], *, pad_token_id: int, config, **options) -> torch.Tensor:
     """Sample one completion per entry of `prompts`.
@@ -29,12 +40,7 @@ def sample_completions(model, prompts: list[EncodedPrompt], *, pad_token_id: int
     Returns:
         int64 (len(prompts), new tokens), padded on the right with `pad_token_id`.
     """
-    unique: list[EncodedPrompt] = []
-    place = []
-    for prompt in prompts:
-        if not unique or unique[-1] is not prompt:
-            unique.append(prompt)
-        place.append(len(unique) - 1)
+    unique, place = distinct_neighbours(prompts)
     device = next(model.parameters()).device
     input_ids, attention_mask = (tensor.to(device) for tensor in left_pad(unique, pad_token_id))
     inputs = model_inputs(unique, input_ids, completion_width=0, config=config)

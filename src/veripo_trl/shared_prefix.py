@@ -3,18 +3,7 @@
 import torch
 
 from .encoding import EncodedPrompt, model_inputs, pad_positions
-from .generation import left_pad
-
-
-def distinct_neighbours(prompts: list[EncodedPrompt]) -> tuple[list[EncodedPrompt], list[int]]:
-    """Prompts without repeats of the one before, and for each entry the place of its prompt among them."""
-    unique: list[EncodedPrompt] = []
-    place = []
-    for prompt in prompts:
-        if not unique or unique[-1] is not prompt:
-            unique.append(prompt)
-        place.append(len(unique) - 1)
-    return unique, place
+from .generation import distinct_neighbours, left_pad
 
 
 def score_completions(model, unwrapped, prompts: list[EncodedPrompt], completion_ids, completion_mask, *, pad_token_id):

@@ -250,34 +250,36 @@ def open_run(output_dir: str, *, accelerator) -> str | None:
     return checkpoint
 
 
-def evaluate_policy(trainer, dataset, report: ReportArguments, *, title: str) -> dict[str, dict]:
-    """Greedy and sampled answers of the trainer's policy to held-out rows, shared out over the processes.
+def evaluate_policy(
+    trainer, dataset, report: ReportArguments, *, decoding: str, progress: str | None = None
+) -> dict[str, float | int]:
+    """The trainer's policy on rows, shared out over the processes; consistency judged by rules.
+
+    Args:
+        decoding: "greedy", or "sampled": `report_samples` answers per row at `report_temperature`.
+        progress: title of a progress bar on the main process.
 
     Returns:
-        {"greedy": summary, "sampled": summary}, the same on every process; see `evaluate.summarize`.
+        What `evaluate.summarize` gives, the same on every process.
     """
-    accelerator, summaries = trainer.accelerator, {}
+    accelerator = trainer.accelerator
     own = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
-    for decoding, samples, temperature in (
-        ("greedy", 1, 0.0),
-        ("sampled", report.report_samples, report.report_temperature),
-    ):
-        with unwrap_model_for_generation(trainer.model_wrapped, accelerator) as model:
-            answers = generate(
-                model,
-                trainer.encoder,
-                dataset.select(own),
-                samples=samples,
-                temperature=temperature,
-                max_new_tokens=report.report_max_new_tokens,
-                batch_size=report.report_batch_size,
-                num_workers=trainer.args.dataloader_num_workers,
-                seed=trainer.args.seed + accelerator.process_index,
-                progress=f"{title} ({decoding})" if accelerator.is_main_process else None,
-            )
-        answers = gather_object([{**answer, "row": own[answer["row"]]} for answer in answers])
-        summaries[decoding] = summarize(answers, dataset, judge=judge_by_rules)
-    return summaries
+    sampled = decoding == "sampled"
+    with unwrap_model_for_generation(trainer.model_wrapped, accelerator) as model:
+        answers = generate(
+            model,
+            trainer.encoder,
+            dataset.select(own),
+            samples=report.report_samples if sampled else 1,
+            temperature=report.report_temperature if sampled else 0.0,
+            max_new_tokens=report.report_max_new_tokens,
+            batch_size=report.report_batch_size,
+            num_workers=trainer.args.dataloader_num_workers,
+            seed=trainer.args.seed + accelerator.process_index,
+            progress=progress if accelerator.is_main_process else None,
+        )
+    answers = gather_object([{**answer, "row": own[answer["row"]]} for answer in answers])
+    return summarize(answers, dataset, judge=judge_by_rules)
 
 
 class HeldOutEvaluation(TrainerCallback):
@@ -300,12 +302,20 @@ class HeldOutEvaluation(TrainerCallback):
             self.before = json.loads(self.file.read_text())
             self.before = {d: {k: math.nan if v is None else v for k, v in s.items()} for d, s in self.before.items()}
             return
-        self.before = evaluate_policy(self.trainer, self.dataset, self.report, title="held-out, before")
+        self.before = self._evaluate("before")
         if state.is_world_process_zero:
             write_json(self.file, self.before)
 
     def run_after(self) -> None:
-        self.after = evaluate_policy(self.trainer, self.dataset, self.report, title="held-out, after")
+        self.after = self._evaluate("after")
+
+    def _evaluate(self, when: str) -> dict[str, dict]:
+        return {
+            decoding: evaluate_policy(
+                self.trainer, self.dataset, self.report, decoding=decoding, progress=f"held-out, {when} ({decoding})"
+            )
+            for decoding in ("greedy", "sampled")
+        }
 
 
 def write_json(path: str | Path, content) -> None:
