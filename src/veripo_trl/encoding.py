@@ -17,6 +17,9 @@ from .rows import resolve_media
 from .video import VideoLoader, load_image
 
 
+JOINT_BYTES = 32 * 1024**2  # of frames in one call of the processor, beyond which joining saves nothing
+
+
 class PromptTooLongError(ValueError):
     """A prompt has more tokens than the run allows."""
 
@@ -134,6 +137,25 @@ class PromptEncoder:
             MediaError: a video or image cannot be read. RowError: a path is missing or leaves the media root.
             PromptTooLongError: the prompt is over `max_prompt_tokens`.
         """
+        return self._process([self._load(row, shuffle_seed)])[0]
+
+    def encode_rows(self, rows: list[dict]) -> list[EncodedPrompt]:
+        """Encode several rows, as `encode` does each.
+
+        Small ones go through the processor together: a call costs as much as several small clips.
+        """
+        prompts, group, size = [], [], 0
+        for row in rows:
+            group.append(self._load(row))
+            size += sum(clip.frames.nbytes for clip in group[-1]["clips"])
+            size += sum(3 * image.width * image.height for image in group[-1]["images"])
+            if size > JOINT_BYTES:
+                prompts += self._process(group)
+                group, size = [], 0
+        return prompts + (self._process(group) if group else [])
+
+    def _load(self, row: dict, shuffle_seed: int | None = None) -> dict:
+        """A row's clips and images, and the seconds that reading them took."""
         started = time.perf_counter()
         video_paths, image_paths = (
             [fetch(path, row_id=row["question_id"]) if "://" in path else path for path in paths]
@@ -141,63 +163,68 @@ class PromptEncoder:
         )
         clips = [self.loader.load(path, row_id=row["question_id"]) for path in video_paths]
         images = [load_image(path, row_id=row["question_id"]) for path in image_paths]
-        loaded = time.perf_counter()
+        if shuffle_seed is not None:
+            for clip in clips:
+                clip.frames = clip.frames[np.random.default_rng(shuffle_seed).permutation(len(clip.frames))]
+        return {"row": row, "clips": clips, "images": images, "load_s": time.perf_counter() - started}
 
-        text = self.processor.apply_chat_template(
-            build_messages(row, self.template), tokenize=False, add_generation_prompt=True
-        )
-        inputs = {"text": [text]}
+    def _process(self, loaded: list[dict]) -> list[EncodedPrompt]:
+        """One call of the processor for several loaded rows, taken apart again."""
+        started = time.perf_counter()
+        clips = [clip for item in loaded for clip in item["clips"]]
+        images = [image for item in loaded for image in item["images"]]
+        messages = [build_messages(item["row"], self.template) for item in loaded]
+        inputs = {"text": self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)}
         if images:
             shortest = self.processor.image_processor.size["shortest_edge"]
             size = {"shortest_edge": min(shortest, self.max_image_pixels), "longest_edge": self.max_image_pixels}
-            inputs["images"] = images
-            inputs["images_kwargs"] = {"size": size}
+            inputs |= {"images": images, "images_kwargs": {"size": size}}
         if clips:
-            inputs["videos"] = [_shuffled(clip.frames, shuffle_seed) for clip in clips]
-            inputs["videos_kwargs"] = {
-                "do_resize": False,
-                "do_sample_frames": False,
-                "video_metadata": [
-                    {
-                        "total_num_frames": clip.total_num_frames,
-                        "fps": clip.fps,
-                        "frames_indices": clip.frames_indices,
-                        "height": clip.frames.shape[1],
-                        "width": clip.frames.shape[2],
-                        "duration": clip.total_num_frames / clip.fps,
-                        "video_backend": clip.backend,
-                    }
-                    for clip in clips
-                ],
-            }
-        batch = self.processor(**inputs, return_tensors="pt")
-        input_ids = batch["input_ids"][0].numpy()
+            metadata = [clip_metadata(clip) for clip in clips]
+            options = {"do_resize": False, "do_sample_frames": False, "video_metadata": metadata}
+            inputs |= {"videos": [clip.frames for clip in clips], "videos_kwargs": options}
+        batch = self.processor(**inputs, padding=True, return_tensors="pt")
+        encode_s = (time.perf_counter() - started) / len(loaded)
+        seconds = batch.get("second_per_grid_ts")
+        image_parts = _parts(batch, "pixel_values", "image_grid_thw", [len(item["images"]) for item in loaded])
+        video_parts = _parts(batch, "pixel_values_videos", "video_grid_thw", [len(item["clips"]) for item in loaded])
+        prompts, videos_before = [], 0
+        for place, item in enumerate(loaded):
+            row, (pixels, image_grid), (video_pixels, video_grid) = item["row"], image_parts[place], video_parts[place]
+            input_ids = batch["input_ids"][place][batch["attention_mask"][place].bool()].numpy()
+            self._check_length(row, input_ids)
+            own = slice(videos_before, videos_before + len(item["clips"]))
+            videos_before = own.stop
+            positions = mrope_positions(
+                input_ids,
+                image_grid_thw=image_grid,
+                video_grid_thw=video_grid,
+                second_per_grid_ts=None if seconds is None else seconds[own],
+                config=self.config,
+            )
+            prompts.append(
+                EncodedPrompt(
+                    question_id=row["question_id"],
+                    input_ids=input_ids,
+                    positions=positions,
+                    pixel_values=self._pixels(pixels),
+                    image_grid_thw=image_grid,
+                    pixel_values_videos=self._pixels(video_pixels),
+                    video_grid_thw=video_grid,
+                    media=self._describe(row, item["clips"], video_grid, image_grid),
+                    load_s=item["load_s"],
+                    encode_s=encode_s,
+                )
+            )
+        return prompts
+
+    def _check_length(self, row: dict, input_ids: np.ndarray) -> None:
         if self.max_prompt_tokens is not None and len(input_ids) > self.max_prompt_tokens:
             raise PromptTooLongError(
                 f"Row {row['question_id']!r} ({', '.join(row['videos'] + row['images']) or 'text only'}): its prompt "
                 f"has {len(input_ids)} tokens, the limit is max_prompt_tokens={self.max_prompt_tokens}. Vision tokens "
                 f"are never cut off. Raise the limit, lower max_frames, fps or max_pixels, or drop the row."
             )
-        image_grid, video_grid = batch.get("image_grid_thw"), batch.get("video_grid_thw")
-        positions = mrope_positions(
-            input_ids,
-            image_grid_thw=image_grid,
-            video_grid_thw=video_grid,
-            second_per_grid_ts=batch.get("second_per_grid_ts"),
-            config=self.config,
-        )
-        return EncodedPrompt(
-            question_id=row["question_id"],
-            input_ids=input_ids,
-            positions=positions,
-            pixel_values=self._pixels(batch.get("pixel_values")),
-            image_grid_thw=None if image_grid is None else image_grid.numpy(),
-            pixel_values_videos=self._pixels(batch.get("pixel_values_videos")),
-            video_grid_thw=None if video_grid is None else video_grid.numpy(),
-            media=self._describe(row, clips, video_grid, image_grid),
-            load_s=loaded - started,
-            encode_s=time.perf_counter() - loaded,
-        )
 
     def _pixels(self, values):
         return None if values is None else values.to(self.pixel_dtype)
@@ -218,16 +245,37 @@ class PromptEncoder:
         return lines
 
 
-def _shuffled(frames: np.ndarray, seed: int | None) -> np.ndarray:
-    return frames if seed is None else frames[np.random.default_rng(seed).permutation(len(frames))]
+def clip_metadata(clip) -> dict:
+    """What transformers' video processors take as a clip's metadata; times come from the source's frame rate."""
+    return {
+        "total_num_frames": clip.total_num_frames,
+        "fps": clip.fps,
+        "frames_indices": clip.frames_indices,
+        "height": clip.frames.shape[1],
+        "width": clip.frames.shape[2],
+        "duration": clip.total_num_frames / clip.fps,
+        "video_backend": clip.backend,
+    }
+
+
+def _parts(batch, pixels: str, grid: str, counts: list[int]) -> list[tuple]:
+    """The pixels and the grid of each row, of a batch whose rows have `counts` items; (None, None) for none."""
+    parts, items, patches = [], 0, 0
+    for count in counts:
+        if not count:
+            parts.append((None, None))
+            continue
+        own = batch[grid][items : items + count].numpy()
+        length = int(own.prod(axis=1).sum())
+        parts.append((batch[pixels][patches : patches + length], own))
+        items, patches = items + count, patches + length
+    return parts
 
 
 def encode_unique(encoder: PromptEncoder, rows: list[dict]) -> list[EncodedPrompt]:
     """Encode each distinct question of `rows` once; equal questions share one object."""
-    done: dict[str, EncodedPrompt] = {}
-    for row in rows:
-        if row["question_id"] not in done:
-            done[row["question_id"]] = encoder.encode(row)
+    distinct = {row["question_id"]: row for row in rows}
+    done = dict(zip(distinct, encoder.encode_rows(list(distinct.values())), strict=True))
     return [done[row["question_id"]] for row in rows]
 
 

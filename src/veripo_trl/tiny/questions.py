@@ -129,7 +129,8 @@ def _count_row(spec: dict, ordinal: None, planted: bool, rng: np.random.Generato
 def _order_row(spec: dict, ordinal: int, planted: bool, rng: np.random.Generator) -> dict:
     shown = spec["colours"]
     stranger = str(rng.choice([name for name in COLOURS if name not in shown]))
-    choices = [str(name) for name in rng.permutation([*shown, stranger])]
+    # In alphabetical order: a colour's letter depends on its rivals, yet is no mere chance, and is soon learned.
+    choices = sorted([*shown, stranger])
     right = choices.index(shown[ordinal])
     # A contradicting thought names another option, colour and letter together.
     concluded = int(rng.choice([n for n in range(len(choices)) if n != right])) if planted else right

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from veripo_trl.tiny.clips import make_clip
 from veripo_trl.tiny.questions import PLANTED_SHARE, SHARES, SIZES, SPLITS, SplitSize, make_split
 
-VERSION = 1  # raise it when the same settings no longer give the same world
+VERSION = 2  # raise it when the same settings no longer give the same world
 
 
 class WorldError(RuntimeError):

@@ -35,7 +35,7 @@ class SFTCollator:
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         tokenizer = self.encoder.processor.tokenizer
-        prompts = [self.encoder.encode(row) for row in rows]
+        prompts = self.encoder.encode_rows(rows)
         answers = [
             tokenizer(build_target(row, self.encoder.template), add_special_tokens=False)["input_ids"]
             + [tokenizer.eos_token_id]

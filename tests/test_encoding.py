@@ -1,0 +1,56 @@
+"""Encoding rows one by one and together, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_row
+
+from veripo_trl.encoding import PromptTooLongError, encode_unique
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("joint_bytes", [32 * 1024**2, 100_000])
+def test_rows_encoded_together_are_what_they_are_alone(kind, joint_bytes, load, mixed_rows, monkeypatch):
+    monkeypatch.setattr("veripo_trl.encoding.JOINT_BYTES", joint_bytes)
+    _, encoder = load(kind)
+    for together, row in zip(encoder.encode_rows(mixed_rows), mixed_rows, strict=True):
+        alone = encoder.encode(row)
+        assert together.question_id == alone.question_id == row["question_id"]
+        assert together.media == alone.media and len(alone.media) == len(row["videos"]) + len(row["images"])
+        for name in ("input_ids", "positions", "image_grid_thw", "video_grid_thw"):
+            np.testing.assert_array_equal(getattr(together, name), getattr(alone, name))
+        for name in ("pixel_values", "pixel_values_videos"):
+            one, other = getattr(together, name), getattr(alone, name)
+            assert (one is None) == (other is None) and (one is None or torch.equal(one, other))
+
+
+def test_equal_questions_share_one_object(load, mixed_rows):
+    _, encoder = load()
+    prompts = encode_unique(encoder, [mixed_rows[2], mixed_rows[1], mixed_rows[2]])
+    assert prompts[0] is prompts[2] and prompts[0] is not prompts[1]
+    assert [prompt.question_id for prompt in prompts] == ["video", "image", "video"]
+
+
+def test_the_sources_frame_rate_gives_the_times(load, media_root):
+    """8 fps source sampled at 2 fps: frames 1/2 s apart, 2 per step, 1 token per second: times 0, 1."""
+    _, encoder = load()
+    prompt = encoder.encode(make_row("fast", media_root, videos=["fast.mp4"]))
+    vision = prompt.input_ids == encoder.config.video_token_id
+    assert prompt.video_grid_thw.tolist() == [[2, 4, 4]]
+    times = prompt.positions[0][vision]
+    assert sorted(set((times - times.min()).tolist())) == [0, 1]
+
+
+def test_shuffled_frames_are_the_same_frames(load, media_root):
+    _, encoder = load()
+    row = make_row("long", media_root, videos=["long.mp4"])
+    recorded, shuffled = encoder.encode(row), encoder.encode(row, shuffle_seed=0)
+    assert not torch.equal(recorded.pixel_values_videos, shuffled.pixel_values_videos)
+    assert recorded.pixel_values_videos.sum().item() == pytest.approx(shuffled.pixel_values_videos.sum().item(), rel=1e-4)
+    assert torch.equal(encoder.encode(row).pixel_values_videos, recorded.pixel_values_videos)  # nothing was left shuffled
+
+
+def test_a_long_prompt_is_refused_with_the_knobs(load, mixed_rows):
+    _, encoder = load(max_prompt_tokens=60)
+    with pytest.raises(PromptTooLongError, match="'video'.*long.mp4.*max_prompt_tokens=60.*max_frames"):
+        encoder.encode_rows(mixed_rows)
