@@ -63,9 +63,12 @@ def test_once_per_unique_video(workers, load, media_root, tmp_path, counted, mon
     calls = counted()[before:]
     decoded = sorted(what for kind, what, _ in calls if kind == "decode")
     assert decoded == sorted(f"clip{place}.mp4" for place in range(8))
-    assert sum(kind == "process" for kind, *_ in calls) == 8
-    here = {pid for *_, pid in calls} == {os.getpid()}
-    assert here == (workers == 0)  # with workers, ahead of the step and elsewhere
+    assert sum(what for kind, what, _ in calls if kind == "process") == 8  # videos that went through the processor
+    pids = {pid for *_, pid in calls}
+    if workers == 0:
+        assert pids == {os.getpid()}
+    else:  # ahead of the step, in several processes, though the loader repeats each batch four times
+        assert os.getpid() not in pids and len(pids) >= 2
 
 
 def test_a_group_shares_one_object_in_host_memory(load, media_root, tmp_path):

@@ -19,6 +19,7 @@ RANKS = [
     {"downloads"},
     {"encoding"},
     {"generation"},
+    {"shared_prefix"},
     {"evaluate", "trainers.checkpoints", "trainers.guards"},
     {"trainers.grpo", "trainers.sft"},
     {"stages"},
@@ -94,6 +95,7 @@ def test_the_readmes_main_command_needs_no_arguments():
 
 def test_the_readmes_files_exist():
     text = (ROOT / "README.md").read_text()
+    assert "@@" not in text  # a place that was to be filled in
     named = set(re.findall(r"(?:recipes|src|tests|benchmarks)/[\w./-]+\.(?:py|yaml|json)", text))
     named |= {f"recipes/configs/{path}" for path in re.findall(r"--config ([\w/]+\.yaml)", text)}
     missing = [path for path in sorted(named) if not (ROOT / path).exists()]

@@ -59,7 +59,7 @@ def generate(
         range(len(dataset)),
         batch_size=batch_size,
         num_workers=num_workers,
-        collate_fn=lambda places: (places, encode_unique(encoder, [dataset[place] for place in places])),
+        collate_fn=EncodedBatch(encoder, dataset),
     )
     training = model.training
     model.eval()
@@ -94,6 +94,16 @@ def generate(
     bar.close()
     model.train(training)
     return answers
+
+
+class EncodedBatch:
+    """Collates row numbers to `(numbers, encoded prompts)`; a class, so that it reaches spawned workers too."""
+
+    def __init__(self, encoder: PromptEncoder, dataset):
+        self.encoder, self.dataset = encoder, dataset
+
+    def __call__(self, places: list[int]):
+        return places, encode_unique(self.encoder, [self.dataset[place] for place in places])
 
 
 def _end_ids(model, tokenizer) -> list[int]:

@@ -127,7 +127,8 @@ def use_trained_positions(model) -> None:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         images = iter(_rows(image_grid_thw.cpu() if image_grid_thw is not None else None))
         videos = iter(_rows(video_grid_thw.cpu() if video_grid_thw is not None else None))
-        if video_grid_thw is not None and second_per_grid_ts is None and hasattr(self.config.vision_config, "tokens_per_second"):
+        has_times = hasattr(self.config.vision_config, "tokens_per_second")
+        if has_times and video_grid_thw is not None and second_per_grid_ts is None:
             raise ValueError(
                 "Expected `second_per_grid_ts` beside `video_grid_thw`: without it the time between frames is unknown. "
                 "Pass what the processor returned, made with the video's metadata."

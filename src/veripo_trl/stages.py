@@ -265,7 +265,11 @@ def evaluate_policy(
     accelerator = trainer.accelerator
     own = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
     sampled = decoding == "sampled"
-    with unwrap_model_for_generation(trainer.model_wrapped, accelerator) as model:
+    with unwrap_model_for_generation(
+        trainer.model_wrapped,
+        accelerator,
+        gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+    ) as model:
         answers = generate(
             model,
             trainer.encoder,
@@ -298,7 +302,10 @@ class HeldOutEvaluation(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if not self.evaluate_before:
             return
-        if state.global_step > 0 and self.file.exists():
+        if state.global_step > 0:
+            if not self.file.exists():
+                logger.warning("%s is missing: a resumed run cannot tell what its policy was before.", self.file)
+                return
             self.before = json.loads(self.file.read_text())
             self.before = {d: {k: math.nan if v is None else v for k, v in s.items()} for d, s in self.before.items()}
             return
@@ -376,12 +383,15 @@ def save_arguments(output_dir: str, *arguments) -> None:
     for values in record.values():
         for key in [key for key in values if key.endswith("token")]:
             values.pop(key)
-    write_json(Path(output_dir) / "arguments.json", json.loads(json.dumps(record, default=str)))
+    # Named so that the trainer's push leaves it out: it may hold paths of this machine.
+    write_json(Path(output_dir) / "_arguments.json", json.loads(json.dumps(record, default=str)))
 
 
 def finish(trainer, evaluation: HeldOutEvaluation | None, *, title: str, started: float, extra: dict) -> None:
     """End a stage: save the model, then tables on the screen, curves as a picture, results.json, and the push."""
     trainer.save_model()
+    if trainer.args.push_to_hub:  # before the run counts as finished: a failed push is tried again by the same command
+        trainer.push_to_hub()
     if evaluation is not None:
         evaluation.run_after()
     folder = Path(trainer.args.output_dir)
@@ -410,8 +420,6 @@ def finish(trainer, evaluation: HeldOutEvaluation | None, *, title: str, started
         write_json(folder / RESULTS, results)
         print(f"\nmodel, {RESULTS} and curves.png are in {folder} ({results['minutes']:.1f} minutes)", flush=True)
     trainer.accelerator.wait_for_everyone()
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
 
 
 CURVES = {

@@ -1,5 +1,7 @@
 """GRPO on text, image and video rows: what TRL's `GRPOTrainer` leaves out, and nothing else."""
 
+import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -28,6 +30,8 @@ from ..rollouts import RolloutStore
 from ..shared_prefix import score_completions
 from .checkpoints import CheckpointMixin
 from .guards import check_frames_matter, show_resolved_media
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -153,8 +157,13 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
         policy_name: str | None = None,
         **kwargs,
     ):
-        if kwargs["args"].use_vllm:
+        config = kwargs["args"]
+        banned = vision_token_ids(encoder.processor, encoder.config)
+        if config.use_vllm:
             refuse_vllm_with_media(kwargs["train_dataset"])
+            bans = {token: -100.0 for token in banned}  # vLLM refuses `suppress_tokens`
+            config.generation_kwargs = {**(config.generation_kwargs or {}), "logit_bias": bans}
+        spread_over_workers(config)
         super().__init__(*args, **kwargs)
         self.encoder = encoder
         self.rollout_store = rollout_store
@@ -163,7 +172,6 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
         self.data_collator = RolloutCollator(encoder)
         use_trained_positions(self.accelerator.unwrap_model(self.model))
         if not self.use_vllm:
-            banned = vision_token_ids(encoder.processor, encoder.config)
             self.generation_config.suppress_tokens = banned
             self.generation_kwargs["suppress_tokens"] = banned
         # Encoded prompts of the latest generation batch, per mode: an evaluation between two updates of one training
@@ -396,6 +404,30 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
                 self._metrics["train"][f"time/{part}"].append(spent / steps)
             self._seconds_logged, self._step_logged = dict(self.seconds), self.state.global_step
         super().log(logs, start_time)
+
+
+def spread_over_workers(config: VideoGRPOConfig) -> None:
+    """Choose the loader's workers and prefetching so that generation batches are encoded by all of them, ahead.
+
+    A loader deals its batches out in turn, and only every `steps_per_generation × num_iterations`-th is encoded: with a
+    common factor, some workers would never get one, and with torch's prefetching of two the next might not be begun.
+    """
+    if config.dataloader_num_workers == 0:
+        return
+    cycle = config.steps_per_generation * config.num_iterations
+    workers = config.dataloader_num_workers
+    while math.gcd(workers, cycle) > 1:
+        workers += 1
+    if workers != config.dataloader_num_workers:
+        logger.info(
+            "dataloader_num_workers: %d, not %d: only every %dth batch is encoded, and workers take turns.",
+            workers,
+            config.dataloader_num_workers,
+            cycle,
+        )
+    config.dataloader_num_workers = workers
+    if config.dataloader_prefetch_factor is None:
+        config.dataloader_prefetch_factor = max(2, math.ceil((cycle + 1) / workers))
 
 
 def refuse_vllm_with_media(dataset) -> None:
