@@ -5,8 +5,10 @@ prefers "unknown" to a guess: two readings of one conclusion, a hypothetical, or
 conclusion give None.
 """
 
+import functools
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 from veripo_trl.answers import answers_match, boxed_spans, option_labels, read_choice, read_number, split_completion
 
@@ -52,9 +54,15 @@ _IS_LETTER_AT_END = re.compile(rf"\b(?:is|are|be)\s+(?:option\s+)?(?P<letters>{_
 _RIVAL = re.compile(r"[\s.)\]]*(?:\bor\b|/)", re.I)
 
 
+# It begins with the white space, which is three times as fast as beginning with a look behind.
+_BETWEEN_SENTENCES = re.compile(
+    r"\s(?:(?<=[.!?]\s)(?:(?<!\b[A-Z]\.\s)(?<!\b\d\.\s)\s*|\s*(?=[A-Z]))|(?<=\n)\n*)"
+)
+
+
 def _sentences(think: str) -> list[str]:
     """Sentences in order; "A. red", "1. first" and decimals are not split."""
-    parts = re.split(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!\b\d\.)\s+|(?<=[.!?])\s+(?=[A-Z])|\n+", think)
+    parts = _BETWEEN_SENTENCES.split(think)
     return [part.strip()[-MAX_SENTENCE_CHARS:] for part in parts if part.strip()]
 
 
@@ -204,11 +212,53 @@ def judge_by_rules(completion: str, *, problem_type: str, options: Sequence[str]
     think, answer = split_completion(completion)
     if not think or not answer:
         return "unknown"
+    return _verdict_by_rules(think, answer, problem_type, options)["consistency"]
+
+
+@functools.lru_cache(maxsize=2048)  # the rollouts of a group say the same few things
+def _match(conclusion: str, answer: str, problem_type: str, options: tuple[str, ...]) -> bool:
+    return answers_match(conclusion, answer, problem_type=problem_type, options=options)
+
+
+def _verdict_by_rules(think: str, answer: str, problem_type: str, options: Sequence[str] | None) -> dict:
     conclusion = conclude_by_rules(think, problem_type=problem_type, options=options)
     if conclusion is None:
-        return "unknown"
-    if answers_match(conclusion, answer, problem_type=problem_type, options=options):
-        return "consistent"
-    if problem_type in ("OCR", "free-form") and max(len(conclusion.split()), len(answer.split())) > MAX_PROSE_WORDS:
-        return "unknown"
-    return "inconsistent"
+        consistency, reason = "unknown", "no conclusion: the patterns read none"
+    elif _match(conclusion, answer, problem_type, tuple(options or ())):
+        consistency, reason = "consistent", ""
+    elif problem_type in ("OCR", "free-form") and max(len(conclusion.split()), len(answer.split())) > MAX_PROSE_WORDS:
+        consistency, reason = "unknown", "long text: it may say the same in other words"
+    else:
+        consistency, reason = "inconsistent", ""
+    return {"consistency": consistency, "concluded_answer": conclusion, "reason": reason}
+
+
+class RulesJudge:
+    """The judge that needs no model. It shares the judges' protocol:
+
+    - `name`, `prompt_version`: who judged and by what text; both go into verdicts and into the cache's key.
+    - `judge_stream(items)`: yields `(place, verdict)` for each item, in any order. An item is a dict `place, think,
+      answer, problem_type, options`; a verdict is `consistency, concluded_answer, reason, reply`, where `reply` is what
+      may be cached, None for nothing. The items may contain None for "none at the moment": the judge then yields at
+      least once before it asks for the next one, `(None, None)` if it has nothing else.
+    - `requests`, `retries`, `failures` (a Counter by cause): what judging took so far.
+    """
+
+    name = "rules"
+    prompt_version = ""
+    caches = False  # reading again is cheaper than looking up
+
+    def __init__(self):
+        self.requests, self.retries, self.failures = 0, 0, Counter()
+
+    def judge_stream(self, items: Iterable[dict | None]) -> Iterator[tuple[int | None, dict | None]]:
+        """Maths is compared under a time limit, so call it from the main thread."""
+        for item in items:
+            if item is None:
+                yield None, None
+                continue
+            task = (item["problem_type"], item["options"])
+            yield item["place"], {**_verdict_by_rules(item["think"], item["answer"], *task), "reply": None}
+
+    def summary(self) -> str:
+        return "Judged by rules, without requests."

@@ -1,0 +1,328 @@
+"""Judge a GRPO run's rollouts and build preference pairs for DPO (arXiv 2505.19000, the rollout-aware verifier).
+
+    python recipes/verify_rollouts.py                                            # the tiny world's, by rules
+    python recipes/verify_rollouts.py --rollouts outputs/my_grpo/rollouts --output_dir outputs/my_verify \\
+        --judge server --judge_url http://127.0.0.1:8000/v1 --judge_model Qwen/Qwen3-4B-Instruct-2507
+
+Writes <output_dir>/verdicts (one per rollout), pairs, solved.json (questions the next iteration leaves out), pairs.png
+and results.json. One process does it all; a judge server brings its own GPUs. Broken off, it is started again with the
+same command: what a judge model said is kept in the verdict cache, and the pairs come out the same.
+"""
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from veripo_trl import stages
+from veripo_trl.answers import REGRESSION_SCORES, SolutionError
+from veripo_trl.hub import HUB_ID, HubError, dataset_card, fetch_dataset, prepare_repo, push_folder
+from veripo_trl.prompts import PromptError, load_template
+from veripo_trl.verifier import files
+from veripo_trl.verifier.cache import VerdictCache
+from veripo_trl.verifier.curriculum import choose_solved
+from veripo_trl.verifier.judge_prompts import JudgePromptError, load_judge_prompt
+from veripo_trl.verifier.judges import RulesJudge
+from veripo_trl.verifier.pairs import PairOptions, build_pairs, generation_of
+from veripo_trl.verifier.server import JudgeError, ServerJudge
+from veripo_trl.verifier.summary import card_facts, plot, print_summary, summarize
+from veripo_trl.verifier.verify import verify_stream
+
+RECIPES = Path(__file__).resolve().parent
+DEFAULT_CONFIG = RECIPES / "configs" / "tiny" / "verify.yaml"
+JUDGES = ("rules", "server", "local")
+
+
+@dataclass
+class VerifyArguments:
+    """What is judged, by whom, and where the result goes."""
+
+    output_dir: str = field(metadata={"help": "Folder for verdicts, pairs and tables."})
+    rollouts: list[str] = field(
+        default_factory=list, metadata={"help": "Folders of rollout files, or a Hub dataset org/name."}
+    )
+    rollouts_revision: str | None = field(default=None, metadata={"help": "Revision of the Hub dataset."})
+    limit: int | None = field(default=None, metadata={"help": "Read the first n rollouts only, to try things out."})
+    prompt_template: str = field(
+        default="default", metadata={"help": "The one that the rollouts were made with: a name or a YAML file."}
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Counts the tokens of the thinking. Default: the rollouts' policy."}
+    )
+    regression_score: str = field(
+        default="mean_relative_accuracy",
+        metadata={"help": "How numbers earn accuracy, as in the GRPO run's reward: or relative_error."},
+    )
+    judge: str = field(default="rules", metadata={"help": f"Who judges consistency: {', '.join(JUDGES)}."})
+    judge_url: str | None = field(default=None, metadata={"help": "Of an OpenAI-compatible endpoint, with its /v1."})
+    judge_model: str | None = field(default=None, metadata={"help": "Its name there, or the local model."})
+    judge_api_key_env: str | None = field(
+        default=None, metadata={"help": "Name of the environment variable that holds the endpoint's key."}
+    )
+    judge_prompt: str = field(
+        default="consistency", metadata={"help": "A file of verifier_prompts/ by its name, or a path."}
+    )
+    judge_concurrency: int = field(default=64, metadata={"help": "Requests under way at once."})
+    judge_timeout_s: float = field(default=120.0, metadata={"help": "Seconds before a request is given up."})
+    judge_retries: int = field(default=5, metadata={"help": "Further tries of a request that failed."})
+    judge_request_options: str | None = field(
+        default=None,
+        metadata={
+            "help": 'More of a request, as JSON, like {"max_tokens": 2048} or {"chat_template_kwargs": '
+            '{"enable_thinking": false}}.'
+        },
+    )
+    verdict_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "SQLite file of what judge models said. Default: verdict_cache.sqlite beside output_dir, so that it "
+            "outlives that folder and serves every iteration. Rules are not cached: they are faster."
+        },
+    )
+    drop_solved_share: float = field(
+        default=0.8, metadata={"help": "Share of the questions with all rollouts right that solved.json drops."}
+    )
+    push_to_hub: bool = field(default=False, metadata={"help": "Push pairs and verdicts as datasets."})
+    hub_pairs_id: str | None = field(default=None, metadata={"help": "Hub dataset for the pairs."})
+    hub_verdicts_id: str | None = field(default=None, metadata={"help": "Hub dataset for the verdicts."})
+    hub_private: bool = field(default=True, metadata={"help": "Create those datasets as private ones."})
+
+    def __post_init__(self):
+        if not self.rollouts:
+            raise SystemExit("Expected `rollouts:`, a list of folders or a Hub dataset; none was given.")
+        if self.judge not in JUDGES:
+            raise SystemExit(f"judge: expected one of {', '.join(JUDGES)}, got {self.judge!r}.")
+        needed = {"server": ("judge_url", "judge_model"), "local": ("judge_model",)}.get(self.judge, ())
+        if self.push_to_hub:
+            needed += ("hub_pairs_id", "hub_verdicts_id")
+        if missing := [name for name in needed if getattr(self, name) is None]:
+            why = "push_to_hub" if missing[0].startswith("hub") else f"judge: {self.judge}"
+            raise SystemExit(f"{why} needs {' and '.join(missing)}; not given.")
+        if isinstance(self.judge_request_options, str):
+            self.judge_request_options = json.loads(self.judge_request_options)
+        if self.regression_score not in REGRESSION_SCORES:
+            raise SystemExit(f"regression_score: expected one of {REGRESSION_SCORES}, got {self.regression_score!r}.")
+        if not 0 <= self.drop_solved_share <= 1:
+            raise SystemExit(f"drop_solved_share: expected a share from 0 to 1, got {self.drop_solved_share}.")
+        if self.limit is not None and self.limit < 1:
+            raise SystemExit(f"limit: expected 1 or more, got {self.limit}.")
+
+
+def find_rollouts(arguments: VerifyArguments) -> tuple[files.RolloutFiles, dict[str, dict]]:
+    """The checked rollout files, and what of them came from the Hub: {name: {"repo_id", "revision"}}."""
+    found, inputs = [], {}
+    for name in arguments.rollouts:
+        folder = name
+        if not Path(name).expanduser().exists() and HUB_ID.fullmatch(name):
+            print(f"{name}: no such folder here, so it is read as a Hub dataset", flush=True)
+            folder, revision = fetch_dataset(name, revision=arguments.rollouts_revision)
+            inputs[name] = {"repo_id": name, "revision": revision}
+        found += files.find_rollout_files(folder)
+    if arguments.rollouts_revision and len(inputs) != 1:
+        raise SystemExit(f"rollouts_revision is for one Hub dataset; of {arguments.rollouts} {len(inputs)} are such.")
+    return files.open_rollouts(found, limit=arguments.limit), inputs
+
+
+def load_matching_template(name: str, templates: Iterable[str]):
+    """The prompt template, if it is the one of all rollouts: pairs repeat the prompt that the policy saw."""
+    template = load_template(name)
+    if others := sorted(set(templates) - {template.hash}):
+        raise SystemExit(
+            f"prompt_template {name!r} has the hash {template.hash}, but rollouts were made with {', '.join(others)}. "
+            "Set prompt_template to the one of the GRPO run."
+        )
+    return template
+
+
+def load_tokenizer(name: str | None, policies: Iterable[str]):
+    """The tokenizer of that name, or of the rollouts' only policy."""
+    from transformers import AutoTokenizer
+
+    policies = sorted(set(policies))
+    if name is None and len(policies) > 1:
+        raise SystemExit(f"The rollouts are of several policies ({', '.join(policies)}): give `tokenizer`.")
+    name, given = (policies[0], "the rollouts' policy") if name is None else (name, "`tokenizer`")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise SystemExit(
+            f"No tokenizer in {name!r}, {given}: {str(error).splitlines()[0]}\nGive `tokenizer`: the folder or Hub name "
+            "of the model that made the rollouts. Relative folders are seen from the working directory."
+        ) from error
+
+
+def find_judge_prompt(name: str) -> Path:
+    """A prompt file by its path, or by its name in verifier_prompts/ beside this recipe's folder."""
+    shipped = RECIPES.parent / "verifier_prompts"
+    for path in (Path(name).expanduser(), shipped / f"{name}.yaml", shipped / name):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.stem for path in shipped.glob("*.yaml"))) or "none there"
+    raise SystemExit(f"judge_prompt {name!r}: no such file here, and not one of {shipped} ({known}).")
+
+
+def make_judge(arguments: VerifyArguments):
+    """The judge of the arguments; model judges are imported only where they are used."""
+    if arguments.judge == "rules":
+        return RulesJudge()
+    prompt = load_judge_prompt(find_judge_prompt(arguments.judge_prompt))
+    if arguments.judge == "local":
+        from veripo_trl.verifier.local import LocalJudge
+
+        try:
+            return LocalJudge(arguments.judge_model, prompt)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"judge_model {arguments.judge_model!r} cannot be loaded: {error}") from error
+    return ServerJudge(
+        arguments.judge_url,
+        arguments.judge_model,
+        prompt,
+        api_key_env=arguments.judge_api_key_env,
+        concurrency=arguments.judge_concurrency,
+        timeout_s=arguments.judge_timeout_s,
+        retries=arguments.judge_retries,
+        request_options=arguments.judge_request_options,
+    )
+
+
+def open_folder(output_dir: str) -> Path:
+    """The run's folder, ready to write. A finished run is moved aside; what an unfinished one wrote is made anew: its
+    expensive part, the judge's replies, is in the cache."""
+    folder = Path(output_dir)
+    stages.move_finished_aside(folder)
+    if sum(files.remove_files(folder / name) for name in ("verdicts", "pairs")):
+        print(f"{folder} holds an unfinished verification: starting it again", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def judge_rollouts(rollouts: files.RolloutFiles, folder: Path, judge, tokenizer, arguments, ngram: int) -> Counter:
+    """Write a verdict for every rollout; counts of what they say."""
+    counts: Counter = Counter()
+
+    def counted(verdicts: Iterable[dict]) -> Iterator[dict]:
+        for verdict in verdicts:
+            counts[verdict["consistency"]] += 1
+            counts["well formed"] += verdict["format_ok"]
+            counts["accuracy"] += verdict["accuracy"]
+            if verdict["consistency"] == "unknown":
+                counts[f"unknown: {verdict['reason'].split(':')[0]}"] += 1
+            yield verdict
+
+    cache = None
+    if judge.caches:
+        cache = VerdictCache(arguments.verdict_cache or folder.absolute().parent / "verdict_cache.sqlite")
+        print(f"verdict cache: {cache.path}, {len(cache)} replies", flush=True)
+    with tqdm(total=rollouts.rollouts, desc="verdicts", unit="rollout", smoothing=0.05) as bar:
+        verdicts = verify_stream(
+            rollouts,
+            judge=judge,
+            tokenizer=tokenizer,
+            cache=cache,
+            ngram=ngram,
+            progress=bar,
+            regression_score=arguments.regression_score,
+        )
+        files.write_files(counted(verdicts), folder / "verdicts", files.VERDICT_SCHEMA)
+    if cache is not None:
+        cache.close()
+    return counts
+
+
+def push(folder: Path, arguments: VerifyArguments, results: dict) -> dict[str, dict]:
+    """Push verdicts and pairs with cards of what happened; what the Hub holds then."""
+    held = {}
+    for kind, repo_id in (("verdicts", arguments.hub_verdicts_id), ("pairs", arguments.hub_pairs_id)):
+        card = dataset_card(kind, repo_id=repo_id, **card_facts(kind, results))
+        message = f"{results['counts']['rollouts']} rollouts, judged by {results['judge']['name']}"
+        pushed = push_folder(
+            folder / kind, repo_id, repo_type="dataset", card=card, private=arguments.hub_private, message=message
+        )
+        print(f"{pushed.url} holds the {kind} at revision {pushed.revision}", flush=True)
+        held[kind] = {"repo_id": pushed.repo_id, "revision": pushed.revision, "url": pushed.url}
+    return held
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        arguments, options = stages.parse((VerifyArguments, PairOptions), default_config=DEFAULT_CONFIG, argv=argv)
+    except ValueError as error:
+        raise SystemExit(f"{error} Nothing was run.") from error
+    if int(os.environ.get("RANK", "0")):
+        return  # one process of a launcher's does the work
+    started = time.time()
+    try:
+        if arguments.push_to_hub:  # a name or a token that is refused shall not be found out at the end
+            for repo_id in (arguments.hub_verdicts_id, arguments.hub_pairs_id):
+                prepare_repo(repo_id, repo_type="dataset", private=arguments.hub_private)
+        rollouts, inputs = find_rollouts(arguments)
+        template = load_matching_template(arguments.prompt_template, rollouts.templates)
+        tokenizer = load_tokenizer(arguments.tokenizer, rollouts.policies)
+        judge = make_judge(arguments)
+    except (files.RolloutFilesError, PromptError, JudgePromptError, JudgeError, HubError) as error:
+        raise SystemExit(str(error)) from error
+    folder = open_folder(arguments.output_dir)  # after all that can be wrong with the arguments
+    stages.save_arguments(str(folder), arguments, options)
+    try:
+        counts = judge_rollouts(rollouts, folder, judge, tokenizer, arguments, options.ngram)
+    except (JudgeError, SolutionError) as error:
+        raise SystemExit(str(error)) from error
+    accuracies, questions = [], set()
+
+    def watched(groups: Iterable[list[dict]]) -> Iterator[list[dict]]:
+        for group in tqdm(groups, desc="pairs", unit="question"):
+            questions.add(group[0]["question_id"])
+            accuracies.extend((r["question_id"], generation_of(r), r["verdict"]["accuracy"]) for r in group)
+            yield group
+
+    judged = watched(files.judged_questions(rollouts, folder / "verdicts"))
+    pairs, dropped = build_pairs(judged, options, template=template)
+    files.write_files(pairs, folder / "pairs", files.PAIR_SCHEMA)
+    solved = choose_solved(accuracies, share=arguments.drop_solved_share, seed=options.seed)
+    stages.write_json(folder / "solved.json", solved)
+    summary = summarize(rollouts.rollouts, len(questions), counts, pairs, dropped)
+    plot(folder / "pairs.png", summary, pairs, title=folder.name)
+    print(f"\n{judge.summary()}")
+    print_summary(summary, solved, pairs)
+    if not pairs:
+        print(
+            "\nNo pairs. A pair needs a question with a right and consistent rollout and a worse one beside it; the "
+            "table above says what was missing. DPO has nothing to train on."
+        )
+    results = {
+        "counts": summary,
+        "solved": {**solved, "dropped": len(solved["dropped"])},
+        "rollouts": arguments.rollouts,
+        "inputs": inputs,
+        "judge": {
+            "name": judge.name,
+            "prompt_version": judge.prompt_version,
+            "requests": judge.requests,
+            "retries": judge.retries,
+            "failures": dict(judge.failures),
+        },
+        "prompt_template": template.hash,
+        "policies": dict(rollouts.policies),
+        "hub": None,
+    }
+    if arguments.push_to_hub:  # before the run counts as finished: a failed push is tried again by the same command
+        try:
+            results["hub"] = push(folder, arguments, results)
+        except HubError as error:
+            raise SystemExit(f"{error} Or start the same command again.") from error
+    results["minutes"] = (time.time() - started) / 60
+    stages.write_json(folder / stages.RESULTS, results)
+    print(
+        f"\n{len(pairs)} pairs, verdicts, solved.json, pairs.png and {stages.RESULTS} are in {folder} "
+        f"({results['minutes']:.1f} minutes)",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,357 @@
+"""Judged rollouts to preference pairs (arXiv 2505.19000; the three kinds as we read its figure and its reviews).
+
+A group is a question's rollouts, of the whole run or of one generation. In it a rollout is
+
+- right or wrong by its accuracy (`correct_threshold`, `wrong_threshold`), or neither;
+- good: right, consistent, well formed, finished, not repetitive, not too short.
+
+| kind        | chosen                                                        | rejected                               |
+|-------------|---------------------------------------------------------------|----------------------------------------|
+| penalty     | good                                                          | wrong, repetitive or too short         |
+| consistency | good                                                          | right, but inconsistent, well formed   |
+| reflection  | a wrong rollout's thinking + a turn to re-check + a good      | that wrong rollout                     |
+|             | one's thinking and answer                                     |                                        |
+
+A group with every rollout right gives consistency pairs, and penalty pairs against a too short rollout only (its
+length pairs). A group with none right gives nothing. A verdict "unknown" is neither consistent nor inconsistent. No
+chosen is less accurate than its rejected. Of rollouts with one text the first by id stands for all. A first attempt
+of a reflection is consistent: thinking that concludes something else than the wrong answer is no wrong thinking.
+"""
+
+import hashlib
+import heapq
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from ..answers import split_completion
+from ..prompts import PromptTemplate, build_messages
+from .checks import repetition_share
+from .judges import conclude_by_rules
+
+KINDS = ("consistency", "penalty", "reflection")
+QUESTION = ("problem", "options", "problem_type", "solution", "videos", "images")
+MAX_TRIED = 64  # combinations looked at per group and kind: a run's group may hold thousands
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+@dataclass
+class PairOptions:
+    """Which pairs are built of judged rollouts."""
+
+    kinds: list[str] = field(
+        default_factory=lambda: list(KINDS),
+        metadata={"help": f"Kinds of pairs, of {', '.join(KINDS)}. They take turns, in this order, up to the caps."},
+    )
+    group_by: str = field(
+        default="question",
+        metadata={"help": "Compare a question's rollouts of the whole run (question) or of one step (generation)."},
+    )
+    from_step: int = field(
+        default=0, metadata={"help": "Leave out rollouts of earlier steps: the policy has moved on since."}
+    )
+    max_pairs_per_question: int | None = field(default=4, metadata={"help": "Over all kinds and groups; null: all."})
+    max_pairs_per_question_and_kind: int | None = field(default=2, metadata={"help": "Of one kind; null: all."})
+    max_penalty: int | None = field(default=None, metadata={"help": "Most penalty pairs; a seeded choice. null: all."})
+    max_consistency: int | None = field(default=None, metadata={"help": "Most consistency pairs; null: all."})
+    max_reflection: int | None = field(default=None, metadata={"help": "Most reflection pairs; null: all."})
+    correct_threshold: float = field(default=0.8, metadata={"help": "Accuracy from which a rollout is right."})
+    wrong_threshold: float = field(default=0.5, metadata={"help": "Accuracy up to which a rollout is wrong."})
+    min_accuracy_margin: float = field(
+        default=0.5, metadata={"help": "Least accuracy of the chosen above that of a rejected that is wrong."}
+    )
+    max_repetition: float = field(
+        default=0.4, metadata={"help": "Share of repeated word n-grams above which thinking is repetitive."}
+    )
+    ngram: int = field(default=10, metadata={"help": "Words of an n-gram."})
+    min_length_ratio: float = field(
+        default=0.5,
+        metadata={"help": "Thinking with fewer tokens than this × the median of the group's right ones is too short."},
+    )
+    prefer_longer: bool = field(default=True, metadata={"help": "Choose longer thinking first; else at random."})
+    reuse_rollouts: bool = field(default=True, metadata={"help": "A rollout may be in several pairs."})
+    include_truncated: bool = field(
+        default=False, metadata={"help": "Completions cut off at the length limit may be rejected (never chosen)."}
+    )
+    recheck_text: str = field(
+        default="Wait, let me go back and check this once more.",
+        metadata={"help": "Stands between the two thoughts of a reflection, on a line of its own."},
+    )
+    seed: int = field(default=0, metadata={"help": "Of every choice among pairs."})
+
+    def __post_init__(self):
+        def check(fine: bool, name: str, expected: str) -> None:
+            if not fine:
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}.")
+
+        check(self.kinds and set(self.kinds) <= set(KINDS), "kinds", f"some of {', '.join(KINDS)}")
+        check(len(set(self.kinds)) == len(self.kinds), "kinds", "each kind once")
+        check(self.group_by in ("question", "generation"), "group_by", "question or generation")
+        for name in ("max_pairs_per_question", "max_pairs_per_question_and_kind", *(f"max_{kind}" for kind in KINDS)):
+            check(getattr(self, name) is None or getattr(self, name) >= 0, name, "a number from 0, or null for no cap")
+        for name in ("correct_threshold", "wrong_threshold", "min_accuracy_margin", "max_repetition"):
+            check(0 <= getattr(self, name) <= 1, name, "a share from 0 to 1")
+        check(self.wrong_threshold < self.correct_threshold, "wrong_threshold", "less than correct_threshold")
+        check(self.min_length_ratio >= 0, "min_length_ratio", "0 or more")
+        check(self.ngram >= 1, "ngram", "1 or more")
+        recheck = self.recheck_text.strip()
+        check(recheck and not any(tag in recheck for tag in _TAGS), "recheck_text", "a text without tags")
+
+
+def build_pairs(
+    questions: Iterable[list[dict]], options: PairOptions, *, template: PromptTemplate
+) -> tuple[list[dict], Counter]:
+    """The pairs of a run: the same for every order of questions and of rollouts.
+
+    Args:
+        questions: for each question all of its rollouts, every one with its `verdict`. Taken one at a time; kept are
+            the texts of the pairs only.
+
+    Returns:
+        The pairs (columns: `files.PAIR_SCHEMA`) in a seeded order, so that any first n of them are a fair
+        sample; and the counts of what became no pair: "rollouts: <why>" (with the rollouts that stand in a pair
+        before the caps of a whole kind, these add up to all), "groups: <why>", "pairs: <why>".
+
+    Raises:
+        ValueError: two rollouts of one question id differ in the question itself.
+    """
+    dropped: Counter = Counter()
+    kept: dict[str, list] = {kind: [] for kind in options.kinds}
+    for rollouts in questions:
+        for pair in _pairs_of_question(rollouts, options, template, dropped):
+            kind, ids = pair["kind"], (*pair["chosen_ids"], pair["rejected_id"])
+            entry = (-seeded_order(options.seed, kind, *ids), ids, pair)
+            cap = getattr(options, f"max_{kind}")
+            if cap is None or len(kept[kind]) < cap:
+                heapq.heappush(kept[kind], entry)
+            else:
+                dropped[f"pairs: over max_{kind}"] += 1
+                if cap:
+                    heapq.heappushpop(kept[kind], entry)
+    entries = sorted((entry for heap in kept.values() for entry in heap), key=lambda entry: entry[:2], reverse=True)
+    return [pair for *_, pair in entries], dropped
+
+
+def seeded_order(seed: int, *parts: str) -> int:
+    """A number below 2**64 that looks random, is the same on every machine, and differs between seeds."""
+    text = "\0".join([str(seed), *parts])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def generation_of(rollout: dict) -> tuple[str, int]:
+    """Which generation a rollout is of: its run, the part of its id before the last "/", and its step."""
+    return rollout["rollout_id"].rpartition("/")[0], rollout["step"]
+
+
+def _pairs_of_question(
+    rollouts: list[dict], options: PairOptions, template: PromptTemplate, dropped: Counter
+) -> list[dict]:
+    first = rollouts[0]
+    for other in rollouts:
+        if differing := [name for name in QUESTION if (other[name] or None) != (first[name] or None)]:
+            raise ValueError(
+                f"Rollouts {first['rollout_id']!r} and {other['rollout_id']!r} have the question id "
+                f"{first['question_id']!r}, but differ in {', '.join(differing)}. Question ids must be unique over all "
+                "runs that are read together: verify them apart, or set an id_prefix where the rows are loaded."
+            )
+    recent = [rollout for rollout in rollouts if rollout["step"] >= options.from_step]
+    dropped["rollouts: of a step before from_step"] += len(rollouts) - len(recent)
+    groups: dict[tuple, list[dict]] = {}
+    for rollout in sorted(recent, key=lambda rollout: rollout["rollout_id"]):
+        groups.setdefault(generation_of(rollout) if options.group_by == "generation" else (), []).append(rollout)
+    roles = [_roles(group, options, dropped) for group in groups.values()]
+    roles = [role for role in roles if role is not None]
+    streams = {kind: _in_turn([_candidates(kind, role, options, dropped) for role in roles]) for kind in options.kinds}
+    pairs = _take_in_turn(streams, options, dropped)
+    used = {name for pair in pairs for name in (*pair["ids"], pair["rejected"]["rollout_id"])}
+    eligible = {rollout["rollout_id"] for role in roles for rollout in role["chosen"]}
+    eligible |= {r["rollout_id"] for role in roles for kind in KINDS for _, r in role[kind]}
+    dropped["rollouts: fit for a pair, not needed or over a cap"] += len(eligible - used)
+    return [_as_row(pair, first, template) for pair in pairs]
+
+
+def _roles(group: list[dict], options: PairOptions, dropped: Counter) -> dict[str, list] | None:
+    """What each rollout of a group may stand for: {"chosen": [rollout], kind: [(why it is rejected, rollout)]}.
+    None where no pair is possible."""
+    right = [r for r in group if r["verdict"]["accuracy"] >= options.correct_threshold]
+    if len(group) == 1 or not right:
+        why = "of one rollout" if len(group) == 1 else "with none right"
+        dropped[f"groups: {why}"] += 1
+        dropped[f"rollouts: in a group {why}"] += len(group)
+        return None
+    lengths = [r["verdict"]["think_tokens"] for r in right if _whole(r)]
+    shortest = options.min_length_ratio * statistics.median(lengths) if lengths else 0
+    roles: dict[str, list] = {"chosen": [], **{kind: [] for kind in KINDS}}
+    texts: set[str] = set()
+    for rollout in group:
+        text = rollout["completion"].strip()
+        if text in texts:
+            dropped["rollouts: same text as another"] += 1
+            continue
+        texts.add(text)
+        taken, fate = _role(rollout, shortest, len(right) == len(group), options)
+        for role, why in taken:
+            roles[role].append(rollout if role == "chosen" else (why, rollout))
+        if not taken:
+            dropped[f"rollouts: {fate}"] += 1
+    rejected = [r for kind in options.kinds for _, r in roles[kind]]
+    if roles["chosen"] and rejected:
+        return roles
+    without = {r["rollout_id"] for r in [*roles["chosen"], *rejected]}
+    if roles["chosen"]:
+        why = "with all right and nothing to reject" if len(right) == len(group) else "with nothing to reject"
+    else:
+        why = "with none to choose (right, consistent, well formed, neither repetitive nor too short)"
+    dropped[f"groups: {why}"] += 1
+    dropped[f"rollouts: in a group {why}"] += len(without)
+    return None
+
+
+def _whole(rollout: dict) -> bool:
+    return rollout["verdict"]["format_ok"] and rollout["finish_reason"] != "length"
+
+
+def _role(rollout: dict, shortest: float, all_right: bool, options: PairOptions) -> tuple[list[tuple[str, str]], str]:
+    """([(role, why)], what to count the rollout under if it has no role)."""
+    verdict, whole = rollout["verdict"], _whole(rollout)
+    if rollout["finish_reason"] == "length" and not options.include_truncated:
+        return [], "cut off at the length limit"
+    right = verdict["accuracy"] >= options.correct_threshold
+    wrong = verdict["accuracy"] <= options.wrong_threshold
+    repetitive = verdict["repetition"] > options.max_repetition
+    short = verdict["think_tokens"] < shortest
+    taken = []
+    if wrong:
+        taken.append(("penalty", "wrong"))
+        if whole and not repetitive and verdict["consistency"] == "consistent":
+            taken.append(("reflection", "wrong"))
+    elif not whole:
+        return [], "not well formed, though not wrong"
+    elif repetitive and not all_right:
+        taken.append(("penalty", "repetitive"))
+    elif short:
+        taken.append(("penalty", "too short"))
+    if right and whole and verdict["consistency"] == "inconsistent":
+        taken.append(("consistency", "inconsistent"))
+    taken = [(role, why) for role, why in taken if role in options.kinds]
+    if right and whole and verdict["consistency"] == "consistent" and not repetitive and not short:
+        taken.append(("chosen", "good"))
+    if not (right or wrong):
+        return taken, "neither right nor wrong"
+    if right and verdict["consistency"] == "unknown":
+        return taken, "right, consistency unknown"
+    return taken, "of no use to the kinds asked for"
+
+
+def _candidates(kind: str, roles: dict[str, list], options: PairOptions, dropped: Counter) -> Iterator[dict]:
+    """Possible pairs of a kind and group, the preferred first, each rollout once before one comes again."""
+
+    def order(role: str, rollout: dict) -> int:
+        return seeded_order(options.seed, kind, role, rollout["rollout_id"])
+
+    def preference(rollout: dict) -> tuple:
+        return -rollout["verdict"]["think_tokens"] if options.prefer_longer else 0, order("chosen", rollout)
+
+    winners = sorted(roles["chosen"], key=preference)
+    losers = sorted(roles[kind], key=lambda item: order("rejected", item[1]))
+    tried = 0
+    for shift in range(len(winners)):
+        for place, (fault, loser) in enumerate(losers):
+            winner = winners[(place + shift) % len(winners)]
+            tried += 1
+            if tried > MAX_TRIED:
+                return
+            ahead = winner["verdict"]["accuracy"] - loser["verdict"]["accuracy"]
+            if ahead < -1e-9 or (fault == "wrong" and ahead < options.min_accuracy_margin - 1e-9):
+                dropped["pairs: accuracy margin too small"] += 1
+                continue
+            text, parts = winner["completion"], [winner]
+            if kind == "reflection":
+                text, parts = join_for_reflection(loser["completion"], text, options.recheck_text), [loser, winner]
+                if refusal := _refused_join(text, winner, options):
+                    dropped[f"pairs: {refusal}"] += 1
+                    continue
+            ids = [part["rollout_id"] for part in parts]
+            verdicts = {"chosen": [part["verdict"] for part in parts], "rejected": loser["verdict"], "fault": fault}
+            yield {"kind": kind, "text": text, "ids": ids, "rejected": loser, "verdicts": verdicts, "fault": fault}
+
+
+def join_for_reflection(wrong: str, right: str, recheck: str) -> str:
+    """`<think>`, the wrong completion's thinking, the turn, the right one's thinking, and all that follows that one's
+    `</think>` as it was written. Both must be well formed."""
+    closing = right.index("</think>")
+    thinking = right[right.index("<think>") + len("<think>") : closing].strip()
+    return f"<think>{split_completion(wrong)[0]}\n{recheck.strip()}\n{thinking}{right[closing:]}"
+
+
+def _refused_join(text: str, winner: dict, options: PairOptions) -> str | None:
+    """Why a joined completion cannot be chosen: the pieces are sound, but together they may not be."""
+    think = split_completion(text)[0]
+    if repetition_share(think, ngram=options.ngram) > options.max_repetition:
+        return "joined thinking is repetitive"
+    own = split_completion(winner["completion"])[0]
+    read = {"problem_type": winner["problem_type"], "options": winner["options"]}
+    if conclude_by_rules(think, **read) != conclude_by_rules(own, **read):
+        return "joined thinking concludes something else"
+    return None
+
+
+def _in_turn(streams: list[Iterator[dict]]) -> Iterator[dict]:
+    while streams:
+        alive = []
+        for stream in streams:
+            for candidate in stream:
+                yield candidate
+                alive.append(stream)
+                break
+        streams = alive
+
+
+def _take_in_turn(streams: dict[str, Iterator[dict]], options: PairOptions, dropped: Counter) -> list[dict]:
+    """Pairs of one question: a pair of each kind in turn, until the caps or the end."""
+    pairs, seen, used, counts = [], set(), set(), Counter()
+    total, of_kind = options.max_pairs_per_question, options.max_pairs_per_question_and_kind
+    streams = dict(streams)
+    while streams:
+        for kind in list(streams):
+            full = (total is not None and len(pairs) >= total) or (of_kind is not None and counts[kind] >= of_kind)
+            pair = None if full else _next(streams[kind], seen, used, options, dropped)
+            if pair is None:
+                del streams[kind]
+                continue
+            pairs.append(pair)
+            counts[kind] += 1
+    return pairs
+
+
+def _next(stream: Iterator[dict], seen: set, used: set, options: PairOptions, dropped: Counter) -> dict | None:
+    for pair in stream:
+        texts = (pair["text"].strip(), pair["rejected"]["completion"].strip())
+        ids = {*pair["ids"], pair["rejected"]["rollout_id"]}
+        if texts in seen or texts[0] == texts[1]:
+            dropped["pairs: same texts" + (" as another pair" if texts in seen else " chosen and rejected")] += 1
+        elif options.reuse_rollouts or not ids & used:
+            seen.add(texts)
+            used |= ids
+            return pair
+    return None
+
+
+def _as_row(pair: dict, first: dict, template: PromptTemplate) -> dict:
+    """A pair in the columns of the pairs' files: the question's, so that it is encoded as in GRPO, and TRL's
+    conversational preference format."""
+    rejected = pair["rejected"]
+    return {
+        **{name: first[name] for name in ("question_id", *QUESTION, "data_source")},
+        "prompt": build_messages(first, template),
+        "chosen": [{"role": "assistant", "content": pair["text"]}],
+        "rejected": [{"role": "assistant", "content": rejected["completion"]}],
+        "rejected_finished": rejected["finish_reason"] != "length",
+        "kind": pair["kind"],
+        "chosen_ids": pair["ids"],
+        "rejected_id": rejected["rollout_id"],
+        "verdicts": pair["verdicts"],
+        "prompt_template": rejected["prompt_template"],
+        "policy": rejected["policy"],
+    }

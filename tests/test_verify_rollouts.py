@@ -1,0 +1,437 @@
+"""The verify recipe on real rollout files: what it writes, refuses, and does after being killed."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hub_server import HubServer
+from judge_server import JudgeServer, Reply
+
+from veripo_trl.prompts import load_template
+from veripo_trl.rollouts import RolloutStore
+from veripo_trl.verifier import files
+from veripo_trl.verifier.summary import shown
+
+RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "verify_rollouts.py"
+OPTIONS = ["A. red", "B. blue", "C. green", "D. yellow"]
+TEMPLATE = load_template("tiny")
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    spec = importlib.util.spec_from_file_location("verify_rollouts", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["verify_rollouts"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def completion(answer: str, concluded: str | None = None, words: str = "I look at it") -> str:
+    end = f"so the answer is {concluded or answer}." if concluded != "" else "hard to say."
+    return f"<think>{words}, {end}</think><answer>{answer}</answer>"
+
+
+# What the eight rollouts of a generation say, over and over: (answer, concluded).
+SAYS = {
+    "mixed": [("B", "B"), ("B", "C"), ("A", "A"), ("B", "B"), ("D", "D"), ("B", ""), ("C", "A"), ("B", "B")],
+    "solved": [("B", "B")] * 8,
+    "unsolved": [("A", "A")] * 8,
+}
+
+
+def make_rollouts(folder, policy, *, questions=("mixed", "solved", "unsolved"), steps=2, run="run", copies=1, **changes):
+    """A store of `steps` generations. A question's kind is the start of its id."""
+    store = RolloutStore(folder)
+    for step in range(steps):
+        rollouts = []
+        for question in [f"{kind}-{copy}" for kind in questions for copy in range(copies)]:
+            for place, (answer, concluded) in enumerate(SAYS[question.split("-")[0]]):
+                words = f"I look at {question}, try {place} of step {step}"
+                rollouts.append(
+                    {
+                        "rollout_id": f"{run}/step{step}-part0-rank0-{len(rollouts)}",
+                        "question_id": question,
+                        "problem": f"Which colour is first in {question}?",
+                        "options": OPTIONS,
+                        "problem_type": "multiple choice",
+                        "solution": "B",
+                        "videos": ["clips/1.mp4"],
+                        "images": [],
+                        "data_source": "test",
+                        "step": step,
+                        "completion": completion(answer, concluded, words),
+                        "completion_tokens": 20,
+                        "finish_reason": "stop",
+                        "advantage": 0.0,
+                        "policy": str(policy),
+                        "prompt_template": TEMPLATE.hash,
+                        "seed": 0,
+                        "rewards": {"accuracy_reward": float(answer == "B")},
+                    }
+                    | changes
+                )
+        store.write(rollouts, step=step, part=0, rank=0, reward_names=["accuracy_reward"])
+    return store
+
+
+def config(tmp_path, **settings) -> list[str]:
+    """The command line for a YAML with these settings."""
+    content = {"prompt_template": "tiny", "rollouts": [str(tmp_path / "rollouts")]}
+    content |= {"output_dir": str(tmp_path / "outputs" / "verify"), **settings}
+    file = tmp_path / "verify.yaml"
+    file.write_text(json.dumps(content))
+    return ["--config", str(file)]
+
+
+def read(folder: Path) -> list[dict]:
+    return [row for file in sorted(folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+
+
+@pytest.fixture
+def policy(model_paths):
+    return model_paths["qwen2_5_vl"]
+
+
+def test_a_run_from_rollouts_to_pairs(recipe, tmp_path, policy, capsys):
+    store = make_rollouts(tmp_path / "rollouts", policy, copies=3)
+    recipe.main(config(tmp_path, drop_solved_share=0.67))
+    folder = tmp_path / "outputs" / "verify"
+    rollouts, verdicts, pairs = store.read(), read(folder / "verdicts"), read(folder / "pairs")
+    assert [v["rollout_id"] for v in verdicts] == [r["rollout_id"] for r in rollouts]
+    assert pq.read_schema(folder / "verdicts" / "verdicts-00000.parquet") == files.VERDICT_SCHEMA
+    assert pq.read_schema(folder / "pairs" / "pairs-00000.parquet") == files.PAIR_SCHEMA
+    by_kind = {kind: sum(p["kind"] == kind for p in pairs) for kind in ("consistency", "penalty", "reflection")}
+    # of each of the 3 mixed questions: two of a kind, four in all, taken in turn
+    assert by_kind == {"consistency": 6, "penalty": 3, "reflection": 3}
+    texts = {r["rollout_id"]: r["completion"] for r in rollouts}
+    for pair in pairs:
+        assert pair["question_id"].startswith("mixed")
+        assert pair["rejected"] == [{"role": "assistant", "content": texts[pair["rejected_id"]]}]
+        assert pair["videos"] == ["clips/1.mp4"] and pair["policy"] == str(policy)
+        assert pair["prompt"][0]["content"][0]["type"] == "video"
+    solved = json.loads((folder / "solved.json").read_text())
+    assert (solved["solved"], solved["mixed"], solved["unsolved"], len(solved["dropped"])) == (3, 3, 3, 2)
+    assert all(name.startswith("solved") for name in solved["dropped"]) and solved["share"] == 0.67
+    results = json.loads((folder / "results.json").read_text())
+    counts = results["counts"]
+    assert (counts["rollouts"], counts["questions"], counts["pairs"]) == (144, 9, by_kind)
+    assert counts["verdicts"] == {"consistent": 126, "inconsistent": 12, "unknown": 6}
+    assert counts["inconsistency"] == 12 / 138 and counts["unknown"] == 6 / 144
+    assert results["solved"]["zero_variance"] == 12 / 18
+    assert results["judge"] == {"name": "rules", "prompt_version": "", "requests": 0, "retries": 0, "failures": {}}
+    assert results["rollouts"] == [str(tmp_path / "rollouts")] and results["inputs"] == {} and results["hub"] is None
+    assert (folder / "pairs.png").stat().st_size > 5_000
+    screen = capsys.readouterr().out
+    expected = ("consistency: inconsistent", "inconsistent %", "unknown %", "8.7", "4.2", "A reflection pair")
+    assert not [text for text in expected if text not in screen]
+    assert not list(folder.rglob("*.tmp-*"))
+
+
+def test_what_dpo_reads(recipe, tmp_path, policy):
+    """The pairs' files through the readers that come after: the datasets library, and the DPO stage's."""
+    from datasets import load_dataset
+    from trl.data_utils import is_conversational
+
+    from veripo_trl.preferences import load_pairs
+
+    make_rollouts(tmp_path / "rollouts", policy)
+    recipe.main(config(tmp_path))
+    folder = tmp_path / "outputs" / "verify" / "pairs"
+    row = load_dataset("parquet", data_dir=str(folder), split="train", cache_dir=str(tmp_path / "cache"))[0]
+    assert is_conversational(row) and row["chosen"][0]["content"].startswith("<think>")
+    pairs = load_pairs([{"path": str(folder), "media_root": str(tmp_path)}], template=TEMPLATE)
+    assert len(pairs.dataset) == 4 and pairs.dataset[0]["problem"] == "Which colour is first in mixed-0?"
+
+
+def test_finished_run_is_moved_aside_and_gives_the_same_again(recipe, tmp_path, policy):
+    make_rollouts(tmp_path / "rollouts", policy, copies=2)
+    for _ in range(2):
+        recipe.main(config(tmp_path))
+    folder, previous = (tmp_path / "outputs" / name for name in ("verify", "verify.previous-1"))
+    for name in ("pairs/pairs-00000.parquet", "verdicts/verdicts-00000.parquet", "solved.json"):
+        assert (folder / name).read_bytes() == (previous / name).read_bytes()
+    (folder / "results.json").unlink()  # now it is unfinished: made anew in place, what it left is not kept
+    (folder / "pairs" / "pairs-00007.parquet").write_bytes(b"left by a run with other settings")
+    recipe.main(config(tmp_path, max_pairs_per_question=1))
+    assert [file.name for file in (folder / "pairs").iterdir()] == ["pairs-00000.parquet"]
+    assert len(read(folder / "pairs")) == 2 and not (tmp_path / "outputs" / "verify.previous-2").exists()
+
+
+def test_no_pairs(recipe, tmp_path, policy, capsys):
+    make_rollouts(tmp_path / "rollouts", policy, questions=["solved", "unsolved"])
+    recipe.main(config(tmp_path))
+    folder = tmp_path / "outputs" / "verify"
+    assert pq.read_schema(folder / "pairs" / "pairs-00000.parquet") == files.PAIR_SCHEMA and not read(folder / "pairs")
+    assert (folder / "results.json").exists()
+    screen = capsys.readouterr().out
+    assert "No pairs." in screen and "groups: with none right" in screen
+
+
+def test_several_folders_and_limit(recipe, tmp_path, policy):
+    make_rollouts(tmp_path / "one", policy, questions=["mixed"], run="one")
+    make_rollouts(tmp_path / "two" / "rollouts", policy, questions=["solved"], run="two")
+    set_aside = RolloutStore(tmp_path / "one")
+    assert set_aside.set_aside_from(1) == 1  # as a resumed run does: not read
+    recipe.main(config(tmp_path, rollouts=[str(tmp_path / "one"), str(tmp_path / "two")]))
+    results = tmp_path / "outputs" / "verify" / "results.json"
+    assert json.loads(results.read_text())["counts"]["rollouts"] == 8 + 16
+    recipe.main([*config(tmp_path, rollouts=[str(tmp_path / "one"), str(tmp_path / "two")]), "--limit", "10"])
+    assert json.loads(results.read_text())["counts"]["rollouts"] == 10
+
+
+def test_only_the_first_process_of_a_launcher_works(recipe, tmp_path, policy, monkeypatch):
+    make_rollouts(tmp_path / "rollouts", policy)
+    monkeypatch.setenv("RANK", "1")
+    recipe.main(config(tmp_path))
+    assert not (tmp_path / "outputs").exists()
+
+
+# ---- refused, before anything is moved or written ----------------------------------------------------------------
+
+
+def twice(tmp_path, policy):
+    make_rollouts(tmp_path / "rollouts", policy)
+    make_rollouts(tmp_path / "more", policy)
+    return {"rollouts": [str(tmp_path / "rollouts"), str(tmp_path / "more")]}
+
+
+def foreign_file(tmp_path, policy):
+    make_rollouts(tmp_path / "rollouts", policy)
+    pq.write_table(pa.table({"question_id": ["a"], "text": ["b"]}), tmp_path / "rollouts" / "table.parquet")
+
+
+def cut_file(tmp_path, policy):
+    store = make_rollouts(tmp_path / "rollouts", policy)
+    store.files()[1].write_bytes(store.files()[1].read_bytes()[:-100])
+
+
+def wrong_type(tmp_path, policy):
+    store = make_rollouts(tmp_path / "rollouts", policy)
+    table = pq.read_table(store.files()[0])
+    ids = pa.array(range(len(table)))
+    changed = table.set_column(table.column_names.index("videos"), "videos", ids)
+    pq.write_table(changed, store.files()[0])
+
+
+def one_null(tmp_path, policy):
+    make_rollouts(tmp_path / "rollouts", policy, completion=None)
+
+
+def no_rollouts(tmp_path, policy):
+    (tmp_path / "rollouts").mkdir()
+
+
+def empty_file(tmp_path, policy):
+    RolloutStore(tmp_path / "rollouts").write([], step=0, part=0, rank=0, reward_names=["accuracy_reward"])
+
+
+def other_template(tmp_path, policy):
+    make_rollouts(tmp_path / "rollouts", policy, prompt_template="0123456789abcdef")
+
+
+def two_policies(tmp_path, policy):
+    make_rollouts(tmp_path / "rollouts", policy)
+    make_rollouts(tmp_path / "more", "other", run="more")
+    return {"rollouts": [str(tmp_path / "rollouts"), str(tmp_path / "more")]}
+
+
+def no_tokenizer(tmp_path, policy):
+    make_rollouts(tmp_path / "rollouts", tmp_path / "absent")
+
+
+def settings(**given):
+    def make(tmp_path, policy):
+        make_rollouts(tmp_path / "rollouts", policy)
+        return given
+
+    make.__name__ = "-".join(given)
+    return make
+
+
+REFUSED = [
+    (twice, r"48 rollout ids are there more than once:\n  'run/step0-part0-rank0-0' in .*/rollouts/.*and in .*/more/"),
+    (foreign_file, r"table.parquet: not the rollouts of a GRPO run: no column rollout_id, .*it has question_id, text"),
+    (cut_file, r"rollouts-step0000001.*expected a parquet file of rollouts; it cannot be read"),
+    (wrong_type, r"step0000000.*columns of other types than a rollout's: videos int64; expected videos list"),
+    (one_null, r"48 rollouts without `completion`|24 rollouts without `completion`"),
+    (no_rollouts, r"rollouts: expected a folder with the rollouts of a GRPO run.*no parquet file is in it"),
+    (empty_file, r"No rollouts in "),
+    (other_template, rf"prompt_template 'tiny' has the hash {TEMPLATE.hash}, but rollouts.*0123456789abcdef"),
+    (two_policies, r"several policies .*give `tokenizer`"),
+    (no_tokenizer, r"No tokenizer in '.*absent', the rollouts' policy"),
+    (settings(judge="model"), r"judge: expected one of rules, server, local, got 'model'"),
+    (settings(judge="server"), r"judge: server needs judge_url and judge_model"),
+    (settings(judge="local"), r"judge: local needs judge_model"),
+    (settings(push_to_hub=True), r"push_to_hub needs hub_pairs_id and hub_verdicts_id"),
+    (settings(judge="local", judge_model="x", judge_prompt="absent"), r"judge_prompt 'absent': no such file"),
+    (settings(kinds=["length"]), r"kinds: expected some of .*got \['length'\]. Nothing was run"),
+    (settings(max_pair=3), r"unknown key 'max_pair' \(close: max_penalty"),
+    (settings(drop_solved_share=80), r"drop_solved_share: expected a share"),
+    (settings(limit=0), r"limit: expected 1 or more"),
+    (settings(rollouts=[]), r"Expected `rollouts:`"),
+    (settings(rollouts_revision="main"), r"rollouts_revision is for one Hub dataset; of .* 0 are such"),
+    (settings(regression_score="mse"), r"regression_score: expected one of"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED, ids=[make.__name__ for make, _ in REFUSED])
+def test_refused(recipe, tmp_path, policy, make, message):
+    changes = make(tmp_path, policy) or {}
+    finished = tmp_path / "outputs" / "verify"
+    finished.mkdir(parents=True)
+    (finished / "results.json").write_text("{}")
+    with pytest.raises((SystemExit, files.RolloutFilesError), match=f"(?s){message}"):
+        recipe.main(config(tmp_path, **changes))
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["verify"]  # not moved aside
+
+
+# ---- files --------------------------------------------------------------------------------------------------------
+
+
+def test_groups_do_not_depend_on_how_many_fit_in_memory(tmp_path, policy):
+    store = make_rollouts(tmp_path / "rollouts", policy, copies=4, steps=3)
+    rollouts = files.open_rollouts(store.files())
+    verdicts = ({"rollout_id": r["rollout_id"], "question_id": r["question_id"]} for r in rollouts)
+    assert files.write_files(verdicts, tmp_path / "verdicts", files.VERDICT_SCHEMA, rows_per_file=100) == 288
+    assert len(list((tmp_path / "verdicts").iterdir())) == 3
+    grouped = [list(files.judged_questions(rollouts, tmp_path / "verdicts", at_once=n)) for n in (1, 60, 10_000)]
+    assert grouped[0] == grouped[1] == grouped[2]
+    assert len(grouped[0]) == 12 and all(len(group) == 24 for group in grouped[0])
+    assert all(r["verdict"]["rollout_id"] == r["rollout_id"] for group in grouped[0] for r in group)
+    store.files()[0].unlink()
+    with pytest.raises(files.RolloutFilesError, match="not the verdicts of these rollouts"):
+        list(files.judged_questions(files.open_rollouts(store.files()), tmp_path / "verdicts"))
+
+
+def test_files_that_another_library_wrote(tmp_path, policy):
+    """As after a round trip through the Hub: large strings, other column order, null for an empty list."""
+    store = make_rollouts(tmp_path / "rollouts", policy, steps=1)
+    table = pq.read_table(store.files()[0]).drop_columns(["images", "rewards"])
+    table = table.cast(pa.schema([pa.field(f.name, pa.large_string() if f.type == pa.string() else f.type)
+                                  for f in table.schema]))  # fmt: skip
+    table = table.append_column("images", pa.array([None] * len(table), pa.list_(pa.string())))
+    pq.write_table(table.select(sorted(table.column_names)), tmp_path / "table.parquet")
+    assert list(files.open_rollouts([tmp_path / "table.parquet"])) == list(files.open_rollouts(store.files()))
+
+
+def test_text_for_the_screen():
+    assert shown("a\x1b[31m\nb\u202e") == "a�[31m b�"
+    assert shown("x" * 1000, limit=10) == "xxxxx … xxxxx"
+
+
+# ---- a judge's server, and SIGKILL ----------------------------------------------------------------------------------
+
+
+def served(tmp_path, server, name):
+    """Settings of a run with its own folder and cache."""
+    return config(
+        tmp_path,
+        judge="server",
+        judge_url=server.url,
+        judge_model="judge",
+        judge_concurrency=4,
+        output_dir=str(tmp_path / name / "verify"),
+        kinds=["consistency", "penalty", "reflection"],
+    )
+
+
+def test_a_judges_server_is_asked_once(recipe, tmp_path, policy, capsys):
+    make_rollouts(tmp_path / "rollouts", policy)
+    with JudgeServer() as server:
+        recipe.main(served(tmp_path, server, "first"))
+        asked = server.requests
+        assert 0 < asked <= 48
+        recipe.main(served(tmp_path, server, "first"))  # the folder is moved aside, the cache stays
+        assert server.requests == asked
+    results = json.loads((tmp_path / "first" / "verify" / "results.json").read_text())
+    assert results["judge"]["requests"] == 0 and results["judge"]["name"].startswith("server:judge")
+    before, after = (read(tmp_path / "first" / name / "pairs") for name in ("verify.previous-1", "verify"))
+    assert before == after and before
+    assert (tmp_path / "first" / "verdict_cache.sqlite").exists()
+
+
+def test_a_server_that_is_down_is_said_in_one_line(recipe, tmp_path, policy):
+    make_rollouts(tmp_path / "rollouts", policy)
+    with JudgeServer() as server:
+        arguments = served(tmp_path, server, "down")
+    with pytest.raises(SystemExit, match="same command"):
+        recipe.main([*arguments, "--judge_retries", "0"])
+    assert not (tmp_path / "down" / "verify" / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_killed_and_started_again(recipe, tmp_path, policy):
+    """Killed among the verdicts, again when it has pairs, and then left alone: the pairs of an unbroken run."""
+    make_rollouts(tmp_path / "rollouts", policy, copies=8)
+    folder, log = tmp_path / "broken" / "verify", tmp_path / "log"
+    with JudgeServer(lambda number, body: Reply(delay_s=0.01)) as server:
+        arguments = served(tmp_path, server, "broken")
+
+        def kill_when(reached) -> None:
+            with open(log, "w") as output:
+                process = subprocess.Popen([sys.executable, str(RECIPE), *arguments], stdout=output, stderr=output)
+            deadline = time.monotonic() + 120
+            while process.poll() is None and time.monotonic() < deadline and not reached():
+                time.sleep(0.001)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL, log.read_text()
+            assert not (folder / "results.json").exists()
+
+        kill_when(lambda: server.requests > 100)
+        assert server.requests < 300
+        kill_when(lambda: any(folder.glob("pairs/*")))
+        recipe.main(arguments)
+        total = server.requests
+        recipe.main(served(tmp_path, server, "whole"))
+        unbroken = server.requests - total
+    assert total <= unbroken + 4 + 1  # what was in flight is asked again, and nothing else
+    whole = tmp_path / "whole" / "verify"
+    for name in ("pairs/pairs-00000.parquet", "verdicts/verdicts-00000.parquet", "solved.json"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    assert len(read(folder / "pairs")) == 32
+
+
+# ---- the Hub --------------------------------------------------------------------------------------------------------
+
+HUB_RUN = """
+import sys
+from veripo_trl.hub import HubError, push_folder
+push_folder(sys.argv[1], "tester/rollouts", repo_type="dataset", card="x", path_in_repo="rollouts")
+sys.path.insert(0, sys.argv[2])
+import verify_rollouts
+verify_rollouts.main(sys.argv[3:])
+"""
+
+
+@pytest.mark.slow
+def test_from_the_hub_and_back(tmp_path, policy):
+    """Rollouts of a Hub dataset in, verdicts and pairs on the Hub; a commit that fails on the way is made again."""
+    make_rollouts(tmp_path / "rollouts", "org/policy", copies=2)
+    arguments = config(tmp_path, rollouts=["tester/rollouts"], tokenizer=str(policy), push_to_hub=True,
+                       hub_pairs_id="tester/pairs", hub_verdicts_id="tester/verdicts")  # fmt: skip
+    with HubServer() as hub:
+        env = {**os.environ, **hub.environment(tmp_path / "hf_home")}
+        command = [sys.executable, "-c", HUB_RUN, str(tmp_path / "rollouts"), str(RECIPE.parent), *arguments]
+        hub.fail("commit", status=500)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        folder = tmp_path / "outputs" / "verify"
+        results = json.loads((folder / "results.json").read_text())
+        assert results["inputs"]["tester/rollouts"]["revision"] == hub.repos["datasets/tester/rollouts"].find("main")
+        for kind in ("verdicts", "pairs"):
+            repo = f"datasets/tester/{kind}"
+            stored = hub.files(repo)
+            assert stored[f"{kind}-00000.parquet"] == (folder / kind / f"{kind}-00000.parquet").read_bytes()
+            assert results["hub"][kind]["revision"] == hub.repos[repo].find("main") and hub.repos[repo].private
+            card = stored["README.md"].decode()
+            assert results["inputs"]["tester/rollouts"]["revision"] in card and "rules" in card and "org/policy" in card
+            assert str(tmp_path) not in card and hub.commits(repo) == 1
+        assert hub.token not in done.stdout + done.stderr
