@@ -1,0 +1,277 @@
+"""Pushing, verifying, fetching and cards, against a Hub on a socket with the real clients."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from hub_server import HubServer
+
+from veripo_trl import hub as hub_module
+from veripo_trl.hub import HubError, dataset_card, fetch_dataset, input_revision, model_card, push_folder
+from veripo_trl.hub_cards import rollout_counts
+from veripo_trl.rollouts import RolloutStore
+
+SOURCE = {"repo_id": "tester/questions", "revision": "a" * 40}
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with HubServer(page_size=2) as server:
+        server.use_in_this_process(monkeypatch, tmp_path / "hf_home")
+        monkeypatch.setattr(hub_module, "RETRY_WAITS_S", (0.01,) * 3)
+        yield server
+
+
+def rollout(number: int, **changes) -> dict:
+    row = {
+        "rollout_id": f"run/step0-part0-rank0-{number}", "question_id": f"q{number // 2}", "problem": "Which?",
+        "options": ["A. red", "B. blue"], "problem_type": "multiple choice", "solution": "B", "videos": ["clips/1.mp4"],
+        "images": [], "data_source": "test", "step": 0, "completion": "<think>x</think><answer>B</answer>",
+        "completion_tokens": 9, "finish_reason": "stop" if number else "length", "advantage": 0.5,
+        "policy": "outputs/sft", "prompt_template": "abc", "seed": 0, "rewards": {"accuracy_reward": 1.0},
+    }  # fmt: skip
+    return {**row, **changes}
+
+
+def make_rollouts(folder: Path, *, files: int = 2, **changes) -> RolloutStore:
+    store = RolloutStore(folder / "rollouts")
+    for step in range(files):
+        rows = [rollout(4 * step + place, step=step, **changes) for place in range(4)]
+        store.write(rows, step=step, part=0, rank=0, reward_names=["accuracy_reward"])
+    return store
+
+
+def card_of(store: RolloutStore, repo_id: str, **options) -> str:
+    counts, policy = rollout_counts(store.files())
+    return dataset_card(
+        "rollouts", repo_id=repo_id, counts=counts, policy=policy, data_files="rollouts/*.parquet", **options
+    )
+
+
+def push_rollouts(store: RolloutStore, repo_id: str = "tester/rollouts", **options):
+    card = card_of(store, repo_id)
+    return push_folder(store.folder, repo_id, repo_type="dataset", card=card, path_in_repo="rollouts", **options)
+
+
+def client(hub, tmp_path, code: str) -> str:
+    """Run code in a process of its own, which reads the Hub's address when its clients are imported."""
+    env = {**os.environ, **hub.environment(tmp_path / "other_home")}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_rollouts_go_to_a_private_dataset_and_come_back(hub, tmp_path):
+    store = make_rollouts(tmp_path)
+    pushed = push_rollouts(store)
+    assert hub.repos["datasets/tester/rollouts"].private
+    assert pushed.files == ("README.md", *(f"rollouts/{file.name}" for file in store.files()))
+    assert pushed.revision == hub.repos["datasets/tester/rollouts"].branches["main"]
+    folder, sha = fetch_dataset("tester/rollouts")
+    assert sha == pushed.revision
+    assert RolloutStore(folder / "rollouts").read() == store.read()
+    code = (
+        "import datasets; from veripo_trl.hub import *;"
+        f"d = datasets.load_dataset('tester/rollouts', split='train', revision={sha!r});"
+        "print(len(d), d[0]['rewards'], d[0]['videos'])"
+    )
+    assert "8 {'accuracy_reward': 1.0} ['clips/1.mp4']" in client(hub, tmp_path, code)
+
+
+def test_a_second_push_sends_nothing_and_a_revision_stays_what_it_was(hub, tmp_path):
+    store = make_rollouts(tmp_path)
+    first = push_rollouts(store)
+    sent = len(hub.requests("put"))
+    assert push_rollouts(store).revision == first.revision
+    assert hub.commits("datasets/tester/rollouts") == 1 and len(hub.requests("put")) == sent
+    (store.folder / "README.md").unlink()  # as after a run of more steps: one new file, a new card
+    make_rollouts(tmp_path, files=3)
+    second = push_rollouts(store)
+    assert len(hub.requests("put")) == sent + 1
+    assert len(RolloutStore(fetch_dataset("tester/rollouts", revision=first.revision)[0] / "rollouts").read()) == 8
+    assert len(RolloutStore(fetch_dataset("tester/rollouts")[0] / "rollouts").read()) == 12
+    assert second.revision != first.revision
+
+
+def test_files_of_an_earlier_run_leave_the_newest_revision(hub, tmp_path):
+    push_rollouts(make_rollouts(tmp_path / "long", files=3))
+    shorter = make_rollouts(tmp_path / "short", files=1)
+    push_rollouts(shorter)
+    held = hub.files("datasets/tester/rollouts")
+    assert sorted(held) == [".gitattributes", "README.md", f"rollouts/{shorter.files()[0].name}"]
+
+
+def test_many_files_go_in_several_commits_with_the_card_last(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_module, "FILES_PER_COMMIT", 2)
+    push_rollouts(make_rollouts(tmp_path, files=5))
+    commits = list(hub.repos["datasets/tester/rollouts"].commits.values())[1:]
+    assert [len(commit["files"]) - 1 for commit in commits] == [2, 4, 6]
+    assert ["README.md" in commit["files"] for commit in commits] == [False, False, True]
+
+
+def test_only_what_is_meant_is_sent(hub, tmp_path):
+    store = make_rollouts(tmp_path)
+    for name in ("_arguments.json", "training_args.bin", "notes.txt", ".hidden.parquet", "_x.parquet", "x.parquet.tmp-1"):
+        (store.folder / name).write_text("secret")
+    (store.folder / "set_aside" / "001").mkdir(parents=True)
+    pq.write_table(pa.table({"x": [1]}), store.folder / "set_aside" / "001" / "r.parquet")
+    pushed = push_rollouts(store)
+    assert pushed.files == ("README.md", *(f"rollouts/{file.name}" for file in store.files()))
+    every = push_folder(store.folder, "tester/all", repo_type="dataset", card="# x\n", patterns=["**/*"])
+    assert {"notes.txt", "set_aside/001/r.parquet"} < set(every.files)
+    assert not [name for name in every.files if name.startswith(("_", ".")) or name.endswith(".bin")]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"videos": ["/data/clips/1.mp4"]},
+        {"images": ["~/1.png"]},
+        {"videos": ["a.mp4", "C:\\clips\\1.mp4"]},
+        {"videos": ["file:///data/1.mp4"]},
+        {"policy": "/data/models/sft"},
+    ],
+)
+def test_a_path_of_this_machine_is_not_pushed(hub, tmp_path, changes):
+    with pytest.raises(HubError, match="Nothing was pushed") as caught:
+        push_rollouts(make_rollouts(tmp_path, **changes))
+    assert next(iter(changes)) in str(caught.value) and hub.repos == {}
+
+
+def test_nothing_to_push_is_an_error(hub, tmp_path):
+    (tmp_path / "x.parquet").write_text("not parquet")
+    with pytest.raises(HubError, match="x.parquet: expected a parquet file"):
+        push_folder(tmp_path, "tester/x", repo_type="dataset", card="# x\n")
+    (tmp_path / "x.parquet").unlink()
+    with pytest.raises(HubError, match=r"no file matches \*.parquet"):
+        push_folder(tmp_path, "tester/x", repo_type="dataset", card="# x\n")
+
+
+def test_public_only_when_told_and_an_existing_repository_stays_what_it_is(hub, tmp_path, caplog):
+    store = make_rollouts(tmp_path)
+    push_rollouts(store, "tester/open", private=False)
+    assert not hub.repos["datasets/tester/open"].private and "public" not in caplog.text
+    push_rollouts(store, "tester/open")
+    assert not hub.repos["datasets/tester/open"].private
+    assert "tester/open is a public repository already" in caplog.text
+
+
+def test_a_name_without_owner_and_a_branch(hub, tmp_path):
+    pushed = push_rollouts(make_rollouts(tmp_path), "mine", branch="second")
+    assert pushed.repo_id == "tester/mine"
+    assert hub.repos["datasets/tester/mine"].branches["second"] == pushed.revision
+    assert "README.md" not in hub.files("datasets/tester/mine", "main")
+
+
+def test_revisions_of_inputs(hub, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    make_rollouts(tmp_path)
+    assert input_revision("rollouts", "dataset") is None
+    assert input_revision("./somewhere/else/deep", "dataset") is None
+    sha = push_rollouts(RolloutStore(tmp_path / "rollouts")).revision
+    wanted = {"repo_id": "tester/rollouts", "revision": sha}
+    assert input_revision("tester/rollouts", "dataset") == wanted
+    assert input_revision("tester/rollouts", "dataset", sha) == wanted
+    with pytest.raises(HubError, match="'none'.*Correct the name or the revision"):
+        input_revision("tester/rollouts", "dataset", "none")
+    with pytest.raises(HubError, match="tester/nothing"):
+        fetch_dataset("tester/nothing")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
+        input_revision("tester/rollouts", "dataset")
+    refs = tmp_path / "hf_home" / "hub" / "datasets--tester--rollouts" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text(sha)
+    assert input_revision("tester/rollouts", "dataset") == wanted and "as cached" in caplog.text
+
+
+@pytest.mark.slow
+def test_models_and_adapters_load_by_revision(hub, tmp_path, model_paths):
+    from veripo_trl.policy import LANGUAGE_MODEL_LINEAR
+
+    common = {"stage": "GRPO", "counts": {"optimizer steps": 1}}
+    card = model_card(repo_id="tester/base", adapter=False, base="Qwen/Qwen2.5-VL-3B-Instruct", **common)
+    base = push_folder(model_paths["qwen2_5_vl"], "tester/base", repo_type="model", card=card)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(base.files)
+    code = f"""
+from peft import LoraConfig
+from veripo_trl.hub import model_card, push_folder
+from veripo_trl.policy import load_policy
+model, processor = load_policy("tester/base", revision="{base.revision}", lora=LoraConfig(
+    target_modules={LANGUAGE_MODEL_LINEAR!r}, init_lora_weights=False))
+model.save_pretrained("{tmp_path}/adapter")
+card = model_card(repo_id="tester/adapter", stage="GRPO", adapter=True, base="tester/base",
+                  base_revision="{base.revision}", counts={{}})
+pushed = push_folder("{tmp_path}/adapter", "tester/adapter", repo_type="model", card=card)
+again, _ = load_policy("tester/adapter", revision=pushed.revision)
+mine, other = model.state_dict(), again.state_dict()
+assert mine.keys() == other.keys() and all(mine[name].equal(other[name]) for name in mine)
+print("same", sum("lora" in name for name in mine))
+"""
+    assert re.search(r"same [1-9]", client(hub, tmp_path, code))
+    header = yaml.safe_load(hub.files("models/tester/adapter")["README.md"].decode().split("---")[1])
+    assert header["library_name"] == "peft" and header["base_model"] == "tester/base"
+    assert base.revision in hub.files("models/tester/adapter")["README.md"].decode()
+
+
+@pytest.mark.parametrize("kind", ["rollouts", "verdicts", "pairs"])
+def test_dataset_cards_say_what_happened(kind):
+    card = dataset_card(
+        kind, repo_id="me/x", counts={"rollouts": 1234, "a | b": 0.25}, data_files=f"{kind}/*.parquet",
+        inputs={"questions": SOURCE, "media": "/data/secret/clips"}, policy="/data/secret/sft",
+        judge="server:qwen", prompt_version="3f2a", license="cc-by-4.0",
+    )  # fmt: skip
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["license"] == "cc-by-4.0" and kind in header["tags"]
+    assert header["configs"][0]["data_files"] == [{"split": "train", "path": f"{kind}/*.parquet"}]
+    for text in ("2505.19000", "1,234", "a \\| b", "server:qwen", "3f2a", "tester/questions", "a" * 40, "| clips |"):
+        assert text in card
+    assert "/data/secret" not in card
+
+
+@pytest.mark.parametrize(("adapter", "library"), [(True, "peft"), (False, "transformers")])
+@pytest.mark.parametrize("base_on_hub", [True, False])
+def test_model_cards_name_adapter_and_base(adapter, library, base_on_hub):
+    base = "Qwen/Qwen2.5-VL-3B-Instruct" if base_on_hub else "/data/secret/base"
+    card = model_card(
+        repo_id="me/x", stage="DPO", adapter=adapter, base=base, base_revision="b" * 40, base_on_hub=base_on_hub,
+        counts={"optimizer steps": 7}, inputs={"pairs": SOURCE},
+    )  # fmt: skip
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["library_name"] == library and header["license"] == "unknown" and "dpo" in header["tags"]
+    assert header.get("base_model") == (base if base_on_hub else None)
+    for text in ("DPO on preference pairs", "b" * 40, "| optimizer steps | 7 |", "tester/questions"):
+        assert text in card
+    assert "/data/secret" not in card
+
+
+def test_rollout_counts(tmp_path):
+    counts, policy = rollout_counts(make_rollouts(tmp_path).files())
+    assert counts == {
+        "rollouts": 8, "questions": 4, "steps": 2, "cut off at the limit": 1, "rollouts on multiple choice": 8
+    }  # fmt: skip
+    assert policy == "outputs/sft"
+
+
+def test_the_command(hub, tmp_path, capsys):
+    store = make_rollouts(tmp_path)
+    words = ["push", str(store.folder), "tester/r", "--type", "dataset", "--path_in_repo", "rollouts"]
+    with pytest.raises(SystemExit, match="README.md: no such file"):
+        hub_module.main(words)
+    (tmp_path / "card.md").write_text(card_of(store, "tester/r"))
+    hub_module.main([*words, "--card", str(tmp_path / "card.md")])
+    hub_module.main(words)  # the card lies in the folder now
+    assert hub.commits("datasets/tester/r") == 1
+    hub_module.main(["fetch", "tester/r"])
+    shown = capsys.readouterr().out.split("\n")
+    assert shown[0] == shown[1] and "holds all 3 files at revision" in shown[0]
+    assert Path(shown[2]).is_dir() and shown[3] == hub.repos["datasets/tester/r"].branches["main"]
+    with pytest.raises(SystemExit):
+        hub_module.main(["push", "--help"])
+    assert "parquet files of a dataset; weights, configuration" in " ".join(capsys.readouterr().out.split())

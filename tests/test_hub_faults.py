@@ -1,0 +1,225 @@
+"""The Hub's faults: everything arrives exactly once, or one clear error names the command that finishes it."""
+
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from hub_server import HubServer
+from test_hub import make_rollouts, push_rollouts
+
+from veripo_trl import hub as hub_module
+from veripo_trl.hub import HubError, fetch_dataset, push_folder
+
+SECRET = "hf_veryVerySecretToken"
+REPO = "datasets/tester/rollouts"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with HubServer(token=SECRET) as server:
+        server.use_in_this_process(monkeypatch, tmp_path / "hf_home")
+        monkeypatch.setattr(hub_module, "RETRY_WAITS_S", (0.01,) * 3)
+        yield server
+
+
+def assert_whole(hub, store, pushed) -> None:
+    held = hub.files(REPO)
+    for file in store.files():
+        assert held[f"rollouts/{file.name}"] == file.read_bytes()
+    assert pushed.revision == hub.repos[REPO].branches["main"]
+
+
+def finish(error: HubError) -> None:
+    """Run the command that an error names."""
+    words = shlex.split(str(error).split("Finish it: ")[1])
+    assert words[:4] == ["python", "-m", "veripo_trl.hub", "push"]
+    hub_module.main(words[3:])
+
+
+@pytest.mark.parametrize(
+    ("operation", "fault"),
+    [
+        *((operation, {"status": 500}) for operation in ("commit", "create", "info", "tree")),
+        *((operation, {"status": 503, "times": 2}) for operation in ("commit", "create", "info")),
+        *(("commit", {"status": status}) for status in (409, 412, 429, 502, 504)),
+        ("create", {"status": 409, "message": "Cannot create repo: another conflicting operation is in progress"}),
+        *((operation, {"drop": "before"}) for operation in ("commit", "create", "info", "tree")),
+        *((operation, {"drop": "after"}) for operation in ("commit", "create")),
+        ("whoami", {"status": 500}),
+    ],
+    ids=str,
+)
+def test_a_fault_that_passes_is_waited_out(hub, tmp_path, operation, fault):
+    """What the client itself does not retry."""
+    store = make_rollouts(tmp_path)
+    hub.fail(operation, **fault)
+    pushed = push_rollouts(store, "rollouts" if operation == "whoami" else "tester/rollouts")
+    assert_whole(hub, store, pushed)
+    assert hub.commits(REPO) == 1 and all(not fault.times for fault in hub.faults)
+    assert len(hub.requests("put")) == 2
+
+
+@pytest.mark.parametrize(("operation", "fault"), [("put", {"status": 503}), ("preupload", {"status": 500}),
+                                                  ("put", {"drop": "before"})], ids=str)  # fmt: skip
+def test_a_fault_that_the_client_retries(hub, tmp_path, operation, fault):
+    store = make_rollouts(tmp_path, files=1)
+    hub.fail(operation, **fault)
+    assert_whole(hub, store, push_rollouts(store))
+    assert hub.commits(REPO) == 1
+
+
+@pytest.mark.parametrize("fault", [{"status": 500}, {"status": 409}, {"drop": "before"}], ids=str)
+def test_a_fault_that_stays_ends_in_one_error_and_its_command_finishes(hub, tmp_path, fault):
+    store = make_rollouts(tmp_path)
+    hub.fail("commit", times=4, **fault)
+    with pytest.raises(HubError, match="tester/rollouts .*push not finished") as caught:
+        push_rollouts(store)
+    assert hub.commits(REPO) == 0 and len(hub.requests("put")) == 2
+    finish(caught.value)
+    assert hub.commits(REPO) == 1
+    assert len(hub.requests("put")) == 2  # what had arrived was not sent again
+    assert_whole(hub, store, push_rollouts(store))
+    assert hub.commits(REPO) == 1
+
+
+def test_every_answer_lost_and_still_one_commit(hub, tmp_path):
+    """The repository is made and the commit done, both answers lost, and the next question fails too."""
+    store = make_rollouts(tmp_path)
+    hub.fail("commit", drop="after")
+    hub.fail("create", drop="after")
+    hub.fail("tree", status=500)
+    assert_whole(hub, store, push_rollouts(store))
+    assert hub.commits(REPO) == 1 and len(hub.requests("commit")) == 1
+
+
+def test_a_commit_of_somebody_else_in_between_is_kept(hub, tmp_path):
+    store = make_rollouts(tmp_path)
+    push_rollouts(store)
+    repo = hub.repos[REPO]
+    original = hub.next_fault
+
+    def interfere(operation):
+        if operation == "commit":
+            hub.next_fault = original
+            repo.add("main", "by hand", {**hub.files(REPO), "NOTES.md": b"mine"})
+        return original(operation)
+
+    hub.next_fault = interfere
+    make_rollouts(tmp_path, files=3)
+    push_rollouts(store)
+    assert hub.files(REPO)["NOTES.md"] == b"mine" and len(hub.requests("commit", status=412)) == 1
+    assert hub.commits(REPO) == 3
+
+
+def test_a_push_that_broke_between_two_commits_sends_the_rest(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_module, "FILES_PER_COMMIT", 2)
+    store = make_rollouts(tmp_path, files=5)
+    passed = iter([True])
+
+    def fail_second(operation):
+        return None if operation != "commit" or next(passed, False) else forever
+
+    hub.fail("commit", status=500, times=100)
+    forever, original, hub.next_fault = hub.faults[0], hub.next_fault, fail_second
+    with pytest.raises(HubError) as caught:
+        push_rollouts(store)
+    assert hub.commits(REPO) == 1 and len(hub.requests("put")) == 4
+    hub.faults.clear()
+    hub.next_fault = original
+    finish(caught.value)
+    assert hub.commits(REPO) == 3 and len(hub.requests("put")) == 5
+    assert len(list((fetch_dataset("tester/rollouts")[0] / "rollouts").glob("*.parquet"))) == 5
+
+
+def test_killed_during_an_upload_the_next_push_goes_on(hub, tmp_path):
+    """SIGKILL while the second file's PUT hangs: the first is not sent again."""
+    store = make_rollouts(tmp_path)
+    (store.folder / "README.md").write_text("# x\n")
+    words = ["push", str(store.folder), "tester/rollouts", "--type", "dataset", "--path_in_repo", "rollouts"]
+    hub.fail("put", delay_s=0)
+    hub.fail("put", delay_s=30, drop="before")
+    env = {**os.environ, **hub.environment(tmp_path / "other")}
+    process = subprocess.Popen([sys.executable, "-m", "veripo_trl.hub", *words], env=env)
+    deadline = time.time() + 60
+    while time.time() < deadline and not (hub.blobs and len(hub.requests("put")) == 2):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(hub.blobs) == 1 and hub.commits(REPO) == 0
+    hub_module.main(words)
+    assert hub.commits(REPO) == 1 and len(hub.requests("put")) == 3
+    assert all(hub.files(REPO)[f"rollouts/{file.name}"] == file.read_bytes() for file in store.files())
+
+
+REFUSALS = {
+    "read-only token": ({"token": "hf_read_only"}, None, "403.*write role|write role.*403"),
+    "bad token": ({"token": "hf_wrong"}, None, "no valid token: log in"),
+    "another's namespace": ({"token": "hf_foreign"}, None, "403"),
+    "quota at the commit": ({}, ("commit", {"status": 402, "message": "Storage quota exceeded"}), "plan does not allow"),
+    "too large": ({}, ("commit", {"status": 413, "message": "Payload too large"}), "Payload too large"),
+    "quota at the upload": ({}, ("batch", {"status": 403, "message": "Private storage limit"}), "Private storage limit"),
+    "refused upload": ({}, ("put", {"status": 403, "message": "AccessDenied"}), "AccessDenied|403"),
+    "echo of the token": ({}, ("commit", {"status": 400, "message": f"bad header {SECRET}"}), r"bad header \(token\)"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_refusal_is_said_once_at_once_without_the_token(name, hub, tmp_path, monkeypatch, caplog, capsys):
+    options, fault, message = REFUSALS[name]
+    caplog.set_level(logging.INFO)
+    store = make_rollouts(tmp_path)
+    if fault:
+        hub.fail(fault[0], times=100, **fault[1])
+    with pytest.raises(HubError, match=f"(?s)tester/rollouts.*({message})") as caught:
+        push_rollouts(store, **options)
+    hub.faults.clear()
+    assert len(hub.requests("commit")) <= 1  # not tried again
+    assert str(caught.value).count("\n") == 0
+    finish(caught.value)  # with the right token, or the quota raised
+    assert hub.commits(REPO) == 1
+    said = str(caught.value) + caplog.text + "".join(capsys.readouterr())
+    for secret in (SECRET, "hf_read_only", "hf_wrong", "hf_foreign"):
+        assert secret not in said
+        assert all(secret.encode() not in data for data in hub.files(REPO).values())
+
+
+def test_nobody_there(hub, tmp_path, monkeypatch):
+    store = make_rollouts(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(HubError, match="tester/rollouts.*Finish it"):
+        push_rollouts(store)
+
+
+def test_a_hub_that_says_yes_and_keeps_nothing(hub, tmp_path):
+    """Verification: the commit's own answer is not believed."""
+    store = make_rollouts(tmp_path)
+    push_rollouts(store)
+    repo = hub.repos[REPO]
+    make_rollouts(tmp_path, files=3)
+    repo.add = lambda branch, title, files: repo.branches["main"]
+    with pytest.raises(HubError, match="took every commit, but .* does not hold README.md, rollouts/"):
+        push_rollouts(store)
+
+
+def test_a_hub_that_keeps_other_bytes(hub, tmp_path):
+    store = make_rollouts(tmp_path)
+    name = f"rollouts/{store.files()[0].name}"
+    push_rollouts(store)
+    head = hub.repos[REPO].commits[hub.repos[REPO].branches["main"]]
+    head["files"][name] = bytes(len(head["files"][name]))  # of the same size
+    push_rollouts(store)
+    assert hub.files(REPO)[name] == store.files()[0].read_bytes() and hub.commits(REPO) == 2
+
+
+@pytest.mark.parametrize("operation", ["info", "tree", "resolve"])
+def test_reading_waits_out_a_fault(hub, tmp_path, operation):
+    store = make_rollouts(tmp_path)
+    push_folder(store.folder, "tester/rollouts", repo_type="dataset", card="# x\n")
+    hub.fail(operation, status=503)
+    folder, _ = fetch_dataset("tester/rollouts")
+    assert len(list(folder.glob("*.parquet"))) == 2

@@ -1,0 +1,185 @@
+"""Training runs that push, as a user starts them, against a Hub on a socket."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hub_server import HubServer
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+SECRET = "hf_veryVerySecretToken"
+COMMON = {
+    "prompt_template": "tiny", "min_frames": 8, "max_frames": 8, "min_pixels": 3136, "max_pixels": 3136,
+    "decode_threads": 1, "gradient_checkpointing": False, "dtype": "float32", "bf16": False, "use_cpu": True,
+    "dataloader_num_workers": 0, "logging_steps": 1, "report_to": "none", "seed": 0, "max_steps": 2,
+    "learning_rate": 1.0e-4, "save_steps": 1, "save_total_limit": 1, "push_to_hub": True, "hub_strategy": "end",
+}  # fmt: skip
+SFT = {
+    **COMMON, "model_name_or_path": "world/model", "output_dir": "outputs/sft", "hub_model_id": "tester/sft",
+    "datasets": [{"path": "world/train.jsonl"}], "per_device_train_batch_size": 2,
+}  # fmt: skip
+GRPO = {
+    **COMMON, "model_name_or_path": "outputs/sft", "output_dir": "outputs/grpo", "hub_model_id": "tester/grpo",
+    "datasets": [{"path": "world/rl.jsonl"}], "per_device_train_batch_size": 4, "num_generations": 2,
+    "steps_per_generation": 1, "max_completion_length": 6, "rewards": ["accuracy", "format"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    from veripo_trl.tiny.questions import SplitSize
+    from veripo_trl.tiny.world import make_world
+
+    folder = tmp_path_factory.mktemp("world") / "world"
+    make_world(folder, sizes={split: SplitSize(clips=8, questions=8) for split in ("train", "rl", "dev", "heldout")})
+    return folder
+
+
+@pytest.fixture
+def place(world, tmp_path):
+    (tmp_path / "world").symlink_to(world)
+    with HubServer(token=SECRET) as hub:
+        yield hub, tmp_path
+
+
+def run(place, recipe: str, settings: dict, *, fails: bool = False) -> str:
+    """Run a recipe to its end; the token must not be in what it prints or writes, nor this machine's paths on the Hub."""
+    hub, folder = place
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    code = (
+        "import sys, runpy, veripo_trl.hub as hub; hub.RETRY_WAITS_S = (0.01,) * 3; sys.argv = sys.argv[1:];"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    env = {**os.environ, **hub.environment(folder / "hf_home"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, str(RECIPES / recipe), "--config", "config.yaml"]
+    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=500)
+    said = result.stdout + result.stderr
+    assert (result.returncode != 0) == fails, said[-4000:]
+    assert SECRET not in said
+    for path in (folder / "outputs").rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+    for repo in hub.repos:
+        for name, data in hub.files(repo).items():
+            assert SECRET.encode() not in data and str(folder).encode() not in data, (repo, name)
+            assert not name.endswith((".bin", ".pt")) and "_arguments" not in name
+    return said
+
+
+def results(folder, name: str) -> dict:
+    return json.loads((folder / "outputs" / name / "results.json").read_text())
+
+
+@pytest.mark.slow
+def test_cold_start_then_search_each_pushed_once(place):
+    """SFT pushes a model; GRPO starts from the Hub's revision of it, loses the answer to its commit and every later
+    request, and is finished by the same command without training again."""
+    hub, folder = place
+    hub.fail("commit", status=500)
+    hub.fail("commit", drop="after")
+    run(place, "sft_video.py", SFT)
+    sft = results(folder, "sft")["hub"]["model"]
+    assert hub.commits("models/tester/sft") == 1 and hub.repos["models/tester/sft"].private
+    assert sft["revision"] == hub.repos["models/tester/sft"].branches["main"]
+    held = hub.files("models/tester/sft")
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(held)
+    assert held["model.safetensors"] == (folder / "outputs" / "sft" / "model.safetensors").read_bytes()
+    assert "library_name: transformers" in held["README.md"].decode() and "cold start" in held["README.md"].decode()
+
+    settings = {**GRPO, "model_name_or_path": "tester/sft", "use_peft": True, "lora_r": 4}
+    hub.fail("commit", status=503, times=4)
+    said = run(place, "grpo_video.py", settings, fails=True)
+    assert "tester/grpo (model): push not finished" in said and "Finish it: python -m veripo_trl.hub push" in said
+    assert "Traceback" not in said and not (folder / "outputs" / "grpo" / "results.json").exists()
+    assert hub.commits("models/tester/grpo") == 0
+
+    written = (folder / "outputs" / "grpo" / "adapter_model.safetensors").stat().st_mtime_ns
+    said = run(place, "grpo_video.py", settings)
+    assert "outputs/grpo is trained; pushing it" in said
+    assert (folder / "outputs" / "grpo" / "adapter_model.safetensors").stat().st_mtime_ns == written
+    finished = results(folder, "grpo")
+    assert finished["inputs"] == {"model": {"repo_id": "tester/sft", "revision": sft["revision"]}}
+    assert hub.commits("models/tester/grpo") == 1 and hub.commits("datasets/tester/grpo-rollouts") == 1
+    for name, repo in (("model", "models/tester/grpo"), ("rollouts", "datasets/tester/grpo-rollouts")):
+        assert finished["hub"][name]["revision"] == hub.repos[repo].branches["main"]
+        assert hub.repos[repo].private
+    card = hub.files("models/tester/grpo")["README.md"].decode()
+    assert "base_model: tester/sft" in card and sft["revision"] in card and "library_name: peft" in card
+    rollouts = hub.files("datasets/tester/grpo-rollouts")
+    assert len([name for name in rollouts if name.endswith(".parquet")]) == 2
+    assert "| rollouts | 8 |" in rollouts["README.md"].decode()
+    leftovers = {path.name for path in (folder / "outputs" / "grpo").iterdir() if path.name.startswith("_")}
+    assert leftovers == {"_arguments.json"}
+
+    code = (
+        "import datasets; from veripo_trl.policy import load_policy;"
+        f"load_policy('tester/grpo', revision={finished['hub']['model']['revision']!r});"
+        "print(len(datasets.load_dataset('tester/grpo-rollouts', split='train')))"
+    )
+    env = {**os.environ, **hub.environment(folder / "another_home")}
+    loaded = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert loaded.stdout.strip().endswith("8"), loaded.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_pushes_during_training_fail_loudly_and_the_last_one_is_whole(place):
+    """transformers' own push of a save fails in silence; a dataset of the Hub is read at one commit."""
+    hub, folder = place
+    code = (
+        "from veripo_trl.hub import push_folder;"
+        "print(push_folder('world', 'rows', repo_type='dataset', card='# rows\\n', patterns=['train.jsonl']).revision)"
+    )
+    env = {**os.environ, **hub.environment(folder / "hf_home")}
+    pushed = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    settings = {
+        **SFT, "hub_strategy": "every_save", "hub_always_push": True,
+        "datasets": [{"path": "tester/rows", "media_root": "world"}],
+    }  # fmt: skip
+    hub.fail("commit", status=500, times=4)
+    said = run(place, "sft_video.py", settings)
+    assert "The push of step 1 failed; the last push sends what is missing. tester/sft (model)" in said
+    assert "The push of step 2" not in said
+    assert hub.commits("models/tester/sft") == 2  # step 2, and the end with its card
+    assert results(folder, "sft")["inputs"] == {"tester/rows": {"repo_id": "tester/rows", "revision": pushed}}
+    held = hub.files("models/tester/sft")
+    assert held["model.safetensors"] == (folder / "outputs" / "sft" / "model.safetensors").read_bytes()
+    assert pushed in held["README.md"].decode()
+
+
+@pytest.mark.slow
+def test_what_cannot_be_pushed_is_said_before_training(place):
+    hub, folder = place
+    said = run(place, "sft_video.py", {**SFT, "hub_model_id": "somebody/x"}, fails=True)
+    assert "somebody/x (model): the token may not write there" in said
+    assert not list((folder / "outputs").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hub_strategy": "checkpoint"}, "hub_strategy: expected end or every_save, got checkpoint"),
+        ({"hub_strategy": "all_checkpoints"}, "hub_strategy"),
+        ({"hub_token": SECRET}, "HF_TOKEN"),
+    ],
+    ids=["last checkpoint", "all checkpoints", "token"],
+)
+def test_what_would_push_pickles_or_write_a_token_down_is_refused(options, message, tmp_path):
+    import torch
+    from transformers import Trainer
+
+    from veripo_trl.hub import HubError
+    from veripo_trl.trainers.checkpoints import CheckpointMixin
+    from veripo_trl.trainers.sft import VideoSFTConfig
+
+    class PushingTrainer(CheckpointMixin, Trainer):
+        pass
+
+    arguments = VideoSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, push_to_hub=True, **options)
+    with pytest.raises(HubError, match=message) as caught:
+        PushingTrainer(model=torch.nn.Linear(1, 1), args=arguments)
+    assert SECRET not in str(caught.value)
