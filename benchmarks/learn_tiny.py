@@ -1,10 +1,15 @@
-"""Does the embedded GRPO run learn? Cold start, GRPO, and a control with rewards shuffled within groups, per seed.
+"""Does the loop learn? VerIPO's loop on the embedded world, and two controls, per seed.
 
     python benchmarks/learn_tiny.py --seeds 0 1 2
 
-Runs the recipes as shipped, one after another, and writes the numbers that the README shows. The control differs from
-the GRPO run in one thing: within each group, the rewards are dealt out to the completions at random, so that their
-distribution stays and what they say is gone. A finished run under the output folder is not repeated.
+Runs the recipes as shipped, one after another, and writes the numbers that the README shows:
+
+- loop: `recipes/veripo.py` with `tiny/veripo.yaml` (cold start, then twice GRPO, verifier, DPO);
+- GRPO alone: from the loop's first GRPO on, GRPO again, with as many steps and rollouts as the loop's second one;
+- shuffled: the first GRPO with the rewards of each group dealt out to its completions at random, so that their
+  distribution stays and what they say is gone.
+
+A finished run under the output folder is not repeated.
 """
 
 import argparse
@@ -17,7 +22,7 @@ from pathlib import Path
 import torch
 from machine import describe_machine
 
-from veripo_trl import stages
+from veripo_trl import stages, tables
 from veripo_trl.trainers.grpo import VideoGRPOTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,8 +41,8 @@ class ShuffledRewards(VideoGRPOTrainer):
         return self._scored["rewards"]
 
 
-def run_control(argv: list[str]) -> None:
-    """The GRPO recipe with the control's trainer."""
+def run_shuffled(argv: list[str]) -> None:
+    """The GRPO recipe with that trainer."""
     spec = importlib.util.spec_from_file_location("grpo_video", RECIPES / "grpo_video.py")
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
@@ -45,13 +50,37 @@ def run_control(argv: list[str]) -> None:
     recipe.main(argv)
 
 
-def run(command: list[str], folder: Path) -> dict:
-    """Run one stage unless it is finished, and return its results."""
+def run(command: list[str]) -> None:
+    print("$", " ".join(command), flush=True)
+    subprocess.run(command, check=True)
+
+
+def grpo(command: list[str], folder: Path, *, start: Path, seed: int) -> dict:
+    """A GRPO run, unless it is finished. Returns its results."""
     results = folder / stages.RESULTS
     if not results.exists():
-        print("$", " ".join(command), flush=True)
-        subprocess.run(command, check=True)
+        options = ["--config", "tiny/grpo.yaml", "--model_name_or_path", str(start), "--report_before", "false"]
+        run([*command, *options, "--output_dir", str(folder), "--seed", str(seed), "--save_strategy", "no"])
     return json.loads(results.read_text())
+
+
+def table_row(seed: int, policy: str, results: dict) -> dict:
+    sampled, greedy = results["after"]["sampled"], results["after"]["greedy"]
+    return {
+        "seed": seed,
+        "policy": policy,
+        "sampled accuracy": sampled["accuracy"],
+        "95%": f"{sampled['accuracy_low']:.3f}–{sampled['accuracy_high']:.3f}",
+        "greedy accuracy": greedy["accuracy"],
+        "95% ": f"{greedy['accuracy_low']:.3f}–{greedy['accuracy_high']:.3f}",
+        "inconsistent": sampled["inconsistency"],
+        "95%  ": f"{sampled['inconsistency_low']:.3f}–{sampled['inconsistency_high']:.3f}",
+        "unknown": sampled["unknown"],
+        "accurate+consistent": sampled["accurate_and_consistent"],
+        "think tokens": sampled["think_tokens"],
+        "judges differ": sampled["disagreement"],
+        "minutes": results["minutes"],
+    }
 
 
 def main() -> None:
@@ -60,48 +89,30 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/learn_tiny"))
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "learn_tiny.json")
     args = parser.parse_args()
-    runs = []
+    table, loops = [], []
     for seed in args.seeds:
         folder = args.output_dir / f"seed{seed}"
-        common = ["--seed", str(seed), "--save_strategy", "no", "--disable_tqdm", "true"]
-        start = ["--output_dir", str(folder / "sft"), "--config", "tiny/sft.yaml"]
-        cold = run([sys.executable, str(RECIPES / "sft_video.py"), *start, *common], folder / "sft")
-        options = ["--config", "tiny/grpo.yaml", "--model_name_or_path", str(folder / "sft"), *common]
-        grpo_command = [sys.executable, str(RECIPES / "grpo_video.py"), "--output_dir", str(folder / "grpo"), *options]
-        control_command = [sys.executable, __file__, "control", "--output_dir", str(folder / "control"), *options]
-        grpo = run(grpo_command, folder / "grpo")
-        control = run(control_command, folder / "control")
-        runs.append({"seed": seed, "cold_start": cold, "grpo": grpo, "control": control})
-
-    table = []
-    for entry in runs:
-        for policy, summaries, minutes in (
-            ("cold start", entry["grpo"]["before"], entry["cold_start"]["minutes"]),
-            ("GRPO", entry["grpo"]["after"], entry["grpo"]["minutes"]),
-            ("control", entry["control"]["after"], entry["control"]["minutes"]),
-        ):
-            sampled, greedy = summaries["sampled"], summaries["greedy"]
-            table.append(
-                {
-                    "seed": entry["seed"],
-                    "policy": policy,
-                    "sampled accuracy": sampled["accuracy"],
-                    "95%": f"{sampled['accuracy_low']:.3f}–{sampled['accuracy_high']:.3f}",
-                    "greedy accuracy": greedy["accuracy"],
-                    "95% ": f"{greedy['accuracy_low']:.3f}–{greedy['accuracy_high']:.3f}",
-                    "inconsistent": sampled["inconsistency"],
-                    "unknown": sampled["unknown"],
-                    "accurate+consistent": sampled["accurate_and_consistent"],
-                    "minutes": minutes,
-                }
-            )
-    stages.print_table("Tiny world, held-out questions (consistency judged by rules)", table)
-    stages.write_json(args.json, {"machine": describe_machine(), "table": table, "runs": runs})
+        run([sys.executable, str(RECIPES / "veripo.py"), "--seed", str(seed), "--output_dir", str(folder / "loop")])
+        loop = json.loads((folder / "loop" / "run.json").read_text())
+        loops.append({"seed": seed, "minutes": sum(entry["minutes"] for entry in loop["stages"])})
+        for entry in loop["stages"]:
+            if "after" in entry["results"]:
+                table.append(table_row(seed, entry["name"], entry["results"] | {"minutes": entry["minutes"]}))
+            else:
+                loops[-1][entry["name"]] = entry["results"]["counts"]
+        start = [sys.executable, str(RECIPES / "grpo_video.py")]
+        again = grpo(start, folder / "grpo_alone", start=folder / "loop" / "search-1", seed=seed)
+        table.append(table_row(seed, "GRPO alone, as many steps", again))
+        start = [sys.executable, __file__, "shuffled"]
+        shuffled = grpo(start, folder / "shuffled", start=folder / "loop" / "cold-start", seed=seed)
+        table.append(table_row(seed, "GRPO, shuffled rewards", shuffled))
+        tables.print_table("Tiny world, held-out questions (consistency judged by the world's own templates)", table)
+        tables.write_json(args.json, {"machine": describe_machine(), "table": table, "loops": loops})
     print(f"written to {args.json}")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["control"]:
-        run_control(sys.argv[2:])
+    if sys.argv[1:2] == ["shuffled"]:
+        run_shuffled(sys.argv[2:])
     else:
         main()

@@ -68,14 +68,23 @@ def cold_start(config: str, model_path: str, seed: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    data_args, report, grpo_args, training_args, model_args = stages.parse(
-        (stages.DataArguments, stages.ReportArguments, GRPOArguments, VideoGRPOConfig, ModelConfig),
+    data_args, report, push, grpo_args, training_args, model_args = stages.parse(
+        (
+            stages.DataArguments,
+            stages.ReportArguments,
+            stages.PushArguments,
+            GRPOArguments,
+            VideoGRPOConfig,
+            ModelConfig,
+        ),
         default_config=DEFAULT_CONFIG,
         argv=argv,
     )
     started = time.time()
     stages.allow_many_open_files()
     stages.use_all_cores(training_args)
+    if stages.push_trained(training_args, push):
+        return
     stages.make_tiny_world(data_args, training_args)
     dataset = stages.load_training_rows(data_args, seed=training_args.seed)
     heldout = stages.load_eval_rows(data_args)
@@ -84,6 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(training_args.seed)
     model, processor = stages.make_policy(model_args, data_args)
     checkpoint = stages.open_run(training_args.output_dir, accelerator=PartialState())
+    store = RolloutStore(Path(training_args.output_dir) / "rollouts")
     trainer = VideoGRPOTrainer(
         model=model,
         reward_funcs=[REWARDS[name] for name in grpo_args.rewards],
@@ -91,14 +101,15 @@ def main(argv: list[str] | None = None) -> None:
         train_dataset=dataset,
         processing_class=processor,
         encoder=stages.make_encoder(model, processor, data_args),
-        rollout_store=RolloutStore(Path(training_args.output_dir) / "rollouts"),
-        policy_name=model_args.model_name_or_path,
+        rollout_store=store,
+        # relative: rollouts are given to others
+        policy_name=os.path.relpath(name) if os.path.isabs(name := model_args.model_name_or_path) else name,
     )
     if trainer.accelerator.is_main_process:
-        stages.save_arguments(training_args.output_dir, data_args, report, grpo_args, training_args, model_args)
+        stages.save_arguments(training_args.output_dir, data_args, report, push, grpo_args, training_args, model_args)
     evaluation = None
     if heldout is not None:
-        evaluation = stages.HeldOutEvaluation(trainer, heldout, report, before=True)
+        evaluation = stages.HeldOutEvaluation(trainer, heldout, report, before=report.report_before)
         trainer.add_callback(evaluation)
     trainer.train(resume_from_checkpoint=checkpoint)
     stages.finish(
@@ -106,7 +117,12 @@ def main(argv: list[str] | None = None) -> None:
         evaluation,
         title="Held-out questions",
         started=started,
-        extra={"seconds": dict(trainer.seconds)},
+        extra={
+            "seconds": dict(trainer.seconds),
+            "rollouts": store.count(),
+            "inputs": stages.hub_inputs(data_args, model_args),
+        },
+        push=push,
     )
 
 

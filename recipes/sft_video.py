@@ -61,14 +61,23 @@ class StopAtAccuracy(TrainerCallback):
 
 
 def main(argv: list[str] | None = None) -> None:
-    data_args, report, stop, training_args, model_args = stages.parse(
-        (stages.DataArguments, stages.ReportArguments, StopArguments, VideoSFTConfig, ModelConfig),
+    data_args, report, push, stop, training_args, model_args = stages.parse(
+        (
+            stages.DataArguments,
+            stages.ReportArguments,
+            stages.PushArguments,
+            StopArguments,
+            VideoSFTConfig,
+            ModelConfig,
+        ),
         default_config=DEFAULT_CONFIG,
         argv=argv,
     )
     started = time.time()
     stages.allow_many_open_files()
     stages.use_all_cores(training_args)
+    if stages.push_trained(training_args, push):
+        return
     stages.make_tiny_world(data_args, training_args)
     dataset = stages.load_training_rows(data_args, seed=training_args.seed)
     heldout = stages.load_eval_rows(data_args)
@@ -82,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         encoder=stages.make_encoder(model, processor, data_args),
     )
     checkpoint = stages.open_run(training_args.output_dir, accelerator=trainer.accelerator)
-    stages.save_arguments(training_args.output_dir, data_args, stop, training_args, model_args)
+    stages.save_arguments(training_args.output_dir, data_args, push, stop, training_args, model_args)
     stopper = None
     if stop.stop_at_accuracy is not None:
         development = load_rows(stop.stop_datasets, shuffle=False, allow_urls=data_args.allow_urls, unique_ids=False)
@@ -100,7 +109,11 @@ def main(argv: list[str] | None = None) -> None:
         evaluation,
         title="Cold start on held-out questions",
         started=started,
-        extra={"development": stopper.history if stopper else []},
+        extra={
+            "development": stopper.history if stopper else [],
+            "inputs": stages.hub_inputs(data_args, model_args),
+        },
+        push=push,
     )
 
 

@@ -12,7 +12,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from trl import ModelConfig
 
 from veripo_trl import stages
+from veripo_trl.preferences import PairSource
 from veripo_trl.rows import DatasetSource
+from veripo_trl.trainers.dpo import VideoDPOConfig
 from veripo_trl.trainers.grpo import VideoGRPOConfig
 from veripo_trl.trainers.sft import VideoSFTConfig
 from veripo_trl.video import VideoSettings
@@ -21,12 +23,18 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "recipes" / "configs"
 ALL = {str(file.relative_to(CONFIGS)): file for file in sorted(CONFIGS.rglob("*.yaml"))}
 ACCELERATE = [name for name in ALL if name.startswith("accelerate/")]
-RECIPES = [name for name in ALL if name not in ACCELERATE]
+LOOPS = [name for name in ALL if name.endswith("/veripo.yaml")]
+VERIFY = [name for name in ALL if name.endswith("verify.yaml")]
+TRAINING = [name for name in ALL if name not in {*ACCELERATE, *LOOPS, *VERIFY}]
 GRPO_7B = ["qwen2_5_vl_7b/1_activation.yaml", "qwen2_5_vl_7b/2_search.yaml"]
 NODE = 8  # processes that the 7B files are written for
 
 # The dataclasses that a recipe adds of its own are found in it by name.
-PARSED_BY = {"grpo_video.py": ("GRPOArguments", VideoGRPOConfig), "sft_video.py": ("StopArguments", VideoSFTConfig)}
+PARSED_BY = {
+    "grpo_video.py": ("GRPOArguments", VideoGRPOConfig),
+    "sft_video.py": ("StopArguments", VideoSFTConfig),
+    "dpo_video.py": ("PairArguments", VideoDPOConfig),
+}
 
 
 def header(name: str) -> dict[str, str]:
@@ -46,6 +54,9 @@ def header(name: str) -> dict[str, str]:
 def launch(name: str) -> tuple[str | None, Path, list[str]]:
     """(accelerate's config, the recipe, its arguments) of a file's launch command."""
     words = shlex.split(header(name)["Launch"])
+    if name in {*LOOPS, *VERIFY}:  # one process, whatever the machine has
+        assert words[0] == "python"
+        return None, ROOT / words[1], words[2:]
     assert words[:2] == ["accelerate", "launch"], name
     words, config_file = words[2:], None
     if words[0] == "--config_file":
@@ -62,6 +73,11 @@ def recipe_module(path: Path):
 
 def parse(file: Path, recipe: Path) -> dict:
     """{attribute: value} of all argument objects that the recipe makes of a file. No GPU: bf16 is refused then."""
+    if recipe.name == "verify_rollouts.py":
+        module = recipe_module(recipe)
+        kinds = (module.VerifyArguments, module.PairOptions)
+        parsed = stages.parse(kinds, default_config=module.DEFAULT_CONFIG, argv=["--config", str(file)])
+        return {key: value for item in parsed for key, value in vars(item).items()}
     own, training = PARSED_BY[recipe.name]
     module = recipe_module(recipe)
     kinds = (stages.DataArguments, stages.ReportArguments, getattr(module, own), training, ModelConfig)
@@ -74,7 +90,7 @@ def parse(file: Path, recipe: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def parsed():
-    return {name: parse(ALL[name], launch(name)[1]) for name in RECIPES}
+    return {name: parse(ALL[name], launch(name)[1]) for name in [*TRAINING, *VERIFY]}
 
 
 def test_every_promised_file_is_there():
@@ -82,6 +98,8 @@ def test_every_promised_file_is_there():
     promised |= {"qwen2_5_vl_3b_lora/grpo.yaml"} | {
         f"accelerate/{n}.yaml" for n in ("single", "ddp", "zero2", "zero3")
     }
+    promised |= {f"qwen2_5_vl_7b/{n}.yaml" for n in ("3_verify", "4_align", "5_search", "veripo")}
+    promised |= {"tiny/veripo.yaml", "qwen2_5_vl_3b_lora/veripo.yaml"}
     assert promised <= ALL.keys()
 
 
@@ -94,7 +112,7 @@ def test_header_and_launch_command(name):
     assert config_file is None or str((ROOT / config_file).relative_to(CONFIGS)) in ACCELERATE
     if name in ACCELERATE:
         assert ROOT / config_file == ALL[name]
-        assert arguments[0] == "--config" and arguments[1] in RECIPES
+        assert arguments[0] == "--config" and arguments[1] in TRAINING
         assert launch(arguments[1])[1] == recipe, "the configuration is another recipe's"
     elif arguments:
         assert arguments == ["--config", name]
@@ -102,12 +120,14 @@ def test_header_and_launch_command(name):
         assert recipe_module(recipe).DEFAULT_CONFIG == ALL[name]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", TRAINING)
 def test_recipe_parses_it(name, parsed):
     values, written = parsed[name], yaml.safe_load(ALL[name].read_text())
     VideoSettings(**{key: values[key] for key in ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels")})
-    for source in values["datasets"] + (values["eval_datasets"] or []):
+    for source in (values["datasets"] or []) + (values["eval_datasets"] or []):
         DatasetSource(**source)  # a mistyped key of an entry is an error here
+    for source in values.get("pairs", []):
+        PairSource(**source)
     assert values["output_dir"].startswith("outputs/")
     for key in ("dataloader_num_workers", "report_to", "save_steps", "logging_steps", "dtype", "seed"):
         assert key in written, f"{key} is left to a default that may change"
@@ -123,7 +143,9 @@ def test_recipe_parses_it(name, parsed):
         assert values["save_steps"] * values["gradient_accumulation_steps"] % values["steps_per_generation"] == 0
 
 
-@pytest.mark.parametrize(("name", "key", "mistyped"), [(n, "save_steps", "save_step") for n in RECIPES])
+@pytest.mark.parametrize(("name", "key", "mistyped"), [
+    *((n, "save_steps", "save_step") for n in TRAINING), *((n, "judge", "jugde") for n in VERIFY)
+])  # fmt: skip
 def test_mistyped_key_is_named(name, key, mistyped, tmp_path):
     file = tmp_path / "mistyped.yaml"
     file.write_text(re.sub(rf"^{key}:", f"{mistyped}:", ALL[name].read_text(), flags=re.MULTILINE))
@@ -274,8 +296,59 @@ def values_of(wanted) -> set:
     return set(wanted) if isinstance(wanted, list) else {wanted}
 
 
+def test_settings_of_the_papers_alignment(parsed):
+    values = parsed["qwen2_5_vl_7b/4_align.yaml"]
+    assert (values["beta"], values["learning_rate"], values["loss_type"]) == (0.1, 5e-7, ["sigmoid"])
+    assert values["per_device_train_batch_size"] * NODE * values["gradient_accumulation_steps"] == 32
+    later = parsed["qwen2_5_vl_7b/5_search.yaml"]
+    first = parsed[GRPO_7B[1]]
+    assert later["learning_rate"] == 5e-7
+    for key in SETTINGS[GRPO_7B[1]].keys() - {"learning_rate", "model_name_or_path"} | {"steps_per_generation"}:
+        assert later[key] == first[key], key
+    assert [source["limit"] for source in later["datasets"]] == [8_000, 8_000, 8_000]
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_loop_plans_and_its_stages_parse(name, tmp_path):
+    """Every stage's YAML, as the loop writes it, is read by its recipe; what a stage reads, one before it writes."""
+    module = recipe_module(ROOT / "recipes" / "veripo.py")
+    loop = module.read_loop(module.parse_arguments(["--config", str(ALL[name])]))
+    planned = module.plan(loop)
+    assert len(planned) == len(loop["stages"]) + loop["iterations"] * len(loop["iteration"])
+    made: set[str] = set()
+    for stage in planned:
+        file = tmp_path / f"{stage['name']}.yaml"
+        file.write_text(yaml.safe_dump(stage["settings"]))
+        values = parse(file, ROOT / "recipes" / stage["recipe"])
+        read = [source["path"] for source in values.get("pairs", [])] + list(values.get("leave_out") or [])
+        read += values.get("rollouts", []) if isinstance(values.get("rollouts"), list) else []
+        read += [values["model_name_or_path"]] if made and "model_name_or_path" in values else []
+        for path in read:
+            assert any(path == folder or path.startswith(f"{folder}/") for folder in made), (stage["name"], path)
+        made.add(values["output_dir"])
+    if not name.startswith("tiny/"):
+        option, file = loop["accelerate"]
+        assert option == "--config_file" and file in ACCELERATE
+        assert "not run on a GPU yet" in header(name)["Expected"]
+
+
 def test_each_stage_starts_from_what_the_one_before_saved(parsed):
     assert parsed[GRPO_7B[1]]["model_name_or_path"] == parsed[GRPO_7B[0]]["output_dir"]
     assert parsed["tiny/grpo.yaml"]["model_name_or_path"] == parsed["tiny/sft.yaml"]["output_dir"]
-    outputs = [parsed[name]["output_dir"] for name in RECIPES]
+    for folder, grpo, verify, dpo in (
+        ("tiny", "grpo", "verify", "dpo"),
+        ("qwen2_5_vl_3b_lora", "grpo", "verify", "dpo"),
+        ("qwen2_5_vl_7b", "2_search", "3_verify", "4_align"),
+    ):
+        search, judged, align = (parsed[f"{folder}/{stage}.yaml"] for stage in (grpo, verify, dpo))
+        assert judged["rollouts"] == [f"{search['output_dir']}/rollouts"]
+        assert [source["path"] for source in align["pairs"]] == [f"{judged['output_dir']}/pairs"]
+        assert align["model_name_or_path"] == search["output_dir"]
+        for key in ("prompt_template", "fps", "max_frames", "max_pixels"):
+            assert align[key] == search[key], (folder, key)
+        assert judged["prompt_template"] == search["prompt_template"]
+    later = parsed["qwen2_5_vl_7b/5_search.yaml"]
+    assert later["model_name_or_path"] == parsed["qwen2_5_vl_7b/4_align.yaml"]["output_dir"]
+    assert later["leave_out"] == ["outputs/qwen2_5_vl_7b/3_verify/solved.json"]
+    outputs = [values["output_dir"] for values in parsed.values()]
     assert len(set(outputs)) == len(outputs)

@@ -13,19 +13,26 @@ SOURCE = ROOT / "src" / "veripo_trl"
 
 # Rank by rank: a module imports ours from its own rank or a lower one.
 RANKS = [
-    {"answers", "rows", "prompts", "containers", "verifier.judges", "tiny.clips", "tiny.questions", "tiny.parser"},
-    {"positions", "rollouts", "rewards", "frame_cache", "video_process", "video_worker", "policy", "tiny.model"},
+    {"answers", "rows", "prompts", "containers", "verifier.judges", "tiny.clips", "tiny.questions", "tiny.parser",
+     "hub_cards", "report_charts", "report_page", "tables", "verifier.checks", "verifier.cache", "verifier.judge_prompts",
+     "verifier.local", "verifier.server", "verifier.pairs", "verifier.curriculum",
+     "verifier.summary"},
+    {"positions", "preferences", "questions", "rollouts", "rewards", "frame_cache", "video_process", "video_worker",
+     "policy", "tiny.model", "report_read", "verifier.verify", "verifier.files", "hub", "hub_runs"},
     {"video", "tiny.world"},
-    {"downloads"},
-    {"encoding"},
-    {"generation"},
+    {"downloads", "features", "report"},
+    {"encoding", "prefix_attention"},
+    {"generation", "vllm_rollouts"},
     {"shared_prefix"},
-    {"evaluate", "trainers.checkpoints", "trainers.guards"},
-    {"trainers.grpo", "trainers.sft"},
+    {"evaluate", "journal", "scoring", "vllm_engine", "trainers.checkpoints", "trainers.guards", "trainers.vllm"},
+    {"trainers.dpo", "trainers.grpo", "trainers.sft"},
     {"stages"},
+    {"chat"},
 ]
 RANK = {module: rank for rank, modules in enumerate(RANKS) for module in modules}
-PURE = ["answers", "rows", "prompts", "rewards", "verifier.judges", "tiny.parser", "video_worker"]
+PURE = ["answers", "rows", "prompts", "questions", "rewards", "verifier.judges", "verifier.checks", "verifier.cache",
+        "verifier.server", "verifier.verify", "verifier.pairs", "verifier.curriculum", "verifier.files",
+        "tiny.parser", "video_worker"]  # fmt: skip
 
 
 def modules() -> dict[str, Path]:

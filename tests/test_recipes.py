@@ -90,6 +90,18 @@ def test_a_finished_run_is_moved_aside_and_nothing_is_lost(tmp_path, capsys):
     assert "moved to" in capsys.readouterr().out
 
 
+def test_a_half_written_checkpoint_is_no_checkpoint(tmp_path, capsys):
+    from accelerate import PartialState
+
+    for step, state in ((2, "{}"), (4, '{"global_step":'), (6, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert stages.open_run(str(tmp_path), accelerator=PartialState()) == str(tmp_path / "checkpoint-2")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert capsys.readouterr().out.count("broken off while it was written") == 2
+
+
 def test_configurations_are_found_and_mistyped_options_refused(capsys):
     """`--config` is found beside the recipes from any directory; a mistyped option names its neighbours."""
     import importlib.util

@@ -8,8 +8,11 @@ import inspect
 import pytest
 import trl
 from transformers import Trainer
-from trl import GRPOConfig, GRPOTrainer, SFTTrainer
+from trl import DPOTrainer, GRPOConfig, GRPOTrainer, SFTTrainer
+from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
 
+from veripo_trl.trainers.dpo import VideoDPOTrainer
 from veripo_trl.trainers.grpo import VideoGRPOTrainer
 from veripo_trl.trainers.sft import VideoSFTTrainer
 
@@ -33,7 +36,24 @@ SEAMS = {
     (GRPOTrainer, "training_step"): "self model inputs num_items_in_batch",
     (GRPOTrainer, "log"): "self logs start_time",
     (Trainer, "_load_from_checkpoint"): "self resume_from_checkpoint model",
+    (Trainer, "init_hf_repo"): "self token private",
+    (Trainer, "_push_from_checkpoint"): "self checkpoint_folder",
+    (Trainer, "_finish_current_push"): "self",
+    (Trainer, "save_model"): "self output_dir _internal_call",
+    (VLLMGeneration, "generate"): "self prompts images num_generations profiler",
+    (VLLMClient, "image_features"): "self images max_concurrent_requests",
+    (VLLMClient, "generate"): (
+        "self prompts features n repetition_penalty temperature top_p top_k min_p max_tokens logprobs "
+        "structured_outputs_regex generation_kwargs"
+    ),
+    (VLLMClient, "reset_prefix_cache"): "self",
+    (VLLMClient, "get_server_info"): "self",
     (SFTTrainer, "compute_loss"): "self model inputs return_outputs num_items_in_batch",
+    (DPOTrainer, "_compute_loss"): "self model inputs return_outputs",
+    (DPOTrainer, "compute_ref_log_probs"): "self model inputs",
+    (DPOTrainer, "_save"): "self output_dir state_dict",
+    (DPOTrainer, "training_step"): "self args kwargs",
+    (DPOTrainer, "get_batch_samples"): "self epoch_iterator num_batches device",
 }
 
 
@@ -44,13 +64,29 @@ def test_seam(place, parameters):
     assert found == parameters, f"{owner.__name__}.{method} of TRL {trl.__version__} now takes ({found})"
 
 
-@pytest.mark.parametrize("own", [VideoGRPOTrainer, VideoSFTTrainer])
+CALLED = {"compute_ref_log_probs"}  # called by ours, not replaced
+
+
+@pytest.mark.parametrize("own", [VideoGRPOTrainer, VideoSFTTrainer, VideoDPOTrainer])
 def test_every_override_is_listed(own):
     """A method of ours that replaces one of TRL's must stand above."""
     parent = own.__bases__[-1]
     overridden = {name for name in vars(own) if name in dir(parent) and not name.startswith("__")}
     overridden -= {"_abc_impl"}
-    assert overridden == {method for owner, method in SEAMS if owner is parent}
+    assert overridden == {method for owner, method in SEAMS if owner is parent} - CALLED
+
+
+def test_what_trl_asks_of_vllm():
+    """The calls that trainers/vllm.py answers in the place of vLLM's `LLM` and TRL's client."""
+    source = inspect.getsource(VLLMGeneration)
+    for line in (
+        "self.llm = LLM(", "self.vllm_client = VLLMClient(", "self.llm.reset_prefix_cache()",
+        "self.llm.generate(vllm_prompts, sampling_params=sampling_params, use_tqdm=False)",
+        'row["multi_modal_data"] = {"image": img_list if len(img_list) > 1 else img_list[0]}',
+        "self.vllm_client.image_features(all_images[::num_generations])",
+        'expected = len(features["mm_placeholders"]["image"])', "self.vllm_client.reset_prefix_cache()",
+    ):  # fmt: skip
+        assert line in source, f"VLLMGeneration no longer has {line}"
 
 
 def test_attributes_that_trl_sets():

@@ -67,6 +67,10 @@ class RolloutStore:
         """All rollouts, in the order of steps and processes."""
         return [row for path in self.files() for row in pq.read_table(path).to_pylist()]
 
+    def count(self) -> int:
+        """The number of rollouts in the store."""
+        return sum(pq.read_metadata(path).num_rows for path in self.files())
+
     def set_aside_from(self, step: int) -> int:
         """Move the files of `step` and later out of the store, into `set_aside/`.
 

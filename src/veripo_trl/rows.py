@@ -110,8 +110,11 @@ def load_rows(
     allow_urls: bool = False,
     manifest: str | None = None,
     unique_ids: bool = True,
+    leave_out: Iterable[str] = (),
 ) -> "Dataset":
     """Read, check, mix and shuffle rows: a map-style dataset with exactly ``COLUMNS``.
+
+    leave_out: question ids to drop; ids that no row has are no error.
 
     manifest: written by the check command; rows it marks bad are dropped (before they are checked here, so that a
         malformed row it knows of is no error), rows it does not know are an error.
@@ -121,6 +124,8 @@ def load_rows(
     rows, problems = read_rows(sources, allow_urls=allow_urls, manifest=manifest, unique_ids=unique_ids)
     if problems:
         raise RowError(_message(problems, "cannot be used"), problems)
+    if leave_out := set(leave_out):
+        rows = [row for row in rows if row["question_id"] not in leave_out]
     if not rows:
         raise RowError(f"no rows left of {[s['path'] for s in map(_source_fields, sources)]}: all were dropped.")
     if shuffle:
@@ -145,8 +150,11 @@ def read_rows(
     allow_urls: bool = False,
     manifest: str | None = None,
     unique_ids: bool = True,
+    other_columns: tuple[str, ...] = (),
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(good rows in file order, problems of the others, one each). For the check command; `load_rows` raises."""
+    """(good rows in file order, problems of the others, one each). For the check command; `load_rows` raises.
+
+    other_columns: columns beside a row's that the caller reads itself."""
     if isinstance(sources, (str, dict)) or not sources:
         raise RowError(f"`datasets` must be a list of at least one {{path: …}}, came {sources!r}.")
     sources = [DatasetSource(**_source_fields(source)) for source in sources]
@@ -160,7 +168,7 @@ def read_rows(
             files[key] = _read(source)
         records, default_root = files[key]
         root = _media_root(source, default_root)
-        records, id_column = _selected(records, source)
+        records, id_column = _selected(records, source, other_columns)
         for file, number, record in records:
             raw_id = record.get(id_column) if isinstance(record, dict) else None
             question_id = source.id_prefix + str(raw_id) if _is_id(raw_id) else None
@@ -364,7 +372,7 @@ def _media_root(source: DatasetSource, default: str | None) -> str | None:
     return root
 
 
-def _selected(records: list, source: DatasetSource) -> tuple[list, str]:
+def _selected(records: list, source: DatasetSource, other_columns: tuple[str, ...]) -> tuple[list, str]:
     """(records after `where` and `limit`, the column of their ids). Checks the columns of the whole source."""
     columns: dict[str, None] = {}
     for _, _, record in records:
@@ -374,7 +382,7 @@ def _selected(records: list, source: DatasetSource) -> tuple[list, str]:
     if missing := [column for column in where if column not in columns]:
         raise RowError(f"{source.path}: `where` names {missing}; the columns are {', '.join(columns)}.")
     is_video_r1 = _VIDEO_R1 <= columns.keys() and "question_id" not in columns
-    _check_columns(source.path, columns, is_video_r1)
+    _check_columns(source.path, [c for c in columns if c not in other_columns], is_video_r1)
     for column, wanted in where.items():
         accepted = wanted if isinstance(wanted, list) else [wanted]
         kept = [r for r in records if isinstance(r[2], dict) and r[2].get(column) in accepted]

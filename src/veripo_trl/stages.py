@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import resource
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -13,23 +14,31 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate.utils import gather_object
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from trl.models import unwrap_model_for_generation
 
 from .encoding import PromptEncoder
 from .evaluate import generate, summarize
+from .hub import SHA, HubError, input_revision
+from .hub_runs import push_run
 from .policy import LANGUAGE_MODEL_LINEAR, load_policy
 from .prompts import load_template
-from .rows import check_media, load_rows
+from .rows import SUFFIXES, check_media, load_rows
+from .tables import print_table, write_json
+from .tiny.parser import judge as judge_by_templates
 from .verifier.judges import judge_by_rules
 from .video import VideoLoader, VideoSettings
 
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"  # written last: a run that has it is finished
+TRAINED = "_trained.json"  # its content, before the push
+REPORT_JUDGES = {"rules": judge_by_rules, "tiny": judge_by_templates}
 
 
 @dataclass
@@ -45,6 +54,10 @@ class DataArguments:
     )
     manifest: str | None = field(
         default=None, metadata={"help": "Written by recipes/check_rows.py: rows it marks bad are left out."}
+    )
+    leave_out: list[str] | None = field(
+        default=None,
+        metadata={"help": "Files solved.json of verify_rollouts.py: the questions that they drop are left out."},
     )
     allow_urls: bool = field(default=False, metadata={"help": "Let rows name media by URL."})
     prompt_template: str = field(
@@ -77,6 +90,16 @@ class DataArguments:
 
 
 @dataclass
+class PushArguments:
+    """Where a stage's results go beside `hub_model_id`, and under which licence."""
+
+    hub_rollouts_id: str | None = field(
+        default=None, metadata={"help": "Hub dataset for GRPO's rollouts. Default: hub_model_id with -rollouts."}
+    )
+    hub_license: str = field(default="unknown", metadata={"help": "Licence in the cards, by the Hub's identifier."})
+
+
+@dataclass
 class ReportArguments:
     """The held-out evaluation behind the table at the end of a stage."""
 
@@ -84,6 +107,17 @@ class ReportArguments:
     report_samples: int = field(default=2, metadata={"help": "Sampled answers per question, beside the greedy one."})
     report_temperature: float = field(default=1.0, metadata={"help": "Temperature of the sampled answers."})
     report_max_new_tokens: int = field(default=1024, metadata={"help": "Longest answer, in tokens."})
+    report_judge: str = field(
+        default="rules",
+        metadata={"help": "Who judges consistency here: rules, or tiny (reads the embedded world's own templates)."},
+    )
+    report_before: bool = field(
+        default=True, metadata={"help": "Evaluate before training too; the loop has that from the stage before."}
+    )
+
+    def __post_init__(self):
+        if self.report_judge not in REPORT_JUDGES:
+            raise SystemExit(f"report_judge: expected one of {sorted(REPORT_JUDGES)}, got {self.report_judge!r}.")
 
 
 def parse(dataclasses: tuple, *, default_config: Path, argv: list[str] | None = None, ignored: tuple = ()) -> tuple:
@@ -149,11 +183,14 @@ def make_policy(model_args: ModelConfig, data_args: DataArguments):
     """The model and processor of a stage, see `policy.load_policy`. LoRA targets the language model by default."""
     if model_args.use_peft and model_args.lora_target_modules is None:
         model_args.lora_target_modules = LANGUAGE_MODEL_LINEAR
+    revision = None if model_args.model_revision == "main" else model_args.model_revision
+    if origin := _hub_origin(model_args.model_name_or_path, "model", revision):
+        model_args.model_revision = revision = origin["revision"]
     quantization = get_quantization_config(model_args)
     device_map = {"": torch.cuda.current_device()} if quantization and torch.cuda.is_available() else None
     return load_policy(
         model_args.model_name_or_path,
-        revision=None if model_args.model_revision == "main" else model_args.model_revision,
+        revision=revision,
         dtype=model_args.dtype or "float32",
         attn_implementation=model_args.attn_implementation,
         train_vision_tower=data_args.train_vision_tower,
@@ -161,6 +198,33 @@ def make_policy(model_args: ModelConfig, data_args: DataArguments):
         quantization_config=quantization,
         device_map=device_map,
     )
+
+
+def _hub_origin(name: str, repo_type: str, revision: str | None) -> dict | None:
+    """`hub.input_revision`, asked once for all processes."""
+    return broadcast_object_list(
+        [input_revision(name, repo_type, revision) if PartialState().is_main_process else None]
+    )[0]
+
+
+def _pin(sources: list[dict]) -> None:
+    """Set the revision of datasets of the Hub to the commit that is read, so that it is known afterwards."""
+    for source in sources:
+        path = source.get("path", "")
+        if Path(path).suffix not in SUFFIXES and (origin := _hub_origin(path, "dataset", source.get("revision"))):
+            source["revision"] = origin["revision"]
+
+
+def hub_inputs(data_args: DataArguments, model_args: ModelConfig) -> dict[str, dict]:
+    """{"model" or a dataset's path: {"repo_id", "revision"}} of what a stage has read from the Hub, by commit."""
+    sources = [*(data_args.datasets or []), *(data_args.eval_datasets or [])]
+    read = {"model": (model_args.model_name_or_path, model_args.model_revision)}
+    read |= {source["path"]: (source["path"], source.get("revision")) for source in sources}
+    return {
+        name: {"repo_id": place, "revision": revision}
+        for name, (place, revision) in read.items()
+        if revision and SHA.fullmatch(revision) and not Path(place).exists()
+    }
 
 
 def make_encoder(model, processor, data_args: DataArguments) -> PromptEncoder:
@@ -211,20 +275,53 @@ def load_training_rows(data_args: DataArguments, *, seed: int):
     """The training rows, mixed and shuffled by seed, with every media file looked at."""
     if not data_args.datasets:
         raise SystemExit("Expected `datasets:`, a list of {path: …}; none was given.")
+    _pin(data_args.datasets)
+    dropped = [question for file in data_args.leave_out or [] for question in _dropped_questions(file)]
     dataset = load_rows(
-        data_args.datasets, seed=seed, allow_urls=data_args.allow_urls, manifest=data_args.manifest, unique_ids=True
+        data_args.datasets,
+        seed=seed,
+        allow_urls=data_args.allow_urls,
+        manifest=data_args.manifest,
+        unique_ids=True,
+        leave_out=dropped,
     )
+    if dropped and int(os.environ.get("RANK", "0")) == 0:
+        print(f"left out {len(set(dropped))} solved questions, {len(dataset)} rows stay", flush=True)
     check_media(dataset, allow_urls=data_args.allow_urls)
     return dataset
+
+
+def _dropped_questions(file: str) -> list[str]:
+    """What a `solved.json` of verify_rollouts.py says to leave out."""
+    try:
+        dropped = json.loads(Path(file).read_text(encoding="utf-8"))["dropped"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(
+            f'leave_out: {file}: expected a solved.json of verify_rollouts.py, {{"dropped": [question ids], …}}, '
+            f"got {type(error).__name__}: {error}."
+        ) from error
+    return dropped
 
 
 def load_eval_rows(data_args: DataArguments):
     """The held-out rows in file order, or None where the recipe names none."""
     if not data_args.eval_datasets:
         return None
+    _pin(data_args.eval_datasets)
     dataset = load_rows(data_args.eval_datasets, shuffle=False, allow_urls=data_args.allow_urls, unique_ids=False)
     check_media(dataset, allow_urls=data_args.allow_urls)
     return dataset
+
+
+def move_finished_aside(folder: Path) -> None:
+    """Move a finished run's folder to `<folder>.previous-<n>`; leave any other as it is."""
+    if not (folder / RESULTS).exists():
+        return
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.previous-{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    print(f"{folder} holds a finished run: moved to {aside}", flush=True)
 
 
 def open_run(output_dir: str, *, accelerator) -> str | None:
@@ -236,12 +333,11 @@ def open_run(output_dir: str, *, accelerator) -> str | None:
         The last checkpoint of an unfinished run, or None for a fresh start.
     """
     folder = Path(output_dir)
-    if accelerator.is_main_process and (folder / RESULTS).exists():
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}.previous-{number}")).exists():
-            number += 1
-        folder.rename(aside)
-        print(f"{folder} holds a finished run: moved to {aside}", flush=True)
+    if accelerator.is_main_process:
+        move_finished_aside(folder)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and folder.is_dir():
+        remove_half_written_checkpoints(folder)
     accelerator.wait_for_everyone()
     checkpoint = get_last_checkpoint(output_dir) if folder.is_dir() else None
     if checkpoint is not None and accelerator.is_main_process:
@@ -250,10 +346,23 @@ def open_run(output_dir: str, *, accelerator) -> str | None:
     return checkpoint
 
 
+def remove_half_written_checkpoints(folder: Path) -> None:
+    """Remove what a run that was killed while it wrote a checkpoint left of it.
+
+    transformers writes `trainer_state.json` last of all: a folder without it, or with half of it, is no checkpoint.
+    """
+    for checkpoint in folder.glob("checkpoint-*"):
+        try:
+            json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        except (FileNotFoundError, ValueError):
+            print(f"{checkpoint} was broken off while it was written: removed", flush=True)
+            shutil.rmtree(checkpoint)
+
+
 def evaluate_policy(
     trainer, dataset, report: ReportArguments, *, decoding: str, progress: str | None = None
 ) -> dict[str, float | int]:
-    """The trainer's policy on rows, shared out over the processes; consistency judged by rules.
+    """The trainer's policy on rows, shared out over the processes; consistency judged by `report_judge`.
 
     Args:
         decoding: "greedy", or "sampled": `report_samples` answers per row at `report_temperature`.
@@ -283,7 +392,10 @@ def evaluate_policy(
             progress=progress if accelerator.is_main_process else None,
         )
     answers = gather_object([{**answer, "row": own[answer["row"]]} for answer in answers])
-    return summarize(answers, dataset, judge=judge_by_rules)
+    others = [judge for name, judge in REPORT_JUDGES.items() if name != report.report_judge and name != "tiny"]
+    return summarize(
+        answers, dataset, judge=REPORT_JUDGES[report.report_judge], second_judge=others[0] if others else None
+    )
 
 
 class HeldOutEvaluation(TrainerCallback):
@@ -325,43 +437,6 @@ class HeldOutEvaluation(TrainerCallback):
         }
 
 
-def write_json(path: str | Path, content) -> None:
-    """Write JSON whole or not at all; NaN becomes null."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def print_table(title: str, rows: list[dict]) -> None:
-    """Print dicts of one shape as a table, the first column at the left."""
-    columns = list(rows[0])
-    cells = [columns] + [[_cell(row[column]) for column in columns] for row in rows]
-    widths = [max(len(line[place]) for line in cells) for place in range(len(columns))]
-    print(f"\n{title}")
-    for number, line in enumerate(cells):
-        first, rest = line[0].ljust(widths[0]), [cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True)]
-        print("  ".join([first, *rest]))
-        if number == 0:
-            print("  ".join("-" * width for width in widths))
-    sys.stdout.flush()
-
-
-def _cell(value) -> str:
-    if isinstance(value, float):
-        return "–" if math.isnan(value) else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-    return str(value)
-
-
 def result_row(when: str, decoding: str, summary: dict) -> dict:
     """One line of the end table from `evaluate.summarize`."""
     return {
@@ -387,11 +462,17 @@ def save_arguments(output_dir: str, *arguments) -> None:
     write_json(Path(output_dir) / "_arguments.json", json.loads(json.dumps(record, default=str)))
 
 
-def finish(trainer, evaluation: HeldOutEvaluation | None, *, title: str, started: float, extra: dict) -> None:
-    """End a stage: save the model, then tables on the screen, curves as a picture, results.json, and the push."""
-    trainer.save_model()
-    if trainer.args.push_to_hub:  # before the run counts as finished: a failed push is tried again by the same command
-        trainer.push_to_hub()
+def finish(
+    trainer,
+    evaluation: HeldOutEvaluation | None,
+    *,
+    title: str,
+    started: float,
+    extra: dict,
+    push: PushArguments | None = None,
+) -> None:
+    """End a stage: save the model, then tables on the screen, curves as a picture, the push, and results.json."""
+    trainer.save_model(_internal_call=True)  # without transformers' push: ours comes last, when there is all to push
     if evaluation is not None:
         evaluation.run_after()
     folder = Path(trainer.args.output_dir)
@@ -401,7 +482,8 @@ def finish(trainer, evaluation: HeldOutEvaluation | None, *, title: str, started
             summaries = getattr(evaluation, when, None) or {}
             rows += [result_row(when, decoding, summary) for decoding, summary in summaries.items()]
         if rows:
-            print_table(f"{title} (consistency judged by rules)", rows)
+            judge = evaluation.report.report_judge
+            print_table(f"{title} (consistency judged by {judge})", rows)
         if extra.get("seconds"):
             steps = max(trainer.state.global_step, 1)
             print_table(
@@ -411,15 +493,44 @@ def finish(trainer, evaluation: HeldOutEvaluation | None, *, title: str, started
         history = trainer.state.log_history
         plot_curves(folder / "curves.png", history, title=folder.name)
         results = {
+            "stage": trainer._name,
+            "model": trainer.model.config._name_or_path,
             "before": getattr(evaluation, "before", None),
             "after": getattr(evaluation, "after", None),
             "steps": trainer.state.global_step,
             "minutes": (time.time() - started) / 60,
+            "history": history,
             **extra,
         }
-        write_json(folder / RESULTS, results)
         print(f"\nmodel, {RESULTS} and curves.png are in {folder} ({results['minutes']:.1f} minutes)", flush=True)
+        write_json(folder / (TRAINED if trainer.args.push_to_hub else RESULTS), results)
     trainer.accelerator.wait_for_everyone()
+    if trainer.args.push_to_hub:
+        push_trained(trainer.args, push)
+
+
+def push_trained(training_args, push: PushArguments | None = None) -> bool:
+    """Push a run that is trained and not pushed, perhaps by an earlier process, which then counts as finished.
+
+    Returns:
+        Whether there was one, on every process: nothing is left to do. Without `push_to_hub` its push is given up.
+    """
+    push, folder, state = push or PushArguments(), Path(training_args.output_dir), PartialState()
+    trained = (folder / TRAINED).exists() and not (folder / RESULTS).exists()
+    state.wait_for_everyone()
+    if trained and state.is_main_process:
+        results = json.loads((folder / TRAINED).read_text(encoding="utf-8"))
+        if training_args.push_to_hub:
+            print(f"{folder} is trained; pushing it. Broken off, the same command goes on with the push.", flush=True)
+            try:
+                results["hub"] = push_run(
+                    folder, training_args, results, rollouts_id=push.hub_rollouts_id, license=push.hub_license
+                )
+            except HubError as error:
+                raise SystemExit(f"{error}\nOr start the run's own command again: it does not train again.") from None
+        write_json(folder / RESULTS, results)
+        (folder / TRAINED).unlink()
+    return trained
 
 
 CURVES = {

@@ -1,0 +1,111 @@
+"""DPO on preference pairs that verify_rollouts.py made of a GRPO run's rollouts (arXiv 2505.19000, the fast alignment).
+
+    accelerate launch recipes/dpo_video.py                                       # the tiny world, after its GRPO run
+    accelerate launch recipes/dpo_video.py --config qwen2_5_vl_3b_lora/dpo.yaml \\
+        --model_name_or_path outputs/qwen2_5_vl_3b_grpo --pairs '{"path": "my-org/my-pairs", "media_root": "clips"}'
+
+`model_name_or_path` is the policy that made the rollouts. It is the reference too: its full weights, or, where it is an
+adapter, a frozen copy of that. A run that was broken off goes on from its last checkpoint.
+"""
+
+import os
+
+# The loader's workers share the cores with the model: threads that spin while they wait would slow both many times over.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+from peft import PeftModel
+from transformers import set_seed
+from trl import ModelConfig
+
+from veripo_trl import stages
+from veripo_trl.preferences import load_pairs
+from veripo_trl.prompts import load_template
+from veripo_trl.rows import check_media
+from veripo_trl.trainers.dpo import VideoDPOConfig, VideoDPOTrainer
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "tiny" / "dpo.yaml"
+
+
+@dataclass
+class PairArguments:
+    """Where the preference pairs are."""
+
+    pairs: list[str] | None = field(
+        default=None,
+        metadata={"help": "List of {path, media_root, revision, kinds, limit}; JSON on the command line."},
+    )
+
+    def __post_init__(self):
+        if not self.pairs:
+            raise SystemExit("Expected `pairs:`, a list of {path: …} that verify_rollouts.py wrote; none was given.")
+        self.pairs = [json.loads(item) if isinstance(item, str) else item for item in self.pairs]
+
+
+def main(argv: list[str] | None = None) -> None:
+    data_args, report, push, pair_args, training_args, model_args = stages.parse(
+        (
+            stages.DataArguments,
+            stages.ReportArguments,
+            stages.PushArguments,
+            PairArguments,
+            VideoDPOConfig,
+            ModelConfig,
+        ),
+        default_config=DEFAULT_CONFIG,
+        argv=argv,
+    )
+    started = time.time()
+    stages.allow_many_open_files()
+    stages.use_all_cores(training_args)
+    if stages.push_trained(training_args, push):
+        return
+    stages.make_tiny_world(data_args, training_args)
+    pairs = load_pairs(
+        pair_args.pairs, template=load_template(data_args.prompt_template), allow_urls=data_args.allow_urls
+    )
+    check_media(pairs.dataset, allow_urls=data_args.allow_urls)
+    heldout = stages.load_eval_rows(data_args)
+    set_seed(training_args.seed)
+    model, processor = stages.make_policy(model_args, data_args)
+    reference = None if isinstance(model, PeftModel) else stages.make_policy(model_args, data_args)[0]
+    checkpoint = stages.open_run(training_args.output_dir, accelerator=PartialState())
+    trainer = VideoDPOTrainer(
+        model=model,
+        ref_model=reference,
+        args=training_args,
+        train_dataset=pairs.dataset,
+        processing_class=processor,
+        encoder=stages.make_encoder(model, processor, data_args),
+    )
+    kinds = Counter(pairs.dataset["kind"])
+    if trainer.accelerator.is_main_process:
+        print(f"{len(pairs.dataset)} pairs ({', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))})", flush=True)
+        stages.save_arguments(training_args.output_dir, data_args, report, push, pair_args, training_args, model_args)
+    evaluation = None
+    if heldout is not None:
+        evaluation = stages.HeldOutEvaluation(trainer, heldout, report, before=report.report_before)
+        trainer.add_callback(evaluation)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    stages.finish(
+        trainer,
+        evaluation,
+        title="Held-out questions",
+        started=started,
+        extra={
+            "seconds": dict(trainer.seconds),
+            "pairs": dict(kinds),
+            "inputs": {**stages.hub_inputs(data_args, model_args), **pairs.inputs},
+        },
+        push=push,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,562 @@
+"""VerIPO's loop: GRPO, verifier, DPO, and round again (arXiv 2505.19000).
+
+    python recipes/veripo.py                                  # the tiny world: CPU, offline, minutes
+    python recipes/veripo.py --config qwen2_5_vl_3b_lora/veripo.yaml --dry-run
+    python recipes/veripo.py --config my_loop.yaml --until verify-1
+
+One YAML names the stages in order, each a recipe of this folder with its configuration and overrides. Every stage runs
+as its own process, as a user would run it. The state of the run is `<output_dir>/run.json`: killed anywhere, the same
+command goes on; finished stages are not run again.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import yaml
+
+RECIPES = Path(__file__).resolve().parent
+CONFIGS = RECIPES / "configs"
+DEFAULT_CONFIG = CONFIGS / "tiny" / "veripo.yaml"
+RESULTS = "results.json"  # a stage's folder that has it is finished
+MARKER = "VERIPO_RUN"  # in the environment of every process that a run starts
+TRAINING = ("sft_video.py", "grpo_video.py", "dpo_video.py")  # these make a policy and are launched by accelerate
+LOOP_KEYS = {"output_dir", "iterations", "seed", "accelerate", "stages", "iteration", "push_to_hub", "hub_prefix"}
+STAGE_KEYS = {
+    "name", "recipe", "config", "overrides", "later_config", "later_overrides",
+    "judge_command", "judge_health", "judge_start_timeout_s",
+}  # fmt: skip
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=str(DEFAULT_CONFIG), help="the loop's YAML, from here or recipes/configs/")
+    parser.add_argument("--output_dir", help="the run's folder; default: the configuration's")
+    parser.add_argument("--iterations", type=int, help="times round the loop; default: the configuration's")
+    parser.add_argument("--seed", type=int, help="of every stage; default: the configuration's")
+    parser.add_argument("--from", dest="first", metavar="STAGE", help="do this stage and all after it again")
+    parser.add_argument("--until", dest="last", metavar="STAGE", help="end after this stage")
+    parser.add_argument("--dry-run", action="store_true", help="show what would run, and write nothing")
+    return parser.parse_args(argv)
+
+
+def find_config(name: str) -> Path:
+    for path in (Path(name), CONFIGS / name):
+        if path.is_file():
+            return path
+    raise SystemExit(f"{name}: no such file here or in {CONFIGS}.")
+
+
+def read_loop(arguments: argparse.Namespace) -> dict:
+    """The loop's YAML with the command line's values in it, checked."""
+    path = find_config(arguments.config)
+    loop = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(loop, dict) or not isinstance(loop.get("iteration"), list):
+        raise SystemExit(f"{path}: expected a mapping with `iteration:`, the list of stages that are repeated.")
+    for key in ("output_dir", "iterations", "seed"):
+        if getattr(arguments, key) is not None:
+            loop[key] = getattr(arguments, key)
+    loop = {"stages": [], "iterations": 1, "accelerate": [], "push_to_hub": False, **loop}
+    if unknown := sorted(set(loop) - LOOP_KEYS):
+        raise SystemExit(f"{path}: unknown key {', '.join(unknown)}; known are {', '.join(sorted(LOOP_KEYS))}.")
+    for stage in [*loop["stages"], *loop["iteration"]]:
+        missing = sorted({"name", "recipe", "config"} - set(stage))
+        if missing or set(stage) - STAGE_KEYS:
+            raise SystemExit(
+                f"{path}: stage {stage.get('name')!r}: missing {missing or 'nothing'}, unknown "
+                f"{sorted(set(stage) - STAGE_KEYS) or 'nothing'}; known are {', '.join(sorted(STAGE_KEYS))}."
+            )
+        if stage["recipe"] not in (*TRAINING, "verify_rollouts.py"):
+            raise SystemExit(f"{path}: stage {stage['name']!r}: no recipe {stage['recipe']!r} for a loop.")
+    if not loop.get("output_dir"):
+        raise SystemExit(f"{path}: expected `output_dir:`, the run's folder.")
+    if not isinstance(loop["iterations"], int) or loop["iterations"] < 1:
+        raise SystemExit(f"iterations: expected a whole number of 1 or more, got {loop['iterations']!r}.")
+    if loop["push_to_hub"] and not loop.get("hub_prefix"):
+        raise SystemExit(f"{path}: push_to_hub needs `hub_prefix`, like my-name/my-run: what repositories begin with.")
+    return loop
+
+
+def plan(loop: dict) -> list[dict]:
+    """The stages in the order in which they run, each with the content of its YAML.
+
+    What a stage reads of the stages before is filled in: the policy of the latest training, the rollouts of the latest
+    GRPO, the pairs of the latest verification, the solved questions of all. `overrides` win over that.
+    """
+    run, stages = Path(loop["output_dir"]), []
+    rounds = [(stage, stage["name"], 0) for stage in loop["stages"]]
+    for number in range(1, loop["iterations"] + 1):
+        rounds += [(stage, f"{stage['name']}-{number}", number) for stage in loop["iteration"]]
+    policy = rollouts = pairs = None
+    solved: list[str] = []
+    for stage, key, iteration in rounds:
+        later = iteration > 1
+        file = find_config((later and stage.get("later_config")) or stage["config"])
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        overrides = {**stage.get("overrides", {}), **(stage.get("later_overrides", {}) if later else {})}
+        output = run / key
+        wired = {"output_dir": str(output)}
+        recipe = stage["recipe"]
+        if recipe in TRAINING and policy is not None:
+            wired["model_name_or_path"] = policy
+        if recipe == "grpo_video.py":
+            wired["leave_out"] = list(solved) or None
+            if policy is not None:
+                content.pop("cold_start", None)
+            rollouts = str(output / "rollouts")
+        if recipe == "verify_rollouts.py":
+            if rollouts is None and "rollouts" not in overrides:
+                raise SystemExit(f"stage {key}: no GRPO stage before it: give it `rollouts` in its overrides.")
+            wired |= {"rollouts": [rollouts], "verdict_cache": str(run / "verdict_cache.sqlite")}
+            pairs = str(output / "pairs")
+            solved.append(str(output / "solved.json"))
+        if recipe == "dpo_video.py" and pairs is not None:
+            first, *_ = content.get("pairs") or [{}]
+            kept = {name: value for name, value in first.items() if name != "revision"}
+            wired["pairs"] = [{**kept, "path": pairs}]
+        if recipe in TRAINING:
+            policy = str(output)
+        if loop.get("seed") is not None:
+            wired["seed"] = loop["seed"]
+        if loop["push_to_hub"]:
+            wired |= hub_options(recipe, f"{loop['hub_prefix']}-{key}")
+            if recipe in TRAINING:  # what a stage ends with; its checkpoints only where they are asked for
+                content.setdefault("hub_strategy", "end")
+        stages.append(
+            {
+                "name": key,
+                "recipe": recipe,
+                "iteration": iteration,
+                "output_dir": str(output),
+                "settings": {**content, **wired, **overrides},
+                "judge": {name: stage[name] for name in stage if name.startswith("judge_")},
+            }
+        )
+    if len({stage["name"] for stage in stages}) < len(stages):
+        raise SystemExit(f"two stages have one name: {', '.join(stage['name'] for stage in stages)}.")
+    return stages
+
+
+def hub_options(recipe: str, repo_id: str) -> dict:
+    """Where a stage pushes to; private unless its configuration says otherwise."""
+    if recipe == "verify_rollouts.py":
+        return {"push_to_hub": True, "hub_pairs_id": f"{repo_id}-pairs", "hub_verdicts_id": f"{repo_id}-verdicts"}
+    return {"push_to_hub": True, "hub_model_id": repo_id}
+
+
+def chosen(stages: list[dict], first: str | None, last: str | None) -> tuple[int, int]:
+    """Places of the stages that `--from` and `--until` name."""
+    names = [stage["name"] for stage in stages]
+    for option, name in (("--from", first), ("--until", last)):
+        if name is not None and name not in names:
+            raise SystemExit(f"{option} {name}: no such stage; there are {', '.join(names)}.")
+    return names.index(first) if first else 0, names.index(last) if last else len(names) - 1
+
+
+def command_of(stage: dict, config: Path, accelerate: list[str]) -> list[str]:
+    recipe = str(RECIPES / stage["recipe"])
+    if stage["recipe"] not in TRAINING:
+        return [sys.executable, recipe, "--config", str(config)]
+    options = [str(CONFIGS / part) if (CONFIGS / part).is_file() else part for part in map(str, accelerate)]
+    return [sys.executable, "-m", "accelerate.commands.launch", *options, recipe, "--config", str(config)]
+
+
+# ---- the run's state ----------------------------------------------------------------------------------------------
+
+
+class Run:
+    """`run.json` of a run: what its stages read, wrote and took."""
+
+    def __init__(self, folder: Path, loop: dict):
+        self.folder, self.file = folder, folder / "run.json"
+        if self.file.exists():
+            self.content = json.loads(self.file.read_text(encoding="utf-8"))
+        else:
+            self.content = {"name": folder.name, "stages": []}
+        self.content["loop"] = loop
+
+    def entry(self, name: str) -> dict | None:
+        return next((entry for entry in self.content["stages"] if entry["name"] == name), None)
+
+    def put(self, entry: dict) -> None:
+        known = self.entry(entry["name"])
+        if known is None:
+            self.content["stages"].append(entry)
+        elif known is not entry:
+            self.content["stages"][self.content["stages"].index(known)] = entry
+        self.save()
+
+    def save(self) -> None:
+        temporary = self.file.with_name(f".run.json.{os.getpid()}")
+        temporary.write_text(json.dumps(self.content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, self.file)
+
+    def forget(self, stages: list[dict]) -> None:
+        """Move the folders of stages aside, so that they are done again; nothing is deleted."""
+        number = 1
+        while (aside := self.folder / "set_aside" / f"{number:03d}").exists():
+            number += 1
+        for stage in stages:
+            if Path(stage["output_dir"]).exists():
+                aside.mkdir(parents=True, exist_ok=True)
+                Path(stage["output_dir"]).rename(aside / stage["name"])
+                print(f"{stage['name']}: moved to {aside / stage['name']}, to be done again", flush=True)
+        names = {stage["name"] for stage in stages}
+        self.content["stages"] = [entry for entry in self.content["stages"] if entry["name"] not in names]
+        self.save()
+
+
+def read_results(stage: dict) -> dict | None:
+    """A stage's results.json, or None while it is not finished."""
+    file = Path(stage["output_dir"]) / RESULTS
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+@contextlib.contextmanager
+def only_run(folder: Path):
+    """Hold the run's folder alone, and end what an earlier start of it left running."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"{folder}: another veripo.py is at work on this run; wait for it, or end it.") from None
+        end_leftovers(folder)
+        yield
+
+
+def end_leftovers(folder: Path, patience_s: float = 20.0) -> None:
+    """End the processes of this run that outlived the loop which started them: two would write to one folder."""
+    mark = f"{MARKER}={folder.resolve()}".encode()
+
+    def alive() -> list[int]:
+        found = []
+        for place in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (place / "environ").read_bytes().split(b"\0")
+                gone = (place / "stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX"
+            except (PermissionError, FileNotFoundError, ProcessLookupError):
+                continue  # another user's, or it ended meanwhile
+            if mark in environment and not gone and int(place.name) != os.getpid():
+                found.append(int(place.name))
+        return found
+
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        left = alive()
+        if left:
+            print(f"ending {len(left)} processes that an earlier start of this run left: {left}", flush=True)
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        deadline = time.monotonic() + patience_s
+        while alive() and time.monotonic() < deadline:
+            time.sleep(0.1)
+    if left := alive():
+        raise SystemExit(f"processes {left} of an earlier start of this run do not end; end them first.")
+
+
+# ---- running a stage ------------------------------------------------------------------------------------------------
+
+
+def run_logged(command: list[str], log: Path, env: dict) -> int:
+    """Run a command, its output on the screen and at the end of a file. Returns its exit code."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as file:
+        started_again = "\n" if file.tell() else ""  # a killed run ends in the middle of a line
+        file.write(f"{started_again}$ {' '.join(command)}\n".encode())
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        try:
+            while part := os.read(process.stdout.fileno(), 65536):
+                file.write(part)
+                file.flush()
+                sys.stdout.buffer.write(part)
+                sys.stdout.flush()
+            return process.wait()
+        except BaseException:  # Ctrl-C or a termination: the stage ends with the loop
+            process.terminate()
+            process.wait()
+            raise
+
+
+@contextlib.contextmanager
+def judge_server(judge: dict, log: Path, env: dict):
+    """The judge's server for as long as a stage needs it, so that one GPU can hold policy and judge in turn."""
+    if "judge_command" not in judge:
+        yield
+        return
+    health = judge.get("judge_health", "http://127.0.0.1:8000/health")
+    if answers(health):
+        raise SystemExit(f"{health} answers before the judge is started: another server is there. End it.")
+    command = [str(part) for part in judge["judge_command"]]
+    print(f"judge: {' '.join(command)} (log: {log})", flush=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as file:
+        process = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            timeout_s = float(judge.get("judge_start_timeout_s", 900))
+            deadline = time.monotonic() + timeout_s
+            while not answers(health):
+                if process.poll() is not None:
+                    raise SystemExit(f"the judge ended with exit code {process.returncode}:\n{tail(log)}")
+                if time.monotonic() > deadline:
+                    raise SystemExit(f"{health} did not answer within {timeout_s:.0f} s:\n{tail(log)}")
+                time.sleep(0.5)
+            print("judge: ready", flush=True)
+            yield
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            print("judge: stopped", flush=True)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            return reply.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def tail(log: Path, lines: int = 15) -> str:
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+
+def changed_keys(before: dict, now: dict) -> str:
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return ", ".join(f"{key}: {before.get(key)!r} → {now.get(key)!r}" for key in keys)
+
+
+def no_pairs(stage: dict, run: Run) -> str | None:
+    """Why a DPO stage has nothing to do, or None."""
+    path = (stage["settings"].get("pairs") or [{}])[0].get("path")
+    for entry in run.content["stages"]:
+        if entry["recipe"] == "verify_rollouts.py" and str(Path(entry["output_dir"]) / "pairs") == path:
+            if not sum(entry["results"]["counts"]["pairs"].values()):
+                return f"{entry['name']} found no preference pairs"
+    return None
+
+
+def do_stage(stage: dict, run: Run, accelerate: list[str]) -> dict:
+    """Run a stage unless it is finished. Returns its entry in run.json."""
+    name, settings = stage["name"], stage["settings"]
+    entry = run.entry(name)
+    results = read_results(stage)
+    if entry is not None and entry["settings"] != settings:
+        what = changed_keys(entry["settings"], settings)
+        if entry["status"] in ("done", "skipped"):
+            raise SystemExit(f"{name} is finished, with other settings ({what}). To do it again: --from {name}.")
+        print(f"{name} goes on with changed settings: {what}", flush=True)
+    if entry is not None and entry["status"] == "skipped":
+        return entry
+    if entry is None:
+        if results is not None:
+            raise SystemExit(f"{stage['output_dir']} holds a run that is not this loop's; choose another output_dir.")
+        entry = {"name": name, "recipe": stage["recipe"], "iteration": stage["iteration"], "minutes": 0.0}
+    entry |= {"output_dir": stage["output_dir"], "settings": settings}
+    if results is not None:  # finished; perhaps the loop was killed before it could note that
+        minutes = entry["minutes"] or results.get("minutes", 0.0)
+        run.put(entry | {"status": "done", "results": results, "minutes": minutes})
+        print(f"{name}: done ({minutes:.1f} minutes)", flush=True)
+        return run.entry(name)
+    if stage["recipe"] == "dpo_video.py" and (reason := no_pairs(stage, run)):
+        # What follows goes on from the policy before: an empty folder would not be one.
+        print(f"{name}: skipped, {reason}", flush=True)
+        run.put(entry | {"status": "skipped", "reason": reason})
+        return run.entry(name)
+    config = run.folder / "configs" / f"{name}.yaml"
+    config.parent.mkdir(exist_ok=True)
+    config.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    command = command_of(stage, config, accelerate)
+    run.put(entry | {"status": "running", "command": command})
+    print(f"\n=== {name}: {' '.join(command)}", flush=True)
+    env = {**os.environ, MARKER: str(run.folder.resolve()), "PYTHONUNBUFFERED": "1"}
+    started = time.monotonic()
+    log = run.folder / "logs" / f"{name}.log"
+    with judge_server(stage["judge"], run.folder / "logs" / f"{name}-judge.log", env):
+        code = run_logged(command, log, env)
+    entry = run.entry(name)
+    entry["minutes"] += (time.monotonic() - started) / 60
+    results = read_results(stage)
+    if code != 0 or results is None:
+        run.put(entry | {"status": "failed", "exit_code": code})
+        raise SystemExit(
+            f"\n{name} failed (exit code {code}{'' if results else f', no {RESULTS}'}). Its log: {log}. Mend what it "
+            f"says and start the same command again: finished stages are kept, this one goes on where it can."
+        )
+    run.put(entry | {"status": "done", "exit_code": 0, "results": results})
+    return run.entry(name)
+
+
+def skip_policies(stages: list[dict], place: int) -> None:
+    """After a skipped DPO stage, later stages start from the policy that it would have started from."""
+    skipped = stages[place]
+    before = skipped["settings"]["model_name_or_path"]
+    for stage in stages[place + 1 :]:
+        if stage["settings"].get("model_name_or_path") == skipped["output_dir"]:
+            stage["settings"]["model_name_or_path"] = before
+
+
+# ---- what the run shows ---------------------------------------------------------------------------------------------
+
+
+def table_row(entry: dict) -> dict:
+    """One stage's line of the table at the end."""
+    results = entry.get("results") or {}
+    sampled = (results.get("after") or {}).get("sampled") or {}
+    greedy = (results.get("after") or {}).get("greedy") or {}
+    counts = results.get("counts") or {}
+
+    def percent(value) -> str:
+        return "–" if value is None or math.isnan(value) else f"{100 * value:.1f}%"
+
+    def number(value, form="{:,}") -> str:
+        return "–" if value is None else form.format(value)
+
+    interval = "–"
+    if sampled:
+        interval = f"{100 * sampled['accuracy_low']:.1f}–{100 * sampled['accuracy_high']:.1f}"
+    pairs = counts.get("pairs") or results.get("pairs")
+    return {
+        "stage": entry["name"] + (" (skipped)" if entry["status"] == "skipped" else ""),
+        "accuracy": percent(sampled.get("accuracy")),
+        "95%": interval,
+        "greedy": percent(greedy.get("accuracy")),
+        "inconsistent": percent(sampled.get("inconsistency")),
+        "unknown": percent(sampled.get("unknown")),
+        "accurate+consistent": percent(sampled.get("accurate_and_consistent")),
+        "think tokens": number(sampled.get("think_tokens"), "{:.1f}"),
+        "judges differ": percent(sampled.get("disagreement")),
+        "rollouts": number(counts.get("rollouts", results.get("rollouts"))),
+        "pairs": number(None if pairs is None else sum(pairs.values())),
+        "minutes": f"{entry['minutes']:.1f}",
+    }
+
+
+def show(run: Run, stages: list[dict], *, changed: bool) -> None:
+    """Print the table; draw the curves and write the report, unless they are there and nothing changed."""
+    from veripo_trl.tables import print_table
+
+    entries = [entry for stage in stages if (entry := run.entry(stage["name"])) is not None]
+    settings = [stage["settings"] for stage in stages]
+    reporting = sorted({s["report_judge"] for s in settings if "report_judge" in s} or {"rules"})
+    curating = sorted({s.get("judge", "rules") for stage, s in zip(stages, settings, strict=True) if not
+                       stage["recipe"] in TRAINING})  # fmt: skip
+    print_table(
+        f"{run.folder}: held-out questions, sampled at temperature 1 unless it says greedy; consistency reported by "
+        f"{', '.join(reporting)}",
+        [table_row(entry) for entry in entries],
+    )
+    print(
+        "inconsistent = inconsistent / (consistent + inconsistent); accurate+consistent counts unknown as a miss; "
+        "judges differ = share of answers on which the judge that reports and `rules` give two verdicts."
+    )
+    if set(reporting) & set(curating):
+        print(f"note: {', '.join(curating)} chose the pairs and reports too: read its inconsistency with care.")
+    if changed or not (run.folder / "report.html").exists():
+        from veripo_trl.report import write_report
+
+        plot(run.folder / "loop.png", entries, title=run.folder.name)
+        write_report([run.folder], say=lambda line: print(f"report: {line}"))
+    print(
+        f"\nreport.html (open it in a browser), loop.png, run.json and logs/ are in {run.folder}\n"
+        f"policy: {latest_policy(entries)}",
+        flush=True,
+    )
+
+
+def latest_policy(entries: list[dict]) -> str:
+    made = [entry["output_dir"] for entry in entries if entry["recipe"] in TRAINING and entry["status"] == "done"]
+    return made[-1] if made else "none yet"
+
+
+def plot(path: Path, entries: list[dict], *, title: str) -> None:
+    """Accuracy, inconsistency and length of thinking, stage by stage."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [(entry["name"], entry["results"]["after"]) for entry in entries if (entry.get("results") or {}).get("after")]
+    if not shown:
+        return
+    names = [name for name, _ in shown]
+
+    def series(decoding: str, key: str) -> list[float]:
+        return [math.nan if after[decoding][key] is None else after[decoding][key] for _, after in shown]
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.4))
+    sampled = series("sampled", "accuracy")
+    error = [
+        [value - low for value, low in zip(sampled, series("sampled", "accuracy_low"), strict=True)],
+        [high - value for value, high in zip(sampled, series("sampled", "accuracy_high"), strict=True)],
+    ]
+    axes[0].errorbar(names, sampled, yerr=error, marker="o", capsize=3, label="sampled (95%)")
+    axes[0].plot(names, series("greedy", "accuracy"), marker="s", linestyle="--", label="greedy")
+    axes[0].plot(names, series("sampled", "accurate_and_consistent"), marker="^", label="accurate and consistent")
+    axes[0].set_title("accuracy")
+    axes[1].plot(names, [100 * v for v in series("sampled", "inconsistency")], marker="o", label="inconsistent")
+    axes[1].plot(names, [100 * v for v in series("sampled", "unknown")], marker="s", linestyle="--", label="unknown")
+    axes[1].set_title("thinking against answer, %")
+    axes[1].set_ylim(bottom=0)
+    axes[2].plot(names, series("sampled", "think_tokens"), marker="o", label="tokens of thinking")
+    axes[2].set_title("length")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+        axis.tick_params(axis="x", rotation=30)
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    loop = read_loop(arguments)
+    stages = plan(loop)
+    first, last = chosen(stages, arguments.first, arguments.last)
+    folder = Path(loop["output_dir"])
+    if arguments.dry_run:
+        run = Run(folder, loop)
+        for stage in stages[: last + 1]:
+            entry = run.entry(stage["name"])
+            redone = arguments.first is not None and stages.index(stage) >= first
+            state = "to do" if entry is None or redone else entry["status"]
+            command = command_of(stage, folder / "configs" / f"{stage['name']}.yaml", loop["accelerate"])
+            print(f"{stage['name']} ({state}): {' '.join(command)}")
+            for key, value in stage["settings"].items():
+                print(f"    {key}: {json.dumps(value, ensure_ascii=False)}")
+        return
+    with only_run(folder):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated; the same command goes on"))
+        run = Run(folder, loop)
+        run.save()
+        if arguments.first is not None:
+            run.forget(stages[first:])
+        changed = False
+        for place, stage in enumerate(stages[: last + 1]):
+            before = (run.entry(stage["name"]) or {}).get("status")
+            entry = do_stage(stage, run, loop["accelerate"])
+            changed = changed or before not in ("done", "skipped")
+            if entry["status"] == "skipped":
+                skip_policies(stages, place)
+        show(run, stages[: last + 1], changed=changed)
+
+
+if __name__ == "__main__":
+    main()

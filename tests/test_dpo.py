@@ -1,0 +1,361 @@
+"""DPO: its log-probabilities are a plain forward's, its loss stock DPO's, its reference the policy it starts from."""
+
+import copy
+import json
+import math
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import make_row
+from test_adapters import make as make_policy
+from test_grpo_parity import plain_log_probs
+from trl import DPOConfig, DPOTrainer
+
+from veripo_trl.preferences import load_pairs
+from veripo_trl.prompts import build_messages, load_template
+from veripo_trl.rows import RowError, rows_to_dataset
+from veripo_trl.trainers.dpo import DPOCollator, VideoDPOConfig, VideoDPOTrainer
+
+CHOSEN = "<think>I see blue then red, first is blue: B.</think><answer>B</answer>"
+REJECTED = "<think>I see red, first is red: A.</think><answer>B</answer>"
+
+
+def pair_dataset(rows, *, finished=True, texts=None):
+    """Two pairs a row, of different lengths."""
+    texts = texts or [(CHOSEN, REJECTED), (CHOSEN, "<think>I count two, so 2.</think><answer>2</answer>")]
+    dataset = rows_to_dataset([row for row in rows for _ in texts])
+    dataset = dataset.add_column("chosen", [chosen for _ in rows for chosen, _ in texts])
+    dataset = dataset.add_column("rejected", [rejected for _ in rows for _, rejected in texts])
+    return dataset.add_column("rejected_finished", [finished] * len(dataset))
+
+
+def settings(tmp_path, **changes) -> dict:
+    return {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 4,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "max_steps": 1,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        **changes,
+    }
+
+
+def make_trainer(model, encoder, dataset, tmp_path, *, ref_model=None, **changes):
+    adapter = hasattr(model, "peft_config")
+    return VideoDPOTrainer(
+        model=model,
+        ref_model=None if adapter else ref_model or copy.deepcopy(model),
+        args=VideoDPOConfig(**settings(tmp_path, **changes)),
+        train_dataset=dataset,
+        processing_class=encoder.processor,
+        encoder=encoder,
+    )
+
+
+def perturb(model, scale=0.02):
+    """Move a policy away from its reference, the vision tower left alone."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "visual" not in name:
+            parameter.data += scale * torch.randn(parameter.shape, generator=generator)
+
+
+def scored(trainer, model, batch):
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    return trainer._score(
+        model,
+        batch["prompts"],
+        batch["completion_width"],
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        labels=labels,
+    )
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_log_probs_are_a_plain_forwards(kind, shared, load, mixed_rows, tmp_path):
+    """Text, image, video, two videos, image + video in one batch, two pairs a question."""
+    model, encoder = load(kind)
+    dataset = pair_dataset(mixed_rows)
+    trainer = make_trainer(model, encoder, dataset, tmp_path, shared_prefix=shared)
+    batch = DPOCollator(encoder, max_length=None)(list(dataset))
+    assert len({id(prompt) for prompt in batch["prompts"]}) == len(mixed_rows)  # encoded once each
+    with torch.no_grad():
+        output = scored(trainer, model, batch)
+    assert output.log_probs.shape == (2 * len(dataset), batch["input_ids"].size(1) - 1)
+    tokenizer = encoder.processor.tokenizer
+    for place, text in enumerate(dataset["chosen"][:] + dataset["rejected"][:]):
+        ids = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
+        expected = plain_log_probs(model, encoder, dataset[place % len(dataset)], ids)
+        own = batch["completion_mask"][place, 1:].bool()
+        torch.testing.assert_close(output.log_probs[place][own], expected, atol=1e-5, rtol=0)
+        assert output.log_probs[place][~own].abs().max() == 0
+
+
+@pytest.mark.parametrize("modality", ["text", "image"])
+@pytest.mark.parametrize(
+    "loss", [{}, {"loss_type": ["sigmoid_norm"]}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}],
+    ids=["sigmoid", "length-normalised", "with-nll"],
+)  # fmt: skip
+@pytest.mark.parametrize("shared", [True, False])
+def test_loss_and_gradient_are_stock_dpos(modality, loss, shared, load, media_root, tmp_path):
+    images = ["square.png"] if modality == "image" else []
+    rows = [
+        make_row("one", media_root, images=images),
+        make_row("two", media_root, images=images, problem="Which colour is last?"),
+    ]
+    model, encoder = load()
+    dataset = pair_dataset(rows)
+    reference, stock_model = copy.deepcopy(model), copy.deepcopy(model)
+    perturb(model)
+    perturb(stock_model)
+    ours = make_trainer(model, encoder, dataset, tmp_path / "ours", ref_model=reference, shared_prefix=shared, **loss)
+    tokenizer, processor = encoder.processor.tokenizer, encoder.processor
+    # The same tokens: prompts as text, and answers with the token that ended their rollouts.
+    columns = {"prompt": [], "chosen": [], "rejected": [], "images": []}
+    from PIL import Image
+
+    for row in dataset:
+        messages = build_messages(row, encoder.template)
+        columns["prompt"].append(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        columns["chosen"].append(row["chosen"] + tokenizer.eos_token)
+        columns["rejected"].append(row["rejected"] + tokenizer.eos_token)
+        columns["images"].append([Image.open(media_root / name) for name in row["images"]])
+    from datasets import Dataset
+
+    if modality == "text":
+        del columns["images"]
+    stock_trainer = DPOTrainer(
+        model=stock_model,
+        ref_model=copy.deepcopy(reference),
+        args=DPOConfig(**settings(tmp_path / "stock", max_length=None, **loss)),
+        train_dataset=Dataset.from_dict(columns),
+        processing_class=processor if modality == "image" else tokenizer,
+    )
+    if modality == "text":  # TRL prepares text itself and ends it with one more end token
+        examples = [
+            {
+                "prompt_ids": tokenizer(prompt)["input_ids"],
+                "chosen_ids": tokenizer(chosen)["input_ids"],
+                "rejected_ids": tokenizer(rejected)["input_ids"],
+            }
+            for prompt, chosen, rejected in zip(columns["prompt"], columns["chosen"], columns["rejected"], strict=True)
+        ]
+    else:
+        examples = list(stock_trainer.train_dataset)
+    stock_batch = stock_trainer.data_collator(examples)
+    ours_batch = ours.data_collator(list(dataset))
+    assert stock_batch["attention_mask"].sum() == ours_batch["attention_mask"].sum()
+    losses = []
+    for trainer, batch in ((ours, ours_batch), (stock_trainer, stock_batch)):
+        trainer.model.train()
+        trainer._checked = True
+        loss_value = trainer.compute_loss(trainer.model, dict(batch))
+        loss_value.backward()
+        losses.append(loss_value.item())
+    assert abs(losses[0] - losses[1]) < 1e-5
+    assert abs(losses[0] - math.log(2)) > 1e-4 or "sigmoid_norm" in loss.get("loss_type", [])
+    grads = [
+        torch.cat([p.grad.flatten() for n, p in t.model.named_parameters() if p.grad is not None])
+        for t in (ours, stock_trainer)
+    ]
+    assert grads[0].shape == grads[1].shape
+    assert (grads[0] - grads[1]).norm() < 1e-4 * grads[1].norm()
+    for key in ("rewards/margins", "rewards/chosen", "logps/chosen", "entropy", "logits/chosen", "mean_token_accuracy"):
+        value, expected = ours._metrics["train"][key][-1], stock_trainer._metrics["train"][key][-1]
+        assert value == pytest.approx(expected, abs=1e-5), key
+
+
+def first_log(trainer) -> dict:
+    trainer.train()
+    return next(entry for entry in trainer.state.log_history if "rewards/margins" in entry)
+
+
+def test_first_loss_is_ln_2_with_full_weights(load, mixed_rows, tmp_path):
+    model, encoder = load()
+    perturb(model)
+    reference = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = make_trainer(model, encoder, pair_dataset(mixed_rows), tmp_path, max_steps=2)
+    log = first_log(trainer)
+    assert log["loss"] == pytest.approx(math.log(2), abs=1e-5) and abs(log["rewards/margins"]) < 1e-6
+    assert log["length/chosen"] > log["length/rejected"] and abs(log["logps/drift_chosen"]) < 1e-5
+    second = [entry for entry in trainer.state.log_history if "rewards/margins" in entry][1]
+    assert abs(second["logps/drift_chosen"]) > 1e-4 and second["loss"] != log["loss"]
+    assert all(torch.equal(value, reference[name]) for name, value in trainer.ref_model.state_dict().items())
+    assert any(not torch.equal(value, reference[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["lora", "qlora"])
+def test_the_adapter_of_the_stage_before_is_the_reference(quantized, model_paths, mixed_rows, tmp_path):
+    """A trained adapter goes on; the reference is its frozen copy, not the bare base model."""
+    options = {"load_in_4bit": True, "dtype": "bfloat16"} if quantized else {}
+    model, encoder = make_policy(model_paths["qwen2_5_vl"], **options)
+    perturb(model, 0.1)
+    model.save_pretrained(tmp_path / "grpo")
+    policy, encoder = make_policy(tmp_path / "grpo", **options)
+    trainer = make_trainer(policy, encoder, pair_dataset(mixed_rows), tmp_path / "dpo", max_steps=2)
+    log = first_log(trainer)
+    assert log["loss"] == pytest.approx(math.log(2), abs=1e-5) and abs(log["rewards/margins"]) < 1e-5
+    weights = dict(policy.named_parameters())
+    before = dict(model.named_parameters())
+    copies = [name for name in weights if ".ref." in name]
+    assert copies and not any(weights[name].requires_grad for name in copies)
+    for name in copies:
+        saved = before[name.replace(".ref.", ".default.")].to(weights[name].dtype)  # QLoRA trains in bfloat16
+        assert torch.equal(weights[name], saved)
+    assert any(not torch.equal(weights[name], weights[name.replace(".ref.", ".default.")]) for name in copies)
+    # The bare base model is another policy: with it as the reference the first margins would not be 0.
+    batch = trainer.data_collator(list(pair_dataset(mixed_rows)))
+    with torch.no_grad():
+        own = scored(trainer, policy, batch).log_probs.sum()
+        with policy.disable_adapter():
+            assert abs(scored(trainer, policy, batch).log_probs.sum() - own) > 1e-2
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_a_resumed_run_ends_like_an_unbroken_one(adapter, model_paths, load, mixed_rows, tmp_path):
+    """Policy from the checkpoint, reference from the start."""
+    if adapter:
+        model, _ = make_policy(model_paths["qwen2_5_vl"])
+        perturb(model, 0.1)
+        model.save_pretrained(tmp_path / "start")
+    final = []
+    for resume in (None, str(tmp_path / "run" / "checkpoint-1")):
+        model, encoder = make_policy(tmp_path / "start") if adapter else load()
+        trainer = make_trainer(
+            model, encoder, pair_dataset(mixed_rows), tmp_path / "run", max_steps=3, save_strategy="steps", save_steps=1
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        final.append({name: value.detach().clone() for name, value in model.named_parameters()})
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[2] < losses[1]
+    assert not (tmp_path / "run" / "checkpoint-1" / "ref").exists()
+    assert final[0].keys() == final[1].keys()
+    for name, value in final[0].items():
+        torch.testing.assert_close(final[1][name], value, atol=1e-6, rtol=0, msg=name)
+
+
+def test_gradient_checkpointing_gives_the_same_loss(load, mixed_rows, tmp_path):
+    losses = []
+    for checkpointing in (False, True):
+        model, encoder = load()
+        reference = copy.deepcopy(model)
+        perturb(model)
+        trainer = make_trainer(
+            model, encoder, pair_dataset(mixed_rows), tmp_path, ref_model=reference,
+            gradient_checkpointing=checkpointing,
+        )  # fmt: skip
+        losses.append(first_log(trainer)["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_a_cut_off_rollout_is_not_taught_an_end(load, mixed_rows):
+    encoder = load()[1]
+    end = encoder.processor.tokenizer.eos_token_id
+    batch = DPOCollator(encoder, max_length=None)(list(pair_dataset(mixed_rows[:1], finished=False)))
+    ended = [end in row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["completion_mask"])]
+    assert ended == [True, True, False, False]
+
+
+def test_too_long_a_pair_is_refused_not_cut(load, mixed_rows):
+    encoder = load()[1]
+    with pytest.raises(ValueError, match=r"'video' has \d+ tokens .*max_length=30.*never cut"):
+        DPOCollator(encoder, max_length=30)(list(pair_dataset([mixed_rows[2]])))
+
+
+def test_a_reference_is_asked_for(load, mixed_rows, tmp_path):
+    model, encoder = load()
+    with pytest.raises(ValueError, match="Expected `ref_model` with full weights"):
+        VideoDPOTrainer(
+            model=model,
+            args=VideoDPOConfig(**settings(tmp_path)),
+            train_dataset=pair_dataset(mixed_rows),
+            processing_class=encoder.processor,
+            encoder=encoder,
+        )
+
+
+@pytest.mark.parametrize("option", ["precompute_ref_log_probs", "sync_ref_model"])
+def test_options_that_would_be_wrong_are_refused(option, tmp_path):
+    with pytest.raises(ValueError, match=option):
+        VideoDPOConfig(**settings(tmp_path), **{option: True})
+
+
+def stored_pair(row, **changes) -> dict:
+    template = load_template("tiny")
+    pair = {key: value for key, value in row.items() if key not in ("process", "media_root")}
+    verdict = {"rollout_id": "r", "consistency": "consistent"}
+    return {
+        **pair,
+        "prompt": json.loads(json.dumps(build_messages(row, template))),
+        "chosen": [{"role": "assistant", "content": CHOSEN}],
+        "rejected": [{"role": "assistant", "content": REJECTED}],
+        "kind": "consistency",
+        "chosen_ids": ["a"],
+        "rejected_id": "b",
+        "rejected_finished": True,
+        "verdicts": {"chosen": [verdict], "rejected": verdict},
+        "prompt_template": template.hash,
+        "policy": "p",
+        **changes,
+    }
+
+
+def write_pairs(folder, pairs) -> str:
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(pairs), folder / "train-00000.parquet")
+    return str(folder)
+
+
+def test_stored_pairs_load_as_rows(mixed_rows, media_root, tmp_path):
+    path = write_pairs(tmp_path / "pairs", [stored_pair(mixed_rows[2]), stored_pair(mixed_rows[0], kind="penalty")])
+    source = {"path": path, "media_root": str(media_root)}
+    loaded = load_pairs([source], template=load_template("tiny")).dataset
+    assert loaded["kind"][:] == ["consistency", "penalty"]
+    for column in ("question_id", "problem", "options", "videos", "images", "media_root"):
+        assert loaded[0][column] == mixed_rows[2][column], column
+    assert loaded[0]["chosen"] == CHOSEN and loaded[0]["rejected"] == REJECTED
+    only = load_pairs([{**source, "kinds": ["penalty"], "limit": 5}], template=load_template("tiny")).dataset
+    assert only["question_id"][:] == ["text"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_template": "0123"}, "template of hash 0123"),
+        ({"solution": "E"}, "cannot be used"),
+        ({"videos": ["/elsewhere/clip.mp4"]}, "cannot be used"),
+    ],
+)
+def test_pairs_that_cannot_be_used(changes, message, mixed_rows, media_root, tmp_path):
+    path = write_pairs(tmp_path / "pairs", [stored_pair(mixed_rows[2], **changes)])
+    with pytest.raises(RowError, match=message):
+        load_pairs([{"path": path, "media_root": str(media_root)}], template=load_template("tiny"))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"path": "./nowhere/pairs"}, "expected a folder of parquet files"),
+        ({"path": "x", "split": "train"}, "expected `path` and any of"),
+        ("pairs", "must be a list"),
+    ],
+)
+def test_sources_that_cannot_be_used(source, message):
+    with pytest.raises(RowError, match=message):
+        load_pairs(source if isinstance(source, str) else [source], template=load_template("tiny"))
+
+
+def test_other_files_are_not_pairs(mixed_rows, tmp_path):
+    (tmp_path / "rows").mkdir()
+    pq.write_table(pa.Table.from_pylist([{"question_id": "q"}]), tmp_path / "rows" / "a.parquet")
+    with pytest.raises(RowError, match="no column prompt, chosen"):
+        load_pairs([{"path": str(tmp_path / "rows")}], template=load_template("tiny"))

@@ -1,0 +1,352 @@
+"""VerIPO's loop as a user runs it: whole, again, from a stage, broken off by SIGKILL anywhere, with a judge's server."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from hub_server import HubServer
+from judge_server import JudgeServer, Reply
+
+from veripo_trl.rollouts import RolloutStore
+from veripo_trl.tiny.parser import conclude
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ROOT / "recipes"
+LOOP = str(RECIPES / "veripo.py")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with a small world, a policy that knows it by half, and a loop of one iteration over them."""
+    from veripo_trl.tiny.questions import SplitSize
+    from veripo_trl.tiny.world import make_world
+
+    folder = tmp_path_factory.mktemp("loop")
+    sizes = {split: SplitSize(clips=12, questions=16) for split in ("train", "rl", "dev", "heldout")}
+    make_world(folder / "outputs" / "tiny_world", sizes=sizes, planted_share=0.4)
+    train = {"datasets": [{"path": "outputs/tiny_world/train.jsonl"}], "eval_datasets": [{"path": "held.jsonl"}]}
+    lines = (folder / "outputs" / "tiny_world" / "heldout.jsonl").read_text().splitlines()[:4]
+    (folder / "held.jsonl").write_text("\n".join(lines) + "\n")
+    train["eval_datasets"][0]["media_root"] = "outputs/tiny_world"
+    small = {
+        "sft": {**train, "max_steps": 110, "stop_at_accuracy": None, "save_strategy": "no", "warmup_steps": 10,
+                "per_device_train_batch_size": 16, "eval_datasets": None},
+        "grpo": {**train, "max_steps": 4, "save_steps": 1, "save_total_limit": 9, "per_device_train_batch_size": 64,
+                 "logging_steps": 1, "report_samples": 1, "cold_start": None, "learning_rate": 1e-5},
+        "verify": {},
+        "dpo": {"eval_datasets": train["eval_datasets"], "num_train_epochs": 3, "save_steps": 1, "logging_steps": 1,
+                "save_total_limit": 99, "per_device_train_batch_size": 4, "report_samples": 1},
+    }  # fmt: skip
+    for name, changes in small.items():
+        config = yaml.safe_load((RECIPES / "configs" / "tiny" / f"{name}.yaml").read_text())
+        config.pop("tiny_world", None)  # the shipped size is not needed here
+        if name != "verify":
+            changes = {**changes, "report_max_new_tokens": 12, "dataloader_num_workers": 0}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**config, **changes}))
+    write_loop(folder, "loop.yaml", "outputs/whole")
+    command = [sys.executable, str(RECIPES / "sft_video.py"), "--config", "sft.yaml", "--output_dir", "outputs/start"]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+def write_loop(folder: Path, name: str, output_dir: str, **stages) -> None:
+    """A loop of search, verify and align; `stages`: what is added to one of them."""
+    iteration = [
+        {"name": "search", "recipe": "grpo_video.py", "config": "grpo.yaml",
+         "overrides": {"model_name_or_path": "outputs/start"}},
+        {"name": "verify", "recipe": "verify_rollouts.py", "config": "verify.yaml", "overrides": {}},
+        {"name": "align", "recipe": "dpo_video.py", "config": "dpo.yaml", "overrides": {}},
+    ]  # fmt: skip
+    for stage in iteration:
+        extra = dict(stages.get(stage["name"], {}))
+        stage["overrides"] |= extra.pop("overrides", {})
+        stage |= extra
+    (folder / name).write_text(yaml.safe_dump({"output_dir": output_dir, "iteration": iteration}))
+
+
+def start(folder, *arguments, env: dict | None = None) -> subprocess.Popen:
+    command, env = [sys.executable, LOOP, *arguments], {**os.environ, **(env or {})}
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(folder, *arguments, code: int = 0, env: dict | None = None) -> str:
+    process = start(folder, *arguments, env=env)
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == code, output[-5000:]
+    return output
+
+
+def kill_when(process: subprocess.Popen, ready, what: str, timeout_s: float = 200) -> None:
+    """SIGKILL to the loop alone, as the system would: what it started goes on."""
+    deadline = time.monotonic() + timeout_s
+    while not ready():
+        assert process.poll() is None, f"ended before {what}:\n{process.stdout.read()[-3000:]}"
+        assert time.monotonic() < deadline, f"never came to {what}"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def state(folder: Path, run_name: str) -> dict[str, dict]:
+    content = json.loads((folder / "outputs" / run_name / "run.json").read_text())
+    return {entry["name"]: entry for entry in content["stages"]}
+
+
+def starts(folder: Path, run_name: str, stage: str) -> int:
+    """How often a stage was started."""
+    log = (folder / "outputs" / run_name / "logs" / f"{stage}.log").read_bytes()
+    return len(re.findall(rb"^\$ ", log, re.M))
+
+
+def pairs_of(folder: Path, run_name: str) -> list[dict]:
+    files = sorted((folder / "outputs" / run_name / "verify-1" / "pairs").glob("*.parquet"))
+    assert files
+    return [pair for file in files for pair in pq.read_table(file).to_pylist()]
+
+
+@pytest.fixture(scope="module")
+def whole(workplace):
+    """What an unbroken run printed."""
+    return run(workplace, "--config", "loop.yaml")
+
+
+@pytest.mark.slow
+def test_the_loop_runs_whole(workplace, whole):
+    entries = state(workplace, "whole")
+    assert list(entries) == ["search-1", "verify-1", "align-1"]
+    assert {entry["status"] for entry in entries.values()} == {"done"}
+    counts = entries["verify-1"]["results"]["counts"]
+    assert counts["rollouts"] == 4 * 64 == RolloutStore(workplace / "outputs/whole/search-1/rollouts").count()
+    pairs = pairs_of(workplace, "whole")
+    assert len(pairs) == sum(counts["pairs"].values()) > 0
+    align = entries["align-1"]
+    assert align["settings"]["model_name_or_path"] == "outputs/whole/search-1"
+    assert align["settings"]["pairs"] == [{"path": "outputs/whole/verify-1/pairs", "media_root": "outputs/tiny_world"}]
+    history = align["results"]["history"]
+    assert history[0]["loss"] > 0 and abs(history[0]["rewards/margins"]) < 1e-5  # the reference is search-1's policy
+    table = whole[whole.rindex("outputs/whole: held-out questions") :]
+    for column in ("accuracy", "inconsistent", "unknown", "accurate+consistent", "think tokens", "rollouts", "pairs"):
+        assert column in table
+    assert re.search(r"verify-1 +– .* 256 ", table)
+    assert "reported by tiny" in table and "reports too" not in table
+    for name in ("loop.png", "report.html", "configs/align-1.yaml", "logs/search-1.log", "align-1/model.safetensors"):
+        assert (workplace / "outputs" / "whole" / name).stat().st_size > 0, name
+
+
+@pytest.mark.slow
+def test_a_second_start_runs_nothing_and_shows_the_table(workplace, whole):
+    again = run(workplace, "--config", "loop.yaml")
+    assert "===" not in again and "search-1: done" in again and "accurate+consistent" in again
+    assert [starts(workplace, "whole", stage) for stage in ("search-1", "verify-1", "align-1")] == [1, 1, 1]
+
+
+@pytest.mark.slow
+def test_other_settings_for_a_finished_stage_are_refused(workplace, whole):
+    config = yaml.safe_load((workplace / "loop.yaml").read_text())
+    config["iteration"][1]["overrides"]["drop_solved_share"] = 0.5
+    (workplace / "changed.yaml").write_text(yaml.safe_dump(config))
+    output = run(workplace, "--config", "changed.yaml", code=1)
+    assert "verify-1 is finished, with other settings (drop_solved_share: 0.8 → 0.5)" in output
+    assert "--from verify-1" in output
+    redone = run(workplace, "--config", "changed.yaml", "--from", "verify-1", "--until", "verify-1")
+    assert "verify-1: moved to" in redone and "align-1: moved to" in redone and "=== verify-1" in redone
+    assert (workplace / "outputs/whole/set_aside/001/align-1/model.safetensors").exists()
+    for stage in ("verify-1", "align-1"):  # back as it was, for the tests after this one
+        shutil.rmtree(workplace / "outputs/whole" / stage, ignore_errors=True)
+        shutil.move(workplace / "outputs/whole/set_aside/001" / stage, workplace / "outputs/whole" / stage)
+    content = json.loads((workplace / "outputs/whole/run.json").read_text())
+    assert [entry["name"] for entry in content["stages"]] == ["search-1", "verify-1"]
+
+
+def judge_of_templates(delay_s: float = 0.0):
+    """A judge's script that reads the tiny world's thoughts."""
+
+    def script(number: int, body: dict) -> Reply:
+        thinking = re.search(r"<thinking-(\w+)>\n(.*)\n</thinking-\1>", body["messages"][-1]["content"], re.S)[2]
+        given = re.search(r"<given-answer-(\w+)>\n(.*)\n</given-answer-\1>", body["messages"][-1]["content"], re.S)[2]
+        found = conclude(thinking)
+        verdict = {"concluded_answer": found, "consistent": found and found == given.strip(), "reason": "template"}
+        return Reply(content=json.dumps(verdict), delay_s=delay_s)
+
+    return script
+
+
+@pytest.mark.slow
+def test_killed_in_grpo_in_a_push_in_verification_and_in_dpo(workplace, whole):
+    """The same command goes on each time: no rollout doubled or missing, the same pairs, nothing finished done again,
+    everything pushed once."""
+    folder, unbroken = workplace / "outputs" / "broken", workplace / "outputs" / "whole"
+    store = RolloutStore(folder / "search-1" / "rollouts")
+    with HubServer() as hub, JudgeServer(judge_of_templates(delay_s=1.0)) as judge:
+        env = hub.environment(workplace / "hf_home")
+        served = {"judge": "server", "judge_url": judge.url, "judge_model": "judge", "judge_concurrency": 2}
+        write_loop(workplace, "broken.yaml", "outputs/broken", verify={"overrides": served})
+        config = yaml.safe_load((workplace / "broken.yaml").read_text())
+        config |= {"push_to_hub": True, "hub_prefix": "tester/loop"}
+        (workplace / "broken.yaml").write_text(yaml.safe_dump(config))
+
+        process = start(workplace, "--config", "broken.yaml", env=env)
+        third = folder / "search-1" / "checkpoint-2"
+        kill_when(process, lambda: third.exists() and len(store.files()) > 2, "step 3 of GRPO")
+
+        hub.fail("put", delay_s=4.0, times=1)
+        process = start(workplace, "--config", "broken.yaml", env=env)
+        kill_when(process, lambda: not hub.faults[0].times, "the push of GRPO's model")
+        whole_store = RolloutStore(unbroken / "search-1" / "rollouts").read()
+        for column in ("rollout_id", "completion", "rewards", "advantage"):
+            assert [row[column] for row in store.read()] == [row[column] for row in whole_store], column
+
+        process = start(workplace, "--config", "broken.yaml", env=env)
+        kill_when(process, lambda: len(judge.log) > 2, "verification")
+        asked = len(judge.log)
+
+        process = start(workplace, "--config", "broken.yaml", env=env)
+        kill_when(process, lambda: (folder / "align-1" / "checkpoint-2").exists(), "step 3 of DPO")
+        texts = [entry["body"]["messages"][-1]["content"] for entry in judge.log]
+        said = {re.sub(r"-\w+>", ">", text) for text in texts}
+        assert asked < len(texts) <= len(said) + 2 * served["judge_concurrency"]  # kept verdicts are not asked for again
+
+        last = run(workplace, "--config", "broken.yaml", env=env)
+        assert "search-1: done" in last and "going on from" in last
+        for stage, repositories in {
+            "search-1": ["models/tester/loop-search-1", "datasets/tester/loop-search-1-rollouts"],
+            "verify-1": ["datasets/tester/loop-verify-1-pairs", "datasets/tester/loop-verify-1-verdicts"],
+            "align-1": ["models/tester/loop-align-1"],
+        }.items():
+            recorded = state(workplace, "broken")[stage]["results"]["hub"]
+            for repository in repositories:
+                assert hub.commits(repository) == 1 and hub.repos[repository].private, repository
+                revisions = {item["revision"] for item in recorded.values()}
+                assert hub.repos[repository].find("main") in revisions, repository
+    entries = state(workplace, "broken")
+    assert {entry["status"] for entry in entries.values()} == {"done"}
+    assert starts(workplace, "broken", "search-1") == 3 and starts(workplace, "broken", "verify-1") == 2
+
+    with JudgeServer(judge_of_templates()) as judge:  # the same verification, unbroken
+        settings = yaml.safe_load((folder / "configs" / "verify-1.yaml").read_text())
+        settings |= {"judge_url": judge.url, "output_dir": "outputs/again/verify-1", "push_to_hub": False}
+        settings["verdict_cache"] = "outputs/again/cache.sqlite"
+        (workplace / "again.yaml").write_text(yaml.safe_dump(settings))
+        command = [sys.executable, str(RECIPES / "verify_rollouts.py"), "--config", "again.yaml"]
+        result = subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=200)
+        assert result.returncode == 0, result.stderr[-3000:]
+    assert pairs_of(workplace, "again") == pairs_of(workplace, "broken")
+
+
+@pytest.mark.slow
+def test_a_stage_that_fails_says_where_its_log_is(workplace, whole):
+    write_loop(workplace, "failing.yaml", "outputs/failing", search={"overrides": {"num_generations": 7}})
+    output = run(workplace, "--config", "failing.yaml", code=1)
+    assert "search-1 failed (exit code 1" in output and "outputs/failing/logs/search-1.log" in output
+    assert state(workplace, "failing")["search-1"]["status"] == "failed"
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    result = subprocess.run([sys.executable, LOOP, "--dry-run"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert not list(tmp_path.iterdir())
+    names = re.findall(r"^([\w-]+) \(to do\): ", result.stdout, re.M)
+    assert names == ["cold-start", "search-1", "verify-1", "align-1", "search-2", "verify-2", "align-2"]
+    assert 'model_name_or_path: "outputs/veripo/align-1"' in result.stdout
+    assert 'leave_out: ["outputs/veripo/verify-1/solved.json"]' in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"iterations": 0}, "whole number of 1 or more"),
+        ({"iteratoins": 2}, "unknown key iteratoins"),
+        ({"iteration": [{"name": "a", "recipe": "grpo_video.py"}]}, "missing ['config']"),
+        ({"iteration": [{"name": "a", "recipe": "rm.py", "config": "tiny/grpo.yaml"}]}, "no recipe 'rm.py'"),
+        ({"iteration": [{"name": "a", "recipe": "grpo_video.py", "config": "none.yaml"}]}, "none.yaml: no such file"),
+        ({"iteration": [{"name": "a", "recipe": "verify_rollouts.py", "config": "tiny/verify.yaml"}]}, "no GRPO stage"),
+        ({"push_to_hub": True}, "needs `hub_prefix`"),
+    ],
+)
+def test_loops_that_cannot_run(change, message, tmp_path):
+    loop = {"output_dir": "run", "iteration": [{"name": "a", "recipe": "grpo_video.py", "config": "tiny/grpo.yaml"}]}
+    (tmp_path / "loop.yaml").write_text(yaml.safe_dump({**loop, **change}))
+    result = subprocess.run(
+        [sys.executable, LOOP, "--config", "loop.yaml"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 1 and message in result.stderr and not (tmp_path / "run").exists()
+
+
+def test_two_loops_on_one_run_are_refused_and_leftovers_ended(tmp_path):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("veripo_loop", LOOP)
+    loop = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loop)
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    env = {**os.environ, loop.MARKER: str(run_folder.resolve())}
+    stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(99)"
+    ours = [
+        subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE)
+        for code in ("import time; print('up', flush=True); time.sleep(99)", stubborn)
+    ]
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"], env={**env, loop.MARKER: "/other"})
+    for process in ours:
+        process.stdout.readline()
+    loop.end_leftovers(run_folder, patience_s=1)
+    assert [process.wait(5) for process in ours] == [-signal.SIGTERM, -signal.SIGKILL]
+    assert other.poll() is None
+    other.kill()
+    with loop.only_run(run_folder), pytest.raises(SystemExit, match="another veripo.py"), loop.only_run(run_folder):
+        pass
+
+
+JUDGE = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def log_message(self, *args): pass
+print("starting", flush=True)
+if sys.argv[1] == "0": sys.exit("no such model")
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_judges_server_is_started_waited_for_and_stopped(tmp_path):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("veripo_loop", LOOP)
+    loop = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loop)
+    port = free_port()
+    judge = {
+        "judge_command": [sys.executable, "-c", JUDGE, port],
+        "judge_health": f"http://127.0.0.1:{port}/health",
+        "judge_start_timeout_s": 20,
+    }
+    assert not loop.answers(judge["judge_health"])
+    with loop.judge_server(judge, tmp_path / "judge.log", dict(os.environ)):
+        assert loop.answers(judge["judge_health"])
+        with pytest.raises(SystemExit, match="another server is there"):
+            with loop.judge_server(judge, tmp_path / "judge.log", dict(os.environ)):
+                pass
+    assert not loop.answers(judge["judge_health"])
+    judge["judge_command"][-1] = 0
+    with pytest.raises(SystemExit, match="(?s)exit code 1.*no such model"):
+        with loop.judge_server(judge, tmp_path / "judge.log", dict(os.environ)):
+            pass
