@@ -31,6 +31,7 @@ def load_policy(
     lora=None,
     quantization_config=None,
     device_map=None,
+    trainable: bool = True,
 ):
     """Load a policy and its processor.
 
@@ -44,6 +45,7 @@ def load_policy(
         lora: a `peft.LoraConfig` for a new adapter, or None for full fine-tuning. Ignored, with a message, where
             `model_name_or_path` is an adapter: one adapter continues through the stages.
         quantization_config: a `BitsAndBytesConfig` for QLoRA. An adapter does not record it: give it again.
+        trainable: False where nothing is trained: an adapter is then frozen, and full weights may be quantized.
 
     Returns:
         (model, processor). The processor pads on the left, as generation needs.
@@ -60,7 +62,7 @@ def load_policy(
             "vision tower's changes would not be saved. Set train_vision_tower: false, or train full weights "
             "(use_peft: false)."
         )
-    if quantization_config is not None and not with_adapter:
+    if quantization_config is not None and not with_adapter and trainable:
         raise ValueError(
             f"{model_name_or_path!r} is to be loaded in 4 or 8 bits without an adapter, and quantized weights cannot "
             f"be trained. Set use_peft: true, or load_in_4bit and load_in_8bit: false."
@@ -92,7 +94,7 @@ def load_policy(
                 "are not used.",
                 model_name_or_path,
             )
-        model = PeftModel.from_pretrained(model, model_name_or_path, revision=revision, is_trainable=True)
+        model = PeftModel.from_pretrained(model, model_name_or_path, revision=revision, is_trainable=trainable)
     elif lora is not None:
         from peft import get_peft_model
 

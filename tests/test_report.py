@@ -1,0 +1,579 @@
+"""The report: what it reads, how it samples, and the page in a real browser."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import write_video
+
+from veripo_trl import report_charts, report_page, report_read
+from veripo_trl.report import write_report
+from veripo_trl.report_read import ReportError
+from veripo_trl.rollouts import RolloutStore
+from veripo_trl.verifier.files import PAIR_SCHEMA, VERDICT_SCHEMA, write_files
+
+RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "report.py"
+HOSTILE = (
+    "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'><!-- <b>bold</b> &amp; "
+    "\u2028\u202e${window.hacked = 3}"
+)
+COLOURS = ["A. red", "B. blue", "C. green", "D. yellow"]
+
+
+# ---- a run on disk --------------------------------------------------------------------------------------------------
+
+
+def question(number: int) -> dict:
+    kinds = (
+        {"problem": f"Which colour is first in clip {number}?", "options": COLOURS, "problem_type": "multiple choice",
+         "solution": "B"},
+        {"problem": f"How many shapes are in clip {number}?", "options": [], "problem_type": "numerical",
+         "solution": "3"},
+    )  # fmt: skip
+    media = {"videos": ["clips/long.mp4"], "images": []} if number % 2 == 0 else {"videos": [], "images": ["square.png"]}
+    return {"question_id": f"q{number:03d}", **kinds[number % 2], **media, "data_source": "test"}
+
+
+def rollout(stage: str, number: int, place: int, **changes) -> dict:
+    """The 1st of four is right, the 2nd wrong, the 3rd right but inconsistent, the 4th wrong, long and cut."""
+    right = place in (0, 2)
+    texts = (
+        "<think>I see blue, so the answer is B.</think><answer>B</answer>",
+        "<think>I see red, so the answer is A.</think><answer>A</answer>",
+        "<think>I see green, so the answer is C.</think><answer>B</answer>",
+        f"<think>{'round and round ' * 200}",
+    )
+    return {
+        **question(number),
+        "rollout_id": f"{stage}/step{number}-{place}",
+        "step": number,
+        "completion": texts[place],
+        "completion_tokens": 10 + 100 * place + number,
+        "finish_reason": "length" if place == 3 else "stop",
+        "rewards": {"accuracy_reward": float(right), "format_reward": 0.5},
+        "advantage": 0.5 - place / 4,
+        "policy": "start",
+        "prompt_template": "0" * 16,
+        "seed": 0,
+        **changes,
+    }
+
+
+def verdict(rollout: dict, place: int) -> dict:
+    return {
+        "rollout_id": rollout["rollout_id"],
+        "question_id": rollout["question_id"],
+        "format_ok": place != 3,
+        "accuracy": rollout["rewards"]["accuracy_reward"],
+        "concluded_answer": "C" if place == 2 else None,
+        "consistency": ("consistent", "consistent", "inconsistent", "unknown")[place],
+        "repetition": 0.9 if place == 3 else 0.0,
+        "think_tokens": 9,
+        "judge": "rules",
+        "prompt_version": "1",
+        "reason": "no answer" if place == 3 else "",
+    }
+
+
+def pair(number: int, kind: str, chosen: str, rejected: str) -> dict:
+    ids = [f"search-1/step{number}-{place}" for place in range(2)]
+    verdicts = [verdict({**rollout("search-1", number, place), "rollout_id": ids[place]}, place) for place in range(2)]
+    return {
+        **question(number),
+        "prompt": [{"role": "user", "content": [{"type": "text", "text": "?"}]}],
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+        "rejected_finished": True,
+        "kind": kind,
+        "chosen_ids": ids[:1],
+        "rejected_id": ids[1],
+        "verdicts": {"chosen": verdicts[:1], "rejected": verdicts[1], "fault": "wrong"},
+        "prompt_template": "0" * 16,
+        "policy": "start",
+    }
+
+
+def summary(accuracy: float, inconsistency: float, unknown: float = 0.02) -> dict:
+    values = {
+        "accuracy": accuracy, "accuracy_low": accuracy - 0.03, "accuracy_high": accuracy + 0.03, "format": 0.99,
+        "inconsistency": inconsistency, "unknown": unknown, "accurate_and_consistent": accuracy * (1 - inconsistency),
+        "think_tokens": 12.5, "truncated": 0.01, "questions": 100, "accuracy: numerical": accuracy / 2,
+    }  # fmt: skip
+    return {"greedy": {**values, "accuracy": accuracy + 0.1}, "sampled": values}
+
+
+def write_stage(folder: Path, results: dict, *, rollouts=(), verdicts=(), pairs=(), arguments=None) -> None:
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(results))
+    if arguments:
+        (folder / "_arguments.json").write_text(json.dumps(arguments))
+    if rollouts:
+        names = ["accuracy_reward", "format_reward"]
+        RolloutStore(folder / "rollouts").write(list(rollouts), step=0, part=0, rank=0, reward_names=names)
+    for name, rows, schema in (("verdicts", verdicts, VERDICT_SCHEMA), ("pairs", pairs, PAIR_SCHEMA)):
+        if rows:
+            write_files(list(rows), folder / name, schema)
+
+
+def data_arguments(path: str) -> dict:
+    sizes = {"fps": 2.0, "min_frames": 4, "max_frames": 6, "min_pixels": 56 * 56, "max_pixels": 56 * 56}
+    return {"DataArguments": {"datasets": [{"path": path}], **sizes}}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """`outputs/loop` with a search, its verification and a DPO stage; `data/` with a clip and an image."""
+    from PIL import Image
+
+    place = tmp_path_factory.mktemp("report")
+    (place / "data" / "clips").mkdir(parents=True)
+    write_video(place / "data" / "clips" / "long.mp4", frames=24, height=56, width=56)
+    Image.new("RGB", (80, 40), "teal").save(place / "data" / "square.png")
+    (place / "data" / "rows.jsonl").write_text("{}\n")
+    loop = place / "outputs" / "loop"
+    rows = [rollout("search-1", number, part) for number in range(25) for part in range(4)]
+    rows[4]["completion"] = f"<think>{HOSTILE}</think><answer>B</answer>"
+    rows[4]["problem"] = f"{rows[4]['problem']} {HOSTILE}"
+    history = [{"step": step, "reward": step / 10, "loss": float("nan")} for step in range(1, 6)]
+    results = {"before": summary(0.5, 0.25), "after": summary(0.7, 0.1), "history": history, "minutes": 3.0}
+    write_stage(loop / "search-1", results, rollouts=rows, arguments=data_arguments("data/rows.jsonl"))
+    pairs = [
+        pair(0, "penalty", "<think>I see blue then red.</think><answer>B</answer>",
+             "<think>I see red then red.</think><answer>A</answer>"),
+        pair(1, "consistency", "<think>so 3.</think><answer>3</answer>", f"<think>{HOSTILE}</think><answer>3</answer>"),
+        *(pair(number, "penalty", f"chosen {number}", f"rejected {number}") for number in range(2, 12)),
+    ]  # fmt: skip
+    verdicts = [verdict(row, place % 4) for place, row in enumerate(rows)]
+    write_stage(loop / "verify-1", {"rollouts": 100}, verdicts=verdicts, pairs=pairs)
+    write_stage(loop / "align-1", {"after": summary(0.71, 0.04, float("nan"))})
+    done = {"recipe": "a_recipe.py", "iteration": 1, "status": "done"}
+    names = ("search-1", "verify-1", "align-1")
+    stages = [{**done, "name": name, "output_dir": f"outputs/loop/{name}"} for name in names]
+    stages.append({"name": "search-2 <b>", "iteration": 2, "status": "running", "output_dir": "outputs/loop/search-2"})
+    stages.append({"name": "align-2", "iteration": 2, "status": "skipped", "reason": "no pairs"})
+    (loop / "run.json").write_text(json.dumps({"name": "a <loop> & more", "stages": stages}))
+    return place
+
+
+@pytest.fixture(scope="module")
+def page(workplace, tmp_path_factory):
+    said = []
+    path = write_report([workplace / "outputs" / "loop"], tmp_path_factory.mktemp("page") / "r.html", say=said.append)
+    assert not said
+    return path
+
+
+def embedded(path: Path) -> dict:
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(), re.S)[1])
+
+
+# ---- without a browser ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_read(page):
+    data = embedded(page)
+    assert data["stages"] == ["search-1", "verify-1", "align-1", "search-2 <b>", "align-2"]
+    assert len(data["questions"]) == 25 and all(len(item["rollouts"]) == 4 for item in data["questions"])
+    (first,) = [item for item in data["questions"] if item["id"] == "q001"]
+    assert first["rollouts"][0]["text"] == f"<think>{HOSTILE}</think><answer>B</answer>"
+    assert [item["verdict"]["consistency"] for item in first["rollouts"]] == [
+        "consistent", "consistent", "inconsistent", "unknown",
+    ]  # fmt: skip
+    assert first["rollouts"][2]["rewards"] == {"accuracy": 1.0, "format": 0.5} and first["rollouts"][3]["cut"]
+    assert len(data["pairs"]) == 12 and {item["kind"] for item in data["pairs"]} == {"penalty", "consistency"}
+    # the frames that the model saw: the run's settings, found from where the run was started
+    assert data["media"]["clips/long.mp4"]["note"].startswith("6 frames that the model saw, 56 × 56 pixels, of 24 at 2")
+    assert len(data["media"]["clips/long.mp4"]["frames"]) == len(data["media"]["clips/long.mp4"]["times"]) == 6
+    assert data["media"]["square.png"]["note"] == "image, 40 × 80 pixels"
+    text = page.read_text()
+    assert "All 25 questions and all 100 rollouts are on this page. 25 questions come with" in text
+    assert "100: 33.3% inconsistent, 25.0% unknown" in text  # 25 of the 75 whose verdict is known
+    assert "Inconsistent (unknown –)" in text and "−21.0 points" in text  # 0.25 to 0.04; unknown is not known
+    assert "its folder outputs/loop/search-2 is not there" in text
+    assert "Stage align-2 was skipped: no pairs." in text
+    assert text.count("<svg") == 4 + 1  # the four measures, and the reward; a loss that is never a number has no curve
+
+
+def test_the_page_loads_nothing_and_names_its_scripts_by_hash(page):
+    text = page.read_text()
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', text)[1]
+    assert policy.startswith("default-src 'none'; img-src data:;") and "unsafe" not in policy
+    for tag in ("script", "style"):
+        body = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.S)[1]
+        assert f"{tag}-src '{report_page.content_hash(body)}'" in policy
+    assert "<loop>" not in text and "a &lt;loop&gt; &amp; more" in text and "search-2 &lt;b&gt;" in text
+    assert not re.search(r"""(?:src|href)=["'](?!#|data:)|@import|url\(|innerHTML|<link""", text)
+    assert str(page.parent) not in text and "/data/clips" not in text  # no paths of this machine
+
+
+@pytest.mark.parametrize(
+    "value",
+    [HOSTILE, "</ScRiPt >", "\u2028\u2029", {"a": [1, None, float("nan")]}, "]]>", "\x00\x1f\ud800", "é 漢"],
+)
+def test_embedded_data_cannot_leave_its_element(value):
+    text = report_page.embed(value)
+    assert not set(text) & set("<>&\u2028\u2029")
+    expected = {"a": [1, None, None]} if isinstance(value, dict) else value
+    assert json.loads(text.encode("utf-8", "backslashreplace")) == expected
+
+
+def test_the_sample_is_drawn_by_seed_and_said(workplace, tmp_path):
+    run = [workplace / "outputs" / "loop"]
+    pages = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        pages[name] = write_report(run, tmp_path / f"{name}.html", seed=seed, questions=0, max_mb=0.03)
+    assert pages["a"].read_bytes() == pages["b"].read_bytes() != pages["c"].read_bytes()
+    data = embedded(pages["a"])
+    assert 0 < len(data["questions"]) < 25 and len(data["pairs"]) < 12 and not data["media"]
+    text = pages["a"].read_text()
+    count = len(data["questions"])
+    assert f"A sample (seed 0): {count} of 25 questions and {4 * count} of 100 rollouts are on this page." in text
+    assert f"A sample (seed 0): {len(data['pairs'])} of 12 pairs" in text
+    assert {item["id"] for item in data["questions"]} != {item["id"] for item in embedded(pages["c"])["questions"]}
+    assert "100: 33.3% inconsistent" in text  # tables are about all
+
+
+def test_long_completions_and_large_groups_are_cut_and_said(tmp_path):
+    rows = [rollout("s", 0, 0, rollout_id=f"r{place}", completion="x" * 30_000) for place in range(100)]
+    write_stage(tmp_path / "run", {}, rollouts=rows)
+    (item,) = embedded(write_report([tmp_path / "run"]))["questions"]
+    assert item["total"] == 100 and len(item["rollouts"]) == report_read.MAX_ROLLOUTS
+    assert {len(row["text"]) for row in item["rollouts"]} != {30_000}
+    assert item["rollouts"][0]["text"].endswith("[…10000 more characters are not on this page]")
+
+
+def test_the_size_holds_for_texts_that_escapes_make_longer(tmp_path):
+    rows = [rollout("s", number, 0, completion="<&>" * 6_000) for number in range(60)]
+    pairs = [pair(number, "penalty", "<" * 9_000, ">" * 9_000) for number in range(60)]
+    write_stage(tmp_path / "run", {}, rollouts=rows, pairs=pairs)
+    path = write_report([tmp_path / "run"], max_mb=2.0)
+    assert 1e6 < path.stat().st_size < 2e6
+    assert "of 60 questions" in path.read_text() and "of 60 pairs" in path.read_text()
+
+
+def test_media_that_cannot_be_shown_say_why(workplace, tmp_path):
+    data = workplace / "data"
+    (tmp_path / "secret.png").write_bytes((data / "square.png").read_bytes())
+    (tmp_path / "below").mkdir()
+    twin = tmp_path / "twin"
+    shutil.copytree(data, twin)
+    (twin / "broken.mp4").write_bytes(b"\x00\x00\x00\x18ftypmp42" + b"\x00" * 100)
+    cases = [
+        (["clips/long.mp4"], [f"{data}/rows.jsonl"], None, "frames that the model saw"),
+        (["clips/long.mp4"], ["gone/rows.jsonl"], None, "the run did not record where its media are"),
+        (["clips/long.mp4"], ["gone/rows.jsonl"], data, "frames that the model saw"),
+        (["clips/long.mp4"], [f"{data}/rows.jsonl", f"{twin}/rows.jsonl"], None, "found below two media folders"),
+        (["clips/none.mp4"], [f"{data}/rows.jsonl"], None, "not found below the media folders"),
+        (["../secret.png"], [f"{tmp_path}/below/rows.jsonl"], tmp_path / "below", "not found below the media folders"),
+        (["https://example.org/a.mp4"], [f"{data}/rows.jsonl"], None, "named by URL"),
+        (["broken.mp4"], [f"{twin}/rows.jsonl"], None, "it cannot be decoded"),
+    ]
+    for number, (videos, paths, root, expected) in enumerate(cases):
+        arguments = data_arguments(paths[0])
+        arguments["DataArguments"]["datasets"] = [{"path": path} for path in paths]
+        run = tmp_path / f"run{number}"
+        write_stage(run, {}, rollouts=[rollout("s", 0, 0, videos=videos, images=[])], arguments=arguments)
+        said = []
+        page = write_report([run], media_root=root and str(root), say=said.append)
+        ((_, media),) = embedded(page)["media"].items()
+        assert expected in media["note"], (videos, media)
+        assert bool(media["frames"]) == ("frames that" in expected)
+        assert bool(said) == (expected == "it cannot be decoded")
+        assert ("1 of 1 videos and images are not shown" in page.read_text()) != bool(media["frames"])
+
+
+def test_parts_that_are_absent_are_named(tmp_path):
+    write_stage(tmp_path / "bare", {"after": summary(0.5, 0.1)})
+    text = write_report([tmp_path / "bare"]).read_text()
+    for words in ("No rollouts:", "No verdicts:", "No preference pairs.", "No training log:"):
+        assert words in text
+    (tmp_path / "bare" / "_arguments.json").write_text("{half")
+    assert "bare/_arguments.json cannot be read" in write_report([tmp_path / "bare"]).read_text()
+
+
+def test_benchmark_results(tmp_path):
+    """What calculate_score.py writes: found in the run's folder, or given."""
+    line = {"benchmark": "mmvu", "category": "", "value": "", "rows": 625, "ours": 0.5, "ours_low": 0.46,
+            "ours_high": 0.54, "released": 0.47, "unparsable": 0.01, "truncated": None, "inconsistency": 0.08,
+            "unknown": 0.1, "think_length": 212.3}  # fmt: skip
+    scores = {"lines": [line, {**line, "category": "subject", "value": "<i>art</i>"}], "notes": ["a & b"], "rows": []}
+    write_stage(tmp_path / "run", {})
+    (tmp_path / "run" / "evaluation").mkdir()
+    (tmp_path / "run" / "evaluation" / "mmvu.scores.json").write_text(json.dumps(scores))
+    (tmp_path / "other.scores.json").write_text(json.dumps(scores))
+    (tmp_path / "run" / "bad.scores.json").write_text('{"rows": []}')
+    page = write_report([tmp_path / "run"], scores=[tmp_path / "other.scores.json"]).read_text()
+    assert "Benchmark: mmvu" in page and "Benchmark: other" in page and "bad.scores.json holds no scores" in page
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", page[page.index("Benchmark: mmvu") :])[:10]
+    assert cells == ["mmvu", "625", "50.0%", "46.0–54.0%", "47.0%", "1.0%", "–", "8.0%", "10.0%", "212"]
+    assert "· subject: &lt;i&gt;art&lt;/i&gt;" in page and "a &amp; b" in page
+    with pytest.raises(ReportError, match="gone.scores.json: no such file"):
+        write_report([tmp_path / "run"], scores=["gone.scores.json"])
+
+
+def test_several_folders_are_the_stages_of_one_report(workplace, tmp_path):
+    loop = workplace / "outputs" / "loop"
+    whole = embedded(write_report([loop / "search-1", loop / "verify-1"], tmp_path / "r.html", questions=0))
+    assert whole["stages"] == ["search-1", "verify-1"] and whole["questions"][0]["rollouts"][0]["verdict"]
+    alone = embedded(write_report([loop / "verify-1"], tmp_path / "v.html"))
+    assert len(alone["pairs"]) == 12 and not alone["questions"]
+
+
+def test_what_cannot_be_reported_is_an_error(tmp_path):
+    with pytest.raises(ReportError, match="no such folder"):
+        write_report([tmp_path / "nothing"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ReportError, match="nothing to report"):
+        write_report([tmp_path / "empty"])
+    write_stage(tmp_path / "run", {}, rollouts=[rollout("s", 0, 0)])
+    (file,) = (tmp_path / "run" / "rollouts").iterdir()
+    with pytest.raises(ReportError, match="no such folder"):
+        write_report([tmp_path / "run"], media_root=str(tmp_path / "gone"))
+    file.write_bytes(b"PAR1 no more")
+    with pytest.raises(ReportError, match=f"{file.name}.*Remove it"):
+        write_report([tmp_path / "run"])
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_the_recipe(workplace, tmp_path):
+    command = [sys.executable, str(RECIPE), str(workplace / "outputs" / "loop"), "--questions", "0"]
+    done = subprocess.run([*command, "--output", "r.html"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"r\.html \(0\.\d MB, [\d.]+ s\): open it in a browser", done.stdout)
+    assert (tmp_path / "r.html").is_file() and "counting" in done.stderr  # progress bars
+    command = [sys.executable, str(RECIPE), "gone"]
+    wrong = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert wrong.returncode == 1 and wrong.stderr.startswith("report: gone: no such folder")
+
+
+def test_charts():
+    nan = float("nan")
+    drawn = report_charts.line_chart(
+        [{"name": "<one>", "points": [(0, 0.2), (1, nan), (2, None), (3, 0.4)]}, {"name": "none", "points": [(0, None)]}],
+        ticks=["a", "b & c", "d", "e"], percent=True, title="share",
+    )  # fmt: skip
+    assert drawn.count("<circle") == 2 and "<one>" not in drawn and "b &amp; c" in drawn and "none" not in drawn
+    assert 'aria-label="share: &lt;one&gt; from 20.0% to 40.0%"' in drawn
+    assert report_charts.line_chart([{"name": "x", "points": [(0, nan)]}]) == ""
+    many = report_charts.line_chart([{"name": "x", "points": [(step, step**2) for step in range(10_000)]}])
+    assert many.count("L") < 500 and len(many) < 20_000
+    for low, high in ((0.0, 0.0), (5, 5), (-1e-9, 1e-9), (0, 1e12), (0.48, 0.505)):
+        marks = report_charts.round_marks(low, high)
+        assert 2 <= len(marks) <= 8 and marks[0] <= low and marks[-1] >= high and sorted(marks) == marks
+
+
+# ---- in a browser ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium. Without one the tests are skipped, or fail where CI_BROWSER=required."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    driver = shutil.which("chromedriver")
+    if program is None or driver is None:
+        reason = "no chromium and chromedriver (Debian: apt-get install chromium chromium-driver)"
+        if os.environ.get("CI_BROWSER") == "required":
+            pytest.fail(f"CI_BROWSER=required, but there is {reason}")
+        pytest.skip(f"the report is not tried in a browser: {reason}")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    options.add_argument("--headless=new")
+    options.add_argument("--disable-dev-shm-usage")
+    options.add_argument("--window-size=1280,900")
+    if os.geteuid() == 0:  # Chromium's sandbox refuses root
+        options.add_argument("--no-sandbox")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    started = webdriver.Chrome(options=options, service=Service(driver))
+    started.set_page_load_timeout(60)
+    yield started
+    started.quit()
+
+
+@pytest.fixture
+def opened(browser, page):
+    browser.get(page.as_uri())
+    yield browser
+    assert browser.get_log("browser") == []  # no errors, nothing refused
+
+
+def texts(browser, selector: str) -> list[str]:
+    return browser.execute_script(
+        "return [...document.querySelectorAll(arguments[0])].map(element => element.textContent)", selector
+    )
+
+
+def put(browser, field: str, value: str) -> None:
+    """Set a filter as a user does: its value, then the event; wait for the list."""
+    browser.execute_script(
+        "const field = document.getElementById(arguments[0]); field.value = arguments[1];"
+        "field.dispatchEvent(new Event('input', {bubbles: true}))", field, value,
+    )  # fmt: skip
+    time.sleep(0.25)
+
+
+def count(browser, prefix: str = "q") -> str:
+    return texts(browser, f"#{prefix}-count")[0]
+
+
+@pytest.mark.browser
+def test_filters_change_what_is_shown(opened):
+    assert count(opened) == "25 questions, 100 rollouts match"
+    for field, value, expected in (
+        ("q-show", "wrong", "25 questions, 50 rollouts match"),
+        ("q-show", "inconsistent", "25 questions, 25 rollouts match"),
+        ("q-show", "unknown", "25 questions, 25 rollouts match"),
+        ("q-show", "all", "25 questions, 100 rollouts match"),
+        ("q-kind", "numerical", "12 questions, 48 rollouts match"),
+        ("q-kind", "", "25 questions, 100 rollouts match"),
+        ("q-text", "CLIP 7?", "1 question, 4 rollouts match"),
+        ("q-text", "i see green", "25 questions, 25 rollouts match"),
+        ("q-text", "nowhere", "0 questions, 0 rollouts match"),
+        ("q-text", "", "25 questions, 100 rollouts match"),
+    ):
+        put(opened, field, value)
+        assert count(opened) == expected, (field, value)
+    put(opened, "q-sort", "longest")
+    assert texts(opened, ".question .meta span:first-child")[0] == "q024"
+    assert "334 tokens" in texts(opened, ".rollout .badges")[0]
+    put(opened, "q-sort", "")
+
+
+@pytest.mark.browser
+def test_pages_and_keys(opened):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    body = opened.find_element(By.TAG_NAME, "body")
+    seen = texts(opened, ".question .meta span:first-child")
+    for _ in range(4):
+        body.send_keys("n")
+        seen += texts(opened, ".question .meta span:first-child")
+    assert len(set(seen)) == 25 and texts(opened, "#q-pager") == ["Previous21 to 25 of 25Next"]
+    body.send_keys("p")
+    assert texts(opened, "#q-pager") == ["Previous11 to 20 of 25Next"]
+    body.send_keys("/")
+    opened.switch_to.active_element.send_keys("clip 7?", Keys.ENTER)
+    assert count(opened) == "1 question, 4 rollouts match"
+    put(opened, "q-text", "")
+
+
+@pytest.mark.browser
+def test_what_a_model_wrote_is_text(opened):
+    put(opened, "q-text", "q001")
+    assert HOSTILE in texts(opened, ".problem")[0]
+    assert texts(opened, ".rollout .text")[0] == f"<think>{HOSTILE}</think><answer>B</answer>"
+    put(opened, "p-kind", "consistency")
+    assert "".join(texts(opened, ".rejected .text")) == f"<think>{HOSTILE}</think><answer>3</answer>"
+    assert opened.execute_script("return window.hacked") is None
+    counts = "return ['script', '.text b', '.text img', '.problem img'].map(s => document.querySelectorAll(s).length)"
+    assert opened.execute_script(counts) == [2, 0, 0, 0]
+    assert opened.title == "a <loop> & more"
+    put(opened, "q-text", "")
+    put(opened, "p-kind", "")
+
+
+@pytest.mark.browser
+def test_pairs_side_by_side(opened):
+    put(opened, "p-text", "blue then")
+    assert count(opened, "p") == "1 pair match"
+    assert texts(opened, ".chosen ins") == ["blue", "B"] and texts(opened, ".rejected del") == ["red", "A"]
+    assert texts(opened, ".chosen .text") == ["<think>I see blue then red.</think><answer>B</answer>"]
+    assert "rejected as wrong" in texts(opened, ".rejected .badges")[0]
+    put(opened, "p-text", "")
+    put(opened, "p-kind", "penalty")
+    assert count(opened, "p") == "11 pairs match" and len(texts(opened, ".pair")) == 5
+    put(opened, "p-kind", "")
+    opened.execute_script("document.querySelector('.pair .link').click()")  # to its rollouts
+    assert count(opened) == "1 question, 4 rollouts match"
+    put(opened, "q-text", "")
+
+
+@pytest.mark.browser
+def test_frames_are_shown_and_nothing_is_fetched(opened):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    sizes = "return [...document.querySelectorAll('.strip img')].map(image => image.naturalWidth)"
+    WebDriverWait(opened, 10).until(lambda driver: all(driver.execute_script(sizes)))
+    assert {56, 80} <= set(opened.execute_script(sizes)) and "frames that the model saw" in texts(opened, ".film")[0] + (
+        texts(opened, ".film")[1]
+    )
+    fetched = "return performance.getEntriesByType('resource').map(entry => entry.name.slice(0, 5))"
+    assert set(opened.execute_script(fetched)) <= {"data:"}
+
+
+@pytest.mark.browser
+def test_narrow_and_dark(opened):
+    narrow = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", narrow)
+    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+    try:
+        assert opened.execute_script("return document.documentElement.scrollWidth") <= 390
+        colour = opened.execute_script("return getComputedStyle(document.body).backgroundColor")
+        assert max(map(int, re.findall(r"\d+", colour)[:3])) < 60
+    finally:
+        opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+@pytest.mark.browser
+def test_the_policy_refuses_what_is_not_ours(browser, page):
+    """Were a script or an address to get into the page after all, the browser would neither run nor load it."""
+    browser.get(page.as_uri())
+    browser.execute_script(
+        "const script = document.createElement('script'); script.textContent = 'window.hacked = 1';"
+        "document.body.append(script);"
+        "const image = document.createElement('img'); image.src = 'http://127.0.0.1:9/'; document.body.append(image);"
+    )
+    time.sleep(0.3)
+    assert browser.execute_script("return window.hacked") is None
+    refused = [entry["message"] for entry in browser.get_log("browser")]
+    assert len(refused) == 2 and all("Content Security Policy" in message for message in refused), refused
+
+
+def write_many(folder: Path) -> None:
+    """100,000 rollouts of 12,500 questions with their verdicts, and 20,000 pairs."""
+    for part in range(20):
+        rows = []
+        for number in range(part * 5_000, (part + 1) * 5_000):
+            text = f"<think>{'I look at the clip again and count the shapes. ' * (10 + number % 13)}{number}</think>"
+            changes = {"rollout_id": f"r{number}", "completion": f"{text}<answer>{number % 4}</answer>"}
+            rows.append(rollout("s", number // 8 % 12_500, number % 2, **changes))
+        names = ["accuracy_reward", "format_reward"]
+        RolloutStore(folder / "rollouts").write(rows, step=part, part=0, rank=0, reward_names=names)
+        write_files([verdict(row, number % 4) for number, row in enumerate(rows)], folder / "verdicts", VERDICT_SCHEMA)
+        (written,) = (folder / "verdicts").glob("verdicts-*.parquet")
+        written.rename(folder / "verdicts" / f"part-{part:02d}.parquet")
+    table = pa.Table.from_pylist([pair(3, "penalty", "chosen " * 150, "rejected " * 150)], schema=PAIR_SCHEMA)
+    (folder / "pairs").mkdir()
+    pq.write_table(table.take([0] * 20_000), folder / "pairs" / "pairs-00000.parquet")
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_a_hundred_thousand_rollouts(browser, tmp_path):
+    write_many(tmp_path / "large")
+    started = time.perf_counter()
+    path = write_report([tmp_path / "large"], questions=0)
+    seconds = time.perf_counter() - started
+    assert path.stat().st_size < 25e6 and seconds < 60, (path.stat().st_size, seconds)
+    browser.get(path.as_uri())
+    note = texts(browser, "#q-note")[0]
+    shown = re.search(r"A sample \(seed 0\): ([\d,]+) of 12,500 questions and ([\d,]+) of 100,000", note)
+    assert count(browser) == f"{shown[1]} questions, {shown[2]} rollouts match"
+    assert "400 of 20,000 pairs" in texts(browser, "#p-note")[0]
+    started = time.perf_counter()
+    put(browser, "q-text", "no such words")
+    assert count(browser) == "0 questions, 0 rollouts match" and time.perf_counter() - started < 5
+    assert browser.get_log("browser") == []
