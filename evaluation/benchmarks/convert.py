@@ -1,0 +1,75 @@
+"""Make an evaluation file from a benchmark's official data.
+
+    python evaluation/benchmarks/convert.py vsi_bench --input test-00000-of-00001.parquet --output vsi_bench.json
+
+`--input`: one or more .parquet, .json or .jsonl files, or folders of them. Prints where the videos are expected.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import BENCHMARKS  # noqa: E402  (found only after the line above)
+
+from veripo_trl.questions import read_questions  # noqa: E402
+from veripo_trl.rows import SUFFIXES, RowError  # noqa: E402
+
+
+def read_official(path: Path) -> list[dict]:
+    """Records of an official file: a Parquet table, lines of JSON, a list, or a dict of records by id."""
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        return parquet.read_table(path).to_pylist()
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    content = json.loads(text)
+    return list(content.values()) if isinstance(content, dict) else content
+
+
+def find_files(inputs: list[Path]) -> list[Path]:
+    files = []
+    for path in inputs:
+        found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES) if path.is_dir() else [path]
+        if not found or not found[0].is_file():
+            raise SystemExit(f"{path}: expected a {', '.join(SUFFIXES)} file or a folder with some.")
+        files += found
+    return files
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmark", choices=BENCHMARKS)
+    parser.add_argument("--input", type=Path, nargs="+", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args(argv)
+    benchmark = BENCHMARKS[args.benchmark]
+    rows, left_out = [], 0
+    for file in find_files(args.input):
+        for number, record in enumerate(read_official(file), start=1):
+            try:
+                made = benchmark.convert(record, file=str(file))
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                raise SystemExit(
+                    f"{file}, record {number}: not in {benchmark.NAME}'s official columns "
+                    f"({type(error).__name__}: {error}). Its columns: {', '.join(map(str, record))}."
+                ) from error
+            rows += made
+            left_out += not made
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        read_questions(args.output)
+    except RowError as error:
+        raise SystemExit(str(error)) from error
+    more = f"; {left_out} records left out, see {Path(benchmark.__file__).name}" if left_out else ""
+    print(f"{args.output}: {len(rows)} questions{more}")
+    print(f"videos are expected at <video_dir>/{benchmark.VIDEOS}")
+
+
+if __name__ == "__main__":
+    main()

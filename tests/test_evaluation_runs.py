@@ -1,0 +1,383 @@
+"""evaluation_vllm.py as a user runs it, on real clips: its files, broken runs, bad rows, two writers, what training
+sees. The model is untrained: what it writes is noise, but always the same noise."""
+
+import base64
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_row
+
+from veripo_trl.evaluate import Decoding, TransformersEngine, Waiting, encoded_batches
+from veripo_trl.journal import Journal, JournalError, OutputFiles, answer_questions, lock_output, write_outputs
+from veripo_trl.prompts import load_template
+from veripo_trl.questions import read_questions
+from veripo_trl.rows import rows_to_dataset
+
+SCRIPT = Path(__file__).resolve().parent.parent / "evaluation" / "evaluation_vllm.py"
+TAIL = "\nAnswer with the option's letter from the given choices directly."
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("evaluation_vllm", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def released(place, video="long.mp4", **more):
+    return {"question_id": f"q{place // 2}", "video_path": video, "question": "Which?", "answer": "B",
+            "processed_question": f"Which colour is {'first last second'.split()[place % 3]}?\nA. red\nB. blue" + TAIL,
+            **more}  # fmt: skip
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """Twelve released rows on three clips; each question id is there twice."""
+    rows = [released(place, ("long.mp4", "wide.mp4", "fast.mp4")[place % 3]) for place in range(12)]
+    file = tmp_path / "tomato.json"
+    file.write_text(json.dumps(rows))
+    return file
+
+
+def command(model_paths, media_root, prompts, output, **more) -> list[str]:
+    options = {
+        "model_path": model_paths["qwen2_5_vl"], "output_path": output, "prompt_path": prompts, "video_dir": media_root,
+        "engine": "transformers", "prompt_template": "tiny", "video_max_pixels": 112 * 56, "video_min_pixels": 56 * 56,
+        "video_min_frames": 2, "video_max_frames": 24, "max_new_tokens": 8, "batch_size": 2, "num_workers": 2, **more,
+    }  # fmt: skip
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    files = OutputFiles(output)
+    return {name: getattr(files, name).read_bytes() for name in ("output", "record")}
+
+
+def test_the_output_is_the_released_form_and_the_record_says_how(script, model_paths, media_root, prompts, tmp_path):
+    output = tmp_path / "out" / "tomato.json"
+    assert script.main(command(model_paths, media_root, prompts, output)) == 0
+    rows, results = json.loads(prompts.read_text()), json.loads(output.read_text())
+    assert [list(item) for item in results] == [["question", "ground_truth", "model_output"]] * 12
+    assert [item["question"] for item in results] == rows and {item["ground_truth"] for item in results} == {"B"}
+    record = json.loads(OutputFiles(output).record.read_text())
+    settings = record["settings"]
+    assert settings["decoding"] == {"max_new_tokens": 8, "temperature": 1e-6, "top_p": 1.0, "repetition_penalty": 1.05,
+                                    "seed": 0}  # fmt: skip
+    assert settings["video"]["fps"] == 2.0 and settings["video"]["max_frames"] == 24
+    assert settings["prompt_template"] == load_template("tiny").hash and settings["model_revision"]
+    made = record["rows"]
+    assert [row["videos"] for row in made[:2]] == [[[24, 56, 56]], [[6, 56, 112]]]
+    assert [row["vision_tokens"] for row in made[:2]] == [48, 24]
+    assert all(row["completion_tokens"] == 8 and row["finish_reason"] == "length" for row in made)
+    assert [row["position"] for row in made] == list(range(12)) and len({row["key"] for row in made}) == 12
+
+    # One by one, without workers: the same answers, since padding and company change nothing.
+    alone = tmp_path / "alone.json"
+    script.main(command(model_paths, media_root, prompts, alone, batch_size=1, num_workers=0))
+    assert contents(alone)["output"] == contents(output)["output"]
+
+
+def test_released_defaults(script):
+    args = script.parse_arguments(["--model_path", "m", "--output_path", "o.json", "--prompt_path", "p.json"])
+    expected = {"video_fps": 2.0, "video_max_pixels": 200704, "video_max_frames": 128, "max_new_tokens": 4096,
+                "temperature": 1e-6, "top_p": 1.0, "repetition_penalty": 1.05, "tensor_parallel_size": 1}  # fmt: skip
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert args.engine == ("vllm" if importlib.util.find_spec("vllm") else "transformers")
+
+
+def test_the_readmes_commands_are_understood(script):
+    text = (SCRIPT.parent / "README.md").read_text().replace("\\\n", " ")
+    lines = [shlex.split(line) for line in text.splitlines() if line.startswith("python evaluation/evaluation_vllm.py")]
+    assert lines
+    for line in lines:
+        assert script.parse_arguments(line[2:]).prompt_path
+    options = set(re.findall(r"`(--\w+)", text)) - {"--compare", "--pred_path", "--tokenizer"}
+    known = set(re.findall(r'"(--\w+)"', SCRIPT.read_text()))
+    assert options <= known and len(options) > 10
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_and_two_writers(script, model_paths, media_root, prompts, tmp_path):
+    """Sampled answers, so that a run that drew on from where it stopped would show."""
+    whole, broken = tmp_path / "whole.json", tmp_path / "broken.json"
+    options = {"temperature": 1.0, "max_new_tokens": 48, "seed": 3}
+    script.main(command(model_paths, media_root, prompts, whole, **options))
+    argv = command(model_paths, media_root, prompts, broken, **options)
+    journal = OutputFiles(broken).journal
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *argv], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while (journal.read_bytes().count(b"\n") if journal.exists() else 0) < 3:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.005)
+        with pytest.raises(JournalError, match="another process is writing"):
+            script.main(argv)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    written = journal.read_bytes()
+    assert not broken.exists() and 3 <= written.count(b"\n") < 13
+    journal.write_bytes(written + b'{"key": "half a li')  # as if it had been killed while writing
+    assert script.main(argv) == 0
+    assert contents(broken) == contents(whole)
+    assert journal.read_bytes().startswith(written)  # nothing was computed twice that had been written
+    keys = [json.loads(line).get("key") for line in journal.read_bytes().splitlines()]
+    assert len([key for key in keys if key]) == 12
+
+
+def test_a_half_done_batch_is_computed_whole_again(load, media_root, prompts, tmp_path):
+    """What a row is answered depends on its batch, not on where a run was broken off."""
+    model, encoder = load()
+    questions = read_questions(prompts, video_dir=media_root)
+    engine = TransformersEngine(model.eval(), encoder, Decoding(max_new_tokens=6, temperature=1.0, seed=1))
+    first = Journal(tmp_path / "a.jsonl", {})
+    waiting = answer_questions(questions, engine, encoder, first, batch_size=4, num_workers=0)
+    assert len(first.answers) == 12 and waiting.batches == 3 and waiting.start_s > 0
+    lines = first.path.read_bytes().splitlines(keepends=True)
+    (tmp_path / "b.jsonl").write_bytes(b"".join(lines[:7]))  # one batch, and half of the next
+    second = Journal(tmp_path / "b.jsonl", {})
+    assert len(second.answers) == 6
+    asked = []
+    complete = engine.complete
+    engine.complete = lambda prompts, places, **more: asked.append(places) or complete(prompts, places, **more)
+    answer_questions(questions, engine, encoder, second, batch_size=4, num_workers=0)
+    assert asked == [[4, 5, 6, 7], [8, 9, 10, 11]] and second.answers == first.answers
+    # Several processes, each with every second batch, write one journal.
+    third = Journal(tmp_path / "c.jsonl", {})
+    for rank in (1, 0):
+        own = Journal(tmp_path / "c.jsonl", {}, repair=False)
+        answer_questions(questions, engine, encoder, own, batch_size=4, num_workers=0, rank=rank, processes=2)
+    third.read()
+    assert third.answers == first.answers
+
+
+def test_bad_rows_are_listed_and_run_again_when_put_right(script, model_paths, media_root, tmp_path, capsys):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for name in ("long.mp4", "wide.mp4"):
+        (videos / name).write_bytes((media_root / name).read_bytes())
+    (videos / "text.mp4").write_text("no video")
+    (tmp_path / "secret.mp4").write_bytes((media_root / "long.mp4").read_bytes())
+    (videos / "link.mp4").symlink_to(tmp_path / "secret.mp4")
+    image = base64.b64encode((media_root / "square.png").read_bytes()).decode()
+    rows = [
+        released(0), released(1, "text.mp4"), released(2, "wide.mp4"), released(3, "gone.mp4"),
+        released(4, "link.mp4"), released(5, image=image), released(6, image="no base64!"), released(7, "wide.mp4"),
+    ]  # fmt: skip
+    prompts, output = tmp_path / "x.json", tmp_path / "out.json"
+    prompts.write_text(json.dumps(rows))
+    argv = command(model_paths, videos, prompts, output, batch_size=4)
+    assert script.main(argv) == 3
+    told = capsys.readouterr().out
+    assert "4 rows could not be answered" in told and "row 3, q1" in told and "does not exist" in told
+    files = OutputFiles(output)
+    errors = json.loads(files.errors.read_text())
+    assert [error["position"] for error in errors] == [1, 3, 4, 6]
+    for error, reason in zip(errors, ("text.mp4", "gone.mp4", "media_root", "base64"), strict=True):
+        assert reason in error["error"]
+    results = json.loads(output.read_text())
+    assert [bool(item["model_output"]) for item in results] == [place not in (1, 3, 4, 6) for place in range(8)]
+    record = json.loads(files.record.read_text())
+    assert record["errors"] == 4 and record["rows"][5]["images"] == [[56, 56]] and "error" in record["rows"][1]
+
+    (videos / "gone.mp4").write_bytes((media_root / "fast.mp4").read_bytes())
+    assert script.main(argv) == 3  # the other three are still bad
+    again = json.loads(output.read_text())
+    assert again[3]["model_output"] and [a for i, a in enumerate(again) if i != 3] == [
+        a for i, a in enumerate(results) if i != 3
+    ]
+    assert [error["position"] for error in json.loads(files.errors.read_text())] == [1, 4, 6]
+
+
+def test_a_journal_of_other_settings_is_refused(script, model_paths, media_root, prompts, tmp_path):
+    output = tmp_path / "out.json"
+    files = OutputFiles(output)
+    script.main(command(model_paths, media_root, prompts, output, limit=2, num_workers=0))
+    before = contents(output)
+    for change, told in [({"video_fps": 4}, "video"), ({"seed": 5}, "decoding"), ({"limit": 3}, "rows_sha256")]:
+        with pytest.raises(JournalError, match=f"other settings or rows.*{told}.*remove the journal"):
+            script.main(command(model_paths, media_root, prompts, output, **{"limit": 2, "num_workers": 0, **change}))
+    assert contents(output) == before
+    files.journal.write_text('{"something": "else"}\n')
+    with pytest.raises(JournalError, match="not a journal"):
+        Journal(files.journal, {})
+    with pytest.raises(JournalError, match="ends in .json"):
+        OutputFiles("out.txt")
+
+
+def test_unfinished_journals_give_no_output(prompts, media_root, tmp_path):
+    questions = read_questions(prompts, video_dir=media_root)
+    journal = Journal(tmp_path / "a.jsonl", {})
+    with pytest.raises(JournalError, match="12 rows are not answered yet"):
+        write_outputs(OutputFiles(tmp_path / "a.json"), questions, journal, {})
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_a_wrong_video_dir_is_said_before_the_model_loads(script, model_paths, prompts, tmp_path):
+    with pytest.raises(script.RowError, match="None of the 3 videos"):
+        script.main(command(model_paths, tmp_path, prompts, tmp_path / "out.json"))
+    with pytest.raises(script.RowError, match="no such folder"):
+        script.main(command(model_paths, tmp_path / "no", prompts, tmp_path / "out.json"))
+
+
+def test_a_fork_does_not_hold_the_lock(tmp_path):
+    """A decoding worker may outlive a killed run by seconds: the run can be started again at once."""
+    files = OutputFiles(tmp_path / "out.json")
+    lock = lock_output(files)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(read, 1)  # holds the descriptor until it is told to end
+        os._exit(0)
+    lock.close()
+    again = lock_output(files)
+    again.close()
+    os.write(write, b"x")
+    os.waitpid(child, 0)
+
+
+def test_batches_are_encoded_ahead_whole_and_by_place(load, media_root, mixed_rows):
+    """Rows of one id are different rows; slow parts hold up their own batch only; the waiting is measured."""
+    _, encoder = load()
+    rows = [{**row, "question_id": "same"} for row in mixed_rows]
+    batches = [[0, 1], [2, 3], [4]]
+    expected = [encoder.encode(row) for row in rows]
+    for workers in (0, 2):
+        waiting = Waiting()
+        found = dict(
+            (tuple(places), prompts)
+            for places, prompts in encoded_batches(encoder, rows, batches, num_workers=workers, waiting=waiting)
+        )
+        assert sorted(found) == [(0, 1), (2, 3), (4,)] and waiting.batches == 3
+        for places, prompts in found.items():
+            for place, prompt in zip(places, prompts, strict=True):
+                assert np.array_equal(prompt.input_ids, expected[place].input_ids)
+
+
+def test_an_adapter_on_top_of_a_model(script, model_paths, media_root, prompts, tmp_path):
+    from peft import LoraConfig
+
+    from veripo_trl.policy import LANGUAGE_MODEL_LINEAR, load_policy
+
+    lora = LoraConfig(r=4, target_modules=LANGUAGE_MODEL_LINEAR, init_lora_weights=False)
+    model, _ = load_policy(str(model_paths["qwen2_5_vl"]), lora=lora)
+    model.save_pretrained(tmp_path / "adapter")
+    options = {"limit": 4, "num_workers": 0}
+    outputs = {}
+    for name, change in {"base": {}, "on top": {"adapter": tmp_path / "adapter"},
+                         "as model": {"model_path": tmp_path / "adapter"}}.items():  # fmt: skip
+        outputs[name] = tmp_path / f"{name}.json"
+        script.main(command(model_paths, media_root, prompts, outputs[name], **options, **change))
+    texts = {name: [item["model_output"] for item in json.loads(file.read_text())] for name, file in outputs.items()}
+    assert texts["on top"] == texts["as model"] != texts["base"]
+    assert json.loads(OutputFiles(outputs["on top"]).record.read_text())["settings"]["adapter_revision"]
+
+
+@pytest.mark.slow
+def test_engines_beside_each_other(script, model_paths, media_root, prompts, tmp_path):
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    script.main(command(model_paths, media_root, prompts, one, num_workers=0))
+    assert script.main(command(model_paths, media_root, prompts, two, num_workers=0, data_parallel_size=2)) == 0
+    assert contents(two)["output"] == contents(one)["output"]
+
+
+# ---------------------------------------------------------------------------------------------- faithful to training
+
+
+class Seen:
+    """What a model's forwards are given, ids and positions, and the pixels that its vision tower is given."""
+
+    def __init__(self, model):
+        self.forwards, self.pixels = [], set()
+        self.handles = [
+            model.register_forward_pre_hook(self.take, with_kwargs=True),
+            model.model.visual.register_forward_pre_hook(self.take_pixels),
+        ]
+
+    def take(self, model, args, inputs):
+        ids = inputs["input_ids"] if "input_ids" in inputs else args[0]
+        positions = inputs["position_ids"].detach().clone()
+        self.forwards.append({"ids": ids.detach().clone(), "positions": positions, "grad": torch.is_grad_enabled()})
+
+    def take_pixels(self, tower, args):
+        self.pixels.add(hashlib.sha256(args[0].detach().numpy().tobytes()).hexdigest())
+
+    def prompt(self, count: int) -> tuple:
+        """(ids, positions, pixels) of the `count` tokens of a prompt in a generation: all but one, then the last."""
+        first, last = self.forwards[:2]
+        assert first["ids"].size(1) == count - 1
+        ids = torch.cat([first["ids"][0], last["ids"][0, -1:]]).tolist()
+        positions = torch.cat([first["positions"][:, 0], last["positions"][-3:, 0, -1:]], 1).tolist()
+        return ids, positions, self.pixels
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_evaluation_chat_rollout_and_update_see_the_same(kind, load, model_paths, media_root, tmp_path):
+    """One row through the real entry points: token ids, M-RoPE positions and pixels at the model's door are equal."""
+    from test_grpo_parity import make_trainer
+
+    from veripo_trl.chat import Chat
+
+    row = make_row("video", media_root, videos=["long.mp4"])
+    model, encoder = load(kind)
+    reference = encoder.encode(row)
+    expected = (reference.input_ids.tolist(), reference.positions.tolist())
+
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([{key: value for key, value in row.items() if key != "media_root"}]))
+    questions = read_questions(file, video_dir=media_root)
+    seen = Seen(model)
+    engine = TransformersEngine(model.eval(), encoder, Decoding(max_new_tokens=2))
+    answer_questions(questions, engine, encoder, Journal(tmp_path / "j.jsonl", {}), batch_size=1, num_workers=0)
+    assert seen.prompt(len(reference)) == (*expected, seen.pixels) and len(seen.pixels) == 1
+    pixels = seen.pixels
+    for handle in seen.handles:
+        handle.remove()
+
+    settings = {"prompt_template": "tiny", "fps": 2.0, "min_frames": 2, "max_frames": 24, "min_pixels": 56 * 56}
+    chat = Chat(str(model_paths[kind]), device="cpu", max_pixels=112 * 56, **settings)
+    seen = Seen(chat.model)
+    chat.ask(row["problem"], videos=[media_root / "long.mp4"], options=row["options"], max_new_tokens=2)
+    assert seen.prompt(len(reference)) == (*expected, pixels)
+
+    trainer = make_trainer(
+        model, encoder, [row], tmp_path, max_completion_length=2, beta=0.0, shared_prefix=False
+    )
+    trainer._checked = True
+    model.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    seen = Seen(model)
+    inputs = trainer._generate_and_score_completions(batch)
+    assert seen.prompt(len(reference)) == (*expected, pixels)
+    seen.forwards.clear()
+    trainer.current_gradient_accumulation_steps = 1
+    trainer._compute_loss(model, inputs)
+    (update,) = [forward for forward in seen.forwards if forward["grad"]]
+    count = len(reference)
+    for place in range(2):  # the group's rows
+        assert update["ids"][place, :count].tolist() == expected[0]
+        assert update["positions"][-3:, place, :count].tolist() == expected[1]
+    assert seen.pixels == pixels  # no others; a frozen tower's features may have been kept
+
+
+def test_rows_with_equal_ids_get_their_own_answers(load, media_root):
+    from veripo_trl.evaluate import generate
+
+    model, encoder = load()
+    rows = [make_row("same", media_root, videos=["long.mp4"]), make_row("same", media_root, videos=["wide.mp4"])]
+    apart = [generate(model, encoder, rows_to_dataset([row]), max_new_tokens=6)[0]["completion"] for row in rows]
+    together = [answer["completion"] for answer in generate(model, encoder, rows_to_dataset(rows), max_new_tokens=6)]
+    assert together == apart and apart[0] != apart[1]
