@@ -197,7 +197,9 @@ def main(argv: list[str] | None = None) -> int:
         (stages.DataArguments, ModelConfig, CheckArguments),
         default_config=DEFAULT_CONFIG,
         argv=argv,
-        ignored=(stages.ReportArguments, GRPOArguments, StopArguments, VideoGRPOConfig, VideoSFTConfig),
+        ignored=(
+            stages.ReportArguments, stages.PushArguments, GRPOArguments, StopArguments, VideoGRPOConfig, VideoSFTConfig
+        ),
     )
     if not data_args.datasets:
         raise SystemExit("Expected `datasets:`, a list of {path: …}; none was given.")

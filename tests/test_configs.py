@@ -80,7 +80,8 @@ def parse(file: Path, recipe: Path) -> dict:
         return {key: value for item in parsed for key, value in vars(item).items()}
     own, training = PARSED_BY[recipe.name]
     module = recipe_module(recipe)
-    kinds = (stages.DataArguments, stages.ReportArguments, getattr(module, own), training, ModelConfig)
+    shared = (stages.DataArguments, stages.ReportArguments, stages.PushArguments)
+    kinds = (*shared, getattr(module, own), training, ModelConfig)
     argv = ["--config", str(file), "--bf16", "false", "--use_cpu", "true"]
     values = {}
     for item in stages.parse(kinds, default_config=module.DEFAULT_CONFIG, argv=argv):
