@@ -180,16 +180,6 @@ def test_a_broken_write_leaves_no_file(tmp_path):
     assert store.files() == []
 
 
-def test_vllm_with_media_is_refused(load, mixed_rows, tmp_path, monkeypatch):
-    """TRL's vLLM path would drop the videos; the refusal comes with the remedy. (vLLM itself is not installed here.)"""
-    from veripo_trl.trainers.grpo import refuse_vllm_with_media
-    from veripo_trl.rows import rows_to_dataset
-
-    with pytest.raises(ValueError, match="use_vllm: false"):
-        refuse_vllm_with_media(rows_to_dataset(mixed_rows))
-    refuse_vllm_with_media(rows_to_dataset(mixed_rows[:1]))
-
-
 def test_frames_that_do_not_matter_stop_the_run(load, media_root, tmp_path):
     """A model whose vision features are blanked fails the check at the start."""
     from veripo_trl.trainers.guards import FramesIgnoredError

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .downloads import fetch
+from .features import held_features, tower_is_frozen
 from .positions import mrope_positions
 from .prompts import PromptTemplate, build_messages
 from .rows import resolve_media
@@ -35,8 +36,10 @@ class EncodedPrompt:
         positions: int64 array (3, P), see `mrope_positions`.
         pixel_values: (image patches, patch size) or None; image_grid_thw: int64 array (images, 3) or None.
         pixel_values_videos: (video patches, patch size) or None; video_grid_thw: int64 array (videos, 3) or None.
+        second_per_grid_ts: seconds that one temporal step of each video covers, floats; None for models without it.
         media: a line per image and video for people: frames × height × width and tokens.
         load_s, encode_s: seconds spent in reading media and in the processor.
+        features: what frozen vision towers made of the media, see `vision_inputs`; None until one did.
     """
 
     __slots__ = (
@@ -47,13 +50,16 @@ class EncodedPrompt:
         "image_grid_thw",
         "pixel_values_videos",
         "video_grid_thw",
+        "second_per_grid_ts",
         "media",
         "load_s",
         "encode_s",
+        "features",
     )
 
     def __init__(self, **fields):
-        for name in self.__slots__:
+        self.features = None
+        for name in self.__slots__[:-1]:
             setattr(self, name, fields[name])
 
     def __len__(self) -> int:
@@ -195,11 +201,12 @@ class PromptEncoder:
             self._check_length(row, input_ids)
             own = slice(videos_before, videos_before + len(item["clips"]))
             videos_before = own.stop
+            own_seconds = None if seconds is None else [float(step) for step in seconds[own]]
             positions = mrope_positions(
                 input_ids,
                 image_grid_thw=image_grid,
                 video_grid_thw=video_grid,
-                second_per_grid_ts=None if seconds is None else seconds[own],
+                second_per_grid_ts=own_seconds,
                 config=self.config,
             )
             prompts.append(
@@ -211,6 +218,7 @@ class PromptEncoder:
                     image_grid_thw=image_grid,
                     pixel_values_videos=self._pixels(video_pixels),
                     video_grid_thw=video_grid,
+                    second_per_grid_ts=own_seconds,
                     media=self._describe(row, item["clips"], video_grid, image_grid),
                     load_s=item["load_s"],
                     encode_s=encode_s,
@@ -306,38 +314,19 @@ def media_inputs(prompts: list[EncodedPrompt], device) -> dict[str, torch.Tensor
     return inputs
 
 
-def shared_vision_inputs(model, prompts: list[EncodedPrompt], device) -> dict[str, dict]:
-    """Vision features of a batch, each distinct prompt's computed once: for a frozen vision tower.
+def vision_inputs(model, prompts: list[EncodedPrompt], device) -> dict:
+    """What a forward takes for the images and videos of `prompts`, in row order.
+
+    With a frozen vision tower its features, computed once per prompt and held with the prompt, in host memory: they live
+    as long as it does, in training one generation batch. With a trained one the pixels, so that the features are made
+    in the forward, with gradient. Which of the two is read from the parameters at every call.
 
     Args:
-        model: the unwrapped Qwen-VL model. prompts: in row order; rows of a group share one object.
-
-    Returns:
-        `{"mm_encoder_outputs": …}` for the forward, features in row order; `{}` without images and videos.
+        model: the unwrapped Qwen-VL model. prompts: rows of a group share one object.
     """
-    unique = list({id(prompt): prompt for prompt in prompts}.values())
-    media = media_inputs(unique, device)
-    outputs = {}
-    for kind, pixels, features in (
-        ("image", "pixel_values", model.get_image_features),
-        ("video", "pixel_values_videos", model.get_video_features),
-    ):
-        if pixels not in media:
-            continue
-        grid = f"{kind}_grid_thw"
-        with torch.no_grad():
-            output = features(media[pixels], media[grid])
-        items, count = {}, 0  # which features belong to which prompt
-        for prompt in unique:
-            own = 0 if getattr(prompt, grid) is None else len(getattr(prompt, grid))
-            items[id(prompt)] = range(count, count + own)
-            count += own
-        order = [item for prompt in prompts for item in items[id(prompt)]]
-        output.pooler_output = tuple(output.pooler_output[item] for item in order)
-        if "deepstack_features" in output:  # Qwen3-VL feeds features of several depths to its first layers
-            output.deepstack_features = [tuple(level[item] for item in order) for level in output.deepstack_features]
-        outputs[kind] = output
-    return {"mm_encoder_outputs": outputs} if outputs else {}
+    if tower_is_frozen(model.model.visual):
+        return held_features(model, prompts, device)
+    return media_inputs(prompts, device)
 
 
 def check_vision_tokens(input_ids: torch.Tensor, prompts: list[EncodedPrompt], config) -> None:
@@ -366,8 +355,8 @@ def model_inputs(
 
     Args:
         prompts: one per row of `input_ids` (rows, prompt width + completion width).
-        frozen_model: the unwrapped model, if its vision tower is frozen: features are then computed here, once per
-            distinct prompt, instead of once per row in the forward.
+        frozen_model: the unwrapped model, if its vision tower is frozen: features are then given, computed once per
+            distinct prompt, instead of pixels, which the forward encodes once per row.
 
     Returns:
         `position_ids` (3, rows, width) and the pixels and grids, or features, on the device of `input_ids`.
@@ -378,7 +367,7 @@ def model_inputs(
     if frozen_model is None:
         media = media_inputs(prompts, input_ids.device)
     else:
-        media = shared_vision_inputs(frozen_model, prompts, input_ids.device)
+        media = vision_inputs(frozen_model, prompts, input_ids.device)
     return {"position_ids": positions.to(input_ids.device), **media}
 
 

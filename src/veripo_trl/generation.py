@@ -1,6 +1,7 @@
 """Sample completions with transformers, each distinct prompt computed once."""
 
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from .encoding import EncodedPrompt, model_inputs
 
@@ -27,12 +28,47 @@ def distinct_neighbours(prompts: list[EncodedPrompt]) -> tuple[list[EncodedPromp
     return unique, place
 
 
+ROOM = 256  # tokens that a layer's keys and values grow by
+
+
+class RoomyLayer(DynamicLayer):
+    """Rows of a cache's layer with room behind them, into which new tokens are written.
+
+    Transformers' own layer copies all keys and values for each token: behind a video prompt, most of the time that
+    decoding takes.
+    """
+
+    def __init__(self, layer: DynamicLayer, rows: torch.Tensor):
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.keys, self.values = layer.keys[rows], layer.values[rows]
+        self._room = (self.keys, self.values)  # none yet
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        start = self.keys.size(-2)
+        end = start + key_states.size(-2)
+        # Whoever reorders the rows puts other tensors in their place.
+        if end > self._room[0].size(-2) or self.keys.data_ptr() != self._room[0].data_ptr():
+            self._room = tuple(grown(tensor, end + ROOM) for tensor in (self.keys, self.values))
+        for room, states in zip(self._room, (key_states, value_states), strict=True):
+            room[..., start:end, :] = states
+        self.keys, self.values = (room[..., :end, :] for room in self._room)
+        return self.keys, self.values
+
+
+def grown(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    """A copy of (rows, heads, tokens, size) with room for `length` tokens."""
+    room = tensor.new_empty(*tensor.shape[:-2], length, tensor.size(-1))
+    room[..., : tensor.size(-2), :] = tensor
+    return room
+
+
 @torch.no_grad()
 def sample_completions(model, prompts: list[EncodedPrompt], *, pad_token_id: int, config, **options) -> torch.Tensor:
     """Sample one completion per entry of `prompts`.
 
     Neighbours that are the same object (a group) share one pass over their prompt: its keys and values are computed
-    once and repeated. Vision features are therefore computed once per prompt too.
+    once and repeated. Vision features are computed once per prompt too, or taken from it (`vision_inputs`).
 
     Args:
         model: the unwrapped policy. options: for `model.generate` (`generation_config` or its fields).
@@ -43,7 +79,8 @@ def sample_completions(model, prompts: list[EncodedPrompt], *, pad_token_id: int
     unique, place = distinct_neighbours(prompts)
     device = next(model.parameters()).device
     input_ids, attention_mask = (tensor.to(device) for tensor in left_pad(unique, pad_token_id))
-    inputs = model_inputs(unique, input_ids, completion_width=0, config=config)
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    inputs = model_inputs(unique, input_ids, completion_width=0, config=config, frozen_model=base)
     positions = inputs.pop("position_ids")
     # `generate` computes the last token of the prompt itself, since it needs its logits.
     cache = model(
@@ -55,7 +92,11 @@ def sample_completions(model, prompts: list[EncodedPrompt], *, pad_token_id: int
         **inputs,
     ).past_key_values
     rows = torch.tensor(place, device=device)
-    cache.batch_select_indices(rows)
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[number] = RoomyLayer(layer, rows)
+        else:
+            layer.batch_select_indices(rows)
     output = model.generate(
         input_ids=input_ids[rows],
         attention_mask=attention_mask[rows],

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -27,7 +28,8 @@ from ..generation import cut_at_end, sample_completions
 from ..positions import use_trained_positions
 from ..prompts import build_messages
 from ..rollouts import RolloutStore
-from ..shared_prefix import score_completions
+from ..shared_prefix import can_share, prefix_can_be_shared, score_completions
+from . import vllm
 from .checkpoints import CheckpointMixin
 from .guards import check_frames_matter, show_resolved_media
 
@@ -49,9 +51,16 @@ class VideoGRPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "Completions generated at once per process. Default: per_device_train_batch_size."},
     )
+    max_vllm_logp_gap: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest difference between the log-probabilities of vLLM and of the trainer, as the mean per token "
+            "of a prompt's completions, at which a run starts. Default: 1e-3 in float32, 0.1 in half precision."
+        },
+    )
     shared_prefix: bool = field(
         default=True,
-        metadata={"help": "Compute a group's prompt once in the update; not under gradient checkpointing."},
+        metadata={"help": "Compute a group's prompt once wherever its completions are scored, the update included."},
     )
 
     def __post_init__(self):
@@ -146,8 +155,10 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
         Further arguments as in `trl.GRPOTrainer`. Datasets have the columns of `rows.load_rows`.
 
     Raises:
-        ValueError: `use_vllm` with images or videos, which this version does not carry.
+        vllm_rollouts.EngineMismatchError: with `use_vllm`, where the engine's log-probabilities are not the trainer's.
     """
+
+    _prefix_checked = False  # whether the shared prompt was compared with plain rows
 
     def __init__(
         self,
@@ -159,18 +170,26 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
     ):
         config = kwargs["args"]
         banned = vision_token_ids(encoder.processor, encoder.config)
-        if config.use_vllm:
-            refuse_vllm_with_media(kwargs["train_dataset"])
-            bans = {token: -100.0 for token in banned}  # vLLM refuses `suppress_tokens`
-            config.generation_kwargs = {**(config.generation_kwargs or {}), "logit_bias": bans}
         spread_over_workers(config)
-        super().__init__(*args, **kwargs)
+        if config.use_vllm:
+            datasets = [rows for rows in (kwargs["train_dataset"], kwargs.get("eval_dataset")) if rows is not None]
+            bias = vllm.prepare_config(config, encoder, banned=banned, datasets=datasets)
+            with vllm.trl_engine(config, encoder, model=kwargs["model"], datasets=datasets) as dtype:
+                super().__init__(*args, **kwargs)
+            for model in (self.model, self.ref_model):
+                if model is not None:
+                    vllm.bias_logits(self.accelerator.unwrap_model(model), bias)
+            self._gap_watch = vllm.GapWatch(config, dtype=dtype, accelerator=self.accelerator)
+        else:
+            super().__init__(*args, **kwargs)
         self.encoder = encoder
         self.rollout_store = rollout_store
         self.policy_name = policy_name or self.model.config._name_or_path
         self.args.remove_unused_columns = False
         self.data_collator = RolloutCollator(encoder)
         use_trained_positions(self.accelerator.unwrap_model(self.model))
+        if self.ref_model is not None:
+            self.ref_model.requires_grad_(False)  # its vision tower is frozen: it takes the policy's features
         if not self.use_vllm:
             self.generation_config.suppress_tokens = banned
             self.generation_kwargs["suppress_tokens"] = banned
@@ -223,6 +242,8 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
         output = super()._generate_and_score_completions(
             [{key: value for key, value in row.items() if key not in hidden} for row in inputs]
         )
+        if self.use_vllm:
+            self._check_engine(output, prompts, mode)
         device = output["prompt_ids"].device
         output["row_index"] = torch.arange(len(inputs), device=device)
         output["generation"] = torch.full((len(inputs),), self._generation, device=device)
@@ -234,6 +255,19 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
             if self.rollout_store is not None:
                 self._store_rollouts(inputs, output["advantages"].tolist())
         return output
+
+    def _check_engine(self, output: dict, prompts: list[EncodedPrompt], mode: str) -> None:
+        """Compare the engine's log-probabilities of its samples with the trainer's."""
+        trained = output.get("old_per_token_logps")
+        if trained is None:  # without vllm_importance_sampling_correction TRL needs them in some runs only
+            ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
+            mask = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
+            width, size = output["completion_ids"].size(1), self.args.per_device_train_batch_size
+            with torch.no_grad():
+                trained = self._get_per_token_logps_and_entropies(self.model, ids, mask, width, batch_size=size)[0]
+        engine, mask = output["sampling_per_token_logps"], output["completion_mask"]
+        gap = self._gap_watch.check(engine, trained, mask, prompts, step=self.state.global_step)
+        self._metrics[mode]["sampling/largest_prompt_gap"].append(gap)
 
     def _check_first_rows(self) -> None:
         self._checked = True
@@ -256,9 +290,12 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
         return [prompt.input_ids.tolist() for prompt in self._active], None, {}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        if self.use_vllm:
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations)
         started = time.perf_counter()
+        if self.use_vllm:
+            prompts = [[prompt] for prompt in self._active]  # TRL carries them as images
+            output = super()._generate_single_turn(prompt_ids, prompts, multimodal_fields, num_generations)
+            self.seconds["generate"] += time.perf_counter() - started
+            return output
         size = self.args.rollout_batch_size or self.args.per_device_train_batch_size
         completions = []
         with (
@@ -292,6 +329,7 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
 
     def _store_rollouts(self, rows: list[dict], advantages: list[float]) -> None:
         rank, step = self.accelerator.process_index, self.state.global_step
+        run = Path(self.args.output_dir).resolve().name  # stages are joined later: ids must differ between runs
         part = self._step % self.args.gradient_accumulation_steps
         rewards = self._scored["rewards"][rank * len(rows) : (rank + 1) * len(rows)].tolist()
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
@@ -303,7 +341,7 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
                 {
                     **{key: row[key] for key in ("question_id", "problem", "options", "problem_type", "solution")},
                     **{key: row[key] for key in ("videos", "images", "data_source")},
-                    "rollout_id": f"step{step}-part{part}-rank{rank}-{place}",
+                    "rollout_id": f"{run}/step{step}-part{part}-rank{rank}-{place}",
                     "step": step,
                     "completion": completion[0]["content"],
                     "completion_tokens": len(ids),
@@ -345,16 +383,15 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
         size = batch_size or input_ids.size(0)
         unwrapped = self.accelerator.unwrap_model(model)
         unwrapped = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
-        # Decided from the parameters at each call, so that features of a trained tower are never stale.
-        frozen = not any(parameter.requires_grad for parameter in unwrapped.model.visual.parameters())
-        # Under gradient checkpointing a forward keeps no keys and values to share.
-        share = self.args.shared_prefix and not unwrapped.is_activation_checkpointing
+        if self.args.shared_prefix and not self._prefix_checked:
+            self._check_shared_prefix(model, unwrapped)
+        share = self.args.shared_prefix and can_share(unwrapped)
         parts = []
         for start in range(0, input_ids.size(0), size):
             rows = slice(start, start + size)
             prompts = self._active[rows]
             check_vision_tokens(input_ids[rows], prompts, self.encoder.config)
-            if share and len(set(map(id, prompts))) < len(prompts):
+            if share:
                 with self.accelerator.autocast():
                     output = score_completions(
                         model,
@@ -372,7 +409,7 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
                     input_ids[rows],
                     completion_width=logits_to_keep,
                     config=self.encoder.config,
-                    frozen_model=unwrapped if frozen else None,
+                    frozen_model=unwrapped,
                 )
 
             def forward(*args, media=media, **inputs):
@@ -388,6 +425,16 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
             torch.cat(logps),
             None if entropies[0] is None else torch.cat(entropies),
             None if aux_losses[0] is None else torch.stack(aux_losses).mean(),
+        )
+
+    def _check_shared_prefix(self, model, unwrapped) -> None:
+        self._prefix_checked = True
+        self.args.shared_prefix = prefix_can_be_shared(
+            model,
+            unwrapped,
+            self._active[0],
+            pad_token_id=self._tokenizer.pad_token_id,
+            accelerator=self.accelerator,
         )
 
     def training_step(self, *args, **kwargs):
@@ -428,15 +475,6 @@ def spread_over_workers(config: VideoGRPOConfig) -> None:
     config.dataloader_num_workers = workers
     if config.dataloader_prefetch_factor is None:
         config.dataloader_prefetch_factor = max(2, math.ceil((cycle + 1) / workers))
-
-
-def refuse_vllm_with_media(dataset) -> None:
-    """Raise if a run that generates with vLLM has rows with images or videos."""
-    if any(videos or images for videos, images in zip(dataset["videos"], dataset["images"], strict=True)):
-        raise ValueError(
-            "use_vllm=true was given with rows that hold images or videos. TRL's vLLM path drops videos silently, "
-            "and this version does not replace it yet. Set use_vllm: false, or train on text rows only."
-        )
 
 
 def regroup(slices: list[dict]) -> list[dict]:

@@ -1,0 +1,378 @@
+"""The GRPO update and the DPO step: the prompt computed once against the plain path of the same trainers.
+
+    python benchmarks/bench_update.py                                    # mid-size random model, CPU
+    python benchmarks/bench_update.py --device cuda --shape 7b           # LoRA, bf16, gradient checkpointing
+    python benchmarks/bench_update.py --device cuda --shape 7b --frames_in_gib 80
+
+One video question of P tokens, G completions (DPO: 2 answers) of C tokens each. An update is `_compute_loss` and the
+backward pass; a DPO step has the reference's pass in it too. Two ratios each:
+
+- everything: ours encodes the video once; the plain path encodes it per row, as stock trainers do.
+- features given: both get the vision features ready-made, so that only the sharing of the prompt differs.
+
+Every measurement runs in a process of its own: "memory" is what its resident set (on a GPU: the allocator) grows by
+from before the first update to the highest point, model and prompt not included, gradients included. Times are medians
+of `--repeats` runs; the parts of a pair take turns, so that both see the same noise. Log-probabilities and gradients
+of both are compared, and a difference in float32 ends the program with an error. The limit is the ratio of language
+model tokens; attention, of which the plain path has more, and the vision tower are not in it.
+"""
+
+import argparse
+import gc
+import multiprocessing
+import os
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from machine import describe_machine
+from models import random_model, video_questions
+
+from veripo_trl import encoding, stages
+from veripo_trl.rows import rows_to_dataset
+from veripo_trl.shared_prefix import score_completions
+from veripo_trl.trainers.dpo import DPOCollator, VideoDPOConfig, VideoDPOTrainer
+from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer
+
+ROOT = Path(__file__).resolve().parent.parent
+CASES = {  # (part, P, C, G), the last one last: its ratios are the program's last line
+    "cpu": [
+        ("grpo", 4096, 256, 8), ("grpo", 1024, 512, 8), ("dpo", 1024, 128, 2), ("dpo", 4096, 256, 2),
+        ("grpo", 1024, 128, 8),
+    ],
+    "cuda": [("grpo", 8200, 270, 8), ("dpo", 8200, 270, 2), ("grpo", 1024, 128, 8)],
+}  # fmt: skip
+PAIRS = ("everything", "features given")
+LIMITS = {"log_probs": 1e-5, "gradients": 1e-4}  # in float32
+SIDE = {"mid": 224, "3b": 308, "7b": 308}  # of a frame, pixels: 64 and 121 tokens per two frames
+
+
+class Part:
+    """One trainer with one batch, ready to be stepped."""
+
+    def __init__(self, part: str, sizes: tuple[int, int, int], way: str, pair: str, args, folder: Path):
+        self.shared, self.given, self.args = way == "ours", pair == "features given", args
+        prompt_tokens, completion, group = sizes
+        device, dtype = torch.device(args.device), torch.float32 if args.device == "cpu" else torch.bfloat16
+        model, processor = random_model(args.shape, device=device, dtype=dtype)
+        encoder, rows = video_questions(
+            model, processor, folder, prompt_tokens=prompt_tokens, side=SIDE[args.shape]
+        )
+        self.prompt = encoder.encode(rows[0])
+        self.config = model.config
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(100, 250, (group, completion), generator=generator).to(device)
+        self.mask = torch.ones_like(self.ids)
+        options = {
+            "output_dir": str(folder / "unused"), "per_device_train_batch_size": group, "report_to": "none",
+            "save_strategy": "no", "use_cpu": args.device == "cpu", "bf16": args.device != "cpu",
+            "gradient_checkpointing": args.device != "cpu", "shared_prefix": self.shared, "max_steps": 1,
+        }  # fmt: skip
+        make = self.grpo if part == "grpo" else self.dpo
+        self.trainer, self.batch = make(model, processor, encoder, rows, options)
+        self.model = self.trainer.model
+        self.model.train()
+        self.tokens = self.patches = 0
+        self.base = self.trainer.accelerator.unwrap_model(self.model)
+        self.base = self.base.get_base_model() if args.device != "cpu" else self.base
+        for counted in [self.base] if self.trainer.ref_model is None else [self.base, self.trainer.ref_model]:
+            counted.model.language_model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
+            counted.model.visual.register_forward_pre_hook(self._count_patches)
+        if self.given:
+            encoding.vision_inputs(self.base, [self.prompt], device)
+
+    def _count_tokens(self, module, args, kwargs):
+        self.tokens += kwargs["inputs_embeds"].shape[:2].numel()
+
+    def _count_patches(self, module, args):
+        self.patches += len(args[0])
+
+    def grpo(self, model, processor, encoder, rows, options):
+        group = len(self.ids)
+        trainer = VideoGRPOTrainer(
+            model=with_adapter(model, self.args.device),
+            reward_funcs=[lambda completions, **kwargs: [0.0] * len(completions)],
+            args=VideoGRPOConfig(num_generations=group, max_completion_length=self.ids.size(1), **options),
+            train_dataset=rows_to_dataset(rows),
+            processing_class=processor,
+            encoder=encoder,
+        )
+        trainer._prefix_checked = True  # compared below
+        trainer._encoded["train"] = (1, [self.prompt] * group)
+        trainer.current_gradient_accumulation_steps = 1
+        prompt_ids = torch.from_numpy(self.prompt.input_ids).to(self.ids.device).expand(group, -1)
+        return trainer, {
+            "prompt_ids": prompt_ids, "prompt_mask": torch.ones_like(prompt_ids),
+            "completion_ids": self.ids, "completion_mask": self.mask,
+            "advantages": torch.linspace(-1, 1, group, device=self.ids.device),
+            "row_index": torch.arange(group), "generation": torch.ones(group, dtype=torch.long),
+            "num_items_in_batch": self.mask.sum(),
+        }  # fmt: skip
+
+    def dpo(self, model, processor, encoder, rows, options):
+        reference = None
+        if self.args.device == "cpu":
+            reference, _ = random_model(self.args.shape, seed=0)
+        dataset = rows_to_dataset(rows)
+        for name, value in (("chosen", "yes"), ("rejected", "no"), ("rejected_finished", True)):
+            dataset = dataset.add_column(name, [value])
+        trainer = VideoDPOTrainer(
+            model=with_adapter(model, self.args.device),
+            ref_model=reference,
+            args=VideoDPOConfig(**options | {"per_device_train_batch_size": 1}),
+            train_dataset=dataset,
+            processing_class=processor,
+            encoder=encoder,
+        )
+        trainer._checked = True
+        batch = DPOCollator(encoder, max_length=None)([dataset[0]])
+        prompt_ids = torch.from_numpy(self.prompt.input_ids).to(self.ids.device).expand(2, -1)
+        before = torch.zeros_like(prompt_ids)
+        if reference is not None:  # the policy has moved away from it
+            with torch.no_grad():
+                trainer.ref_model.lm_head.weight.mul_(1.1)
+        return trainer, batch | {
+            "input_ids": torch.cat([prompt_ids, self.ids], 1), "attention_mask": torch.cat([before + 1, self.mask], 1),
+            "completion_mask": torch.cat([before, self.mask], 1), "completion_width": self.ids.size(1),
+            "prompts": [self.prompt] * 2,
+        }  # fmt: skip
+
+    def step(self) -> float:
+        """One update: forward and backward. Returns seconds."""
+        self.model.zero_grad()
+        if not self.given:
+            self.prompt.features = None
+        self.tokens = self.patches = 0
+        synchronize(self.args.device)
+        started = time.perf_counter()
+        if isinstance(self.trainer, VideoDPOTrainer):
+            loss = self.trainer._compute_loss(self.model, dict(self.batch), False)
+        else:
+            loss = self.trainer._compute_loss(self.model, self.batch)
+        loss.backward()
+        synchronize(self.args.device)
+        return time.perf_counter() - started
+
+    def results(self) -> dict:
+        """What is compared: log-probabilities by this path, and the gradients of the last step."""
+        prompts = [self.prompt] * len(self.ids)
+        with torch.no_grad(), self.trainer.accelerator.autocast():
+            output = score_completions(
+                self.model, self.base, prompts, self.ids, self.mask, pad_token_id=0, shared=self.shared
+            )
+        gradients = {name: p.grad.cpu() for name, p in self.model.named_parameters() if p.grad is not None}
+        return {"log_probs": output.log_probs.float().cpu(), "gradients": gradients}
+
+
+def with_adapter(model, device: str):
+    if device == "cpu":
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    from veripo_trl.policy import LANGUAGE_MODEL_LINEAR
+
+    model.requires_grad_(False)
+    return get_peft_model(model, LoraConfig(r=64, lora_alpha=128, target_modules=LANGUAGE_MODEL_LINEAR))
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_bytes(device: str) -> int:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def serve(connection, part, sizes, way, pair, args, folder) -> None:
+    """One process: build, then step whenever asked."""
+    torch.set_num_threads(args.threads)
+    if way == "plain" and pair == "everything":
+        encoding.tower_is_frozen = lambda tower: False  # pixels for every row, encoded in the forward
+    ready = Part(part, sizes, way, pair, args, folder)
+    gc.collect()
+    before = resident_bytes(args.device)
+    connection.send("ready")
+    while (message := connection.recv()) == "step":
+        connection.send(ready.step())
+    computed = {"tokens": ready.tokens, "patches": ready.patches, "memory": peak_bytes(args.device) - before}
+    torch.save(ready.results(), message)
+    connection.send(computed)
+
+
+def measure(part: str, sizes: tuple[int, int, int], pair: str, args, folder: Path) -> dict:
+    """Both ways of one case, in turns."""
+    context = multiprocessing.get_context("fork" if args.device == "cpu" else "spawn")
+    found, ends = {}, {}
+    for way in ("ours", "plain"):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(theirs, part, sizes, way, pair, args, folder), daemon=True)
+        process.start()
+        theirs.close()
+        ends[way] = ours, process
+        ours.recv()
+        found[way] = {"seconds": []}
+    for _ in range(args.repeats + 1):
+        for way, (connection, _) in ends.items():
+            connection.send("step")
+            found[way]["seconds"].append(connection.recv())
+    for way, (connection, process) in ends.items():
+        file = folder / f"{way}.pt"
+        connection.send(str(file))
+        found[way] |= connection.recv()
+        found[way]["seconds"] = found[way]["seconds"][1:]  # the first one warms up
+        found[way]["median_s"] = statistics.median(found[way]["seconds"])
+        found[way]["file"] = str(file)
+        process.join()
+    return found
+
+
+def differences(found: dict) -> dict:
+    ours, plain = (torch.load(found[way].pop("file")) for way in ("ours", "plain"))
+    gradients = {name: value.float() for name, value in plain["gradients"].items()}
+    typical = torch.stack([value.norm() for value in gradients.values()]).median()
+    if ours["gradients"].keys() != gradients.keys():
+        raise RuntimeError("The two ways give gradients to different parameters.")
+    return {
+        "log_probs": float((ours["log_probs"] - plain["log_probs"]).abs().max()),
+        # Relative, of the worst parameter; one whose gradient is rounding errors is measured by the others'.
+        "gradients": max(
+            float((ours["gradients"][name].float() - value).norm() / value.norm().clamp(min=1e-3 * typical))
+            for name, value in gradients.items()
+        ),
+    }
+
+
+def run_case(part: str, prompt: int, completion: int, group: int, args, folder: Path) -> dict:
+    case = {"part": part, "P": prompt, "C": completion, "G": group}
+    case["limit"] = group * (prompt + completion) / (prompt + group * completion)
+    for pair in PAIRS:
+        found = measure(part, (prompt, completion, group), pair, args, folder)
+        found["ratio"] = found["plain"]["median_s"] / found["ours"]["median_s"]
+        found["differences"] = differences(found)
+        wrong = [name for name, limit in LIMITS.items() if not found["differences"][name] <= limit]
+        if args.device == "cpu" and wrong:
+            raise RuntimeError(f"{part} at P {prompt}, C {completion}, G {group}: {found['differences']}, over {LIMITS}")
+        case[pair] = found
+    return case
+
+
+def table_rows(cases: list[dict]) -> list[dict]:
+    rows = []
+    for case in cases:
+        for pair in PAIRS:
+            found = case[pair]
+            ours, plain = found["ours"], found["plain"]
+            rows.append(
+                {
+                    "part": case["part"],
+                    "P / C / G": f"{case['P']} / {case['C']} / {case['G']}",
+                    "counted": pair,
+                    "plain s": f"{plain['median_s']:.2f}",
+                    "ours s": f"{ours['median_s']:.2f}",
+                    "ratio": f"{found['ratio']:.2f}",
+                    "limit": f"{case['limit']:.2f}",
+                    "tokens": f"{plain['tokens']:,} → {ours['tokens']:,}",
+                    "patches": f"{plain['patches']:,} → {ours['patches']:,}",
+                    "memory MB": f"{plain['memory'] / 1e6:,.0f} → {ours['memory'] / 1e6:,.0f}",
+                    "log-prob": f"{found['differences']['log_probs']:.0e}",
+                    "gradient": f"{found['differences']['gradients']:.0e}",
+                }
+            )
+    return rows
+
+
+def fits(frames: int, way: str, args, folder: Path) -> bool:
+    """Whether an update with a video of that many frames stays within `--frames_in_gib` of GPU memory."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=try_frames, args=(theirs, frames, way, args, folder), daemon=True)
+    process.start()
+    theirs.close()
+    found = ours.recv()
+    process.join()
+    if isinstance(found, str):
+        raise RuntimeError(f"{frames} frames, {way}: {found}")
+    print(f"{frames} frames, {way}: {'fit' if found else 'too many'}", flush=True)
+    return found
+
+
+def try_frames(connection, frames: int, way: str, args, folder: Path) -> None:
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, args.frames_in_gib * 2**30 / total))
+    if way == "plain":
+        encoding.tower_is_frozen = lambda tower: False
+    tokens = frames // 2 * (SIDE[args.shape] // 28) ** 2 + 100
+    try:
+        Part("grpo", (tokens, 270, 8), way, "everything", args, folder).step()
+        connection.send(True)
+    except torch.cuda.OutOfMemoryError:
+        connection.send(False)
+    except Exception as error:  # reported by the parent, which must not wait for ever
+        connection.send(repr(error))
+
+
+def most(fit, *, start: int, step: int) -> int:
+    """Largest multiple of `step` for which `fit` holds, 0 for none, if it holds up to some number and not beyond."""
+    low, high = 0, start
+    while fit(high):
+        low, high = high, high * 2
+    while high - low > step:
+        middle = (low + high) // 2 // step * step
+        low, high = (middle, high) if fit(middle) else (low, middle)
+    return low
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--shape", choices=["mid", "3b", "7b"], default="mid")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--cases", nargs="+", metavar="PART:P:C:G", help="for example grpo:1024:128:8 dpo:4096:256:2")
+    parser.add_argument("--frames_in_gib", type=float, help="only search for the most frames that fit in so much memory")
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "bench_update.json")
+    args = parser.parse_args()
+    cases = CASES[args.device]
+    if args.cases:
+        cases = [(name, *map(int, sizes)) for name, *sizes in (case.split(":") for case in args.cases)]
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        if args.frames_in_gib:
+            for way in ("plain", "ours"):
+                found = most(lambda frames, way=way: fits(frames, way, args, folder), start=64, step=16)
+                print(f"{way}: {found} frames of {SIDE[args.shape]} × {SIDE[args.shape]} in {args.frames_in_gib} GiB")
+            return
+        results = []
+        for case in cases:
+            results.append(run_case(*case, args, folder))
+            stages.print_table("", table_rows(results[-1:]))
+    stages.print_table(f"GRPO update and DPO step, {args.shape} model on {args.device}", table_rows(results))
+    described = describe_machine()
+    stages.write_json(
+        args.json,
+        {"machine": described, "device": args.device, "shape": args.shape, "threads": args.threads, "cases": results},
+    )
+    last = results[-1]
+    ratios = ", ".join(f"{last[pair]['ratio']:.2f}x {pair}" for pair in PAIRS)
+    largest = {name: max(last[pair]["differences"][name] for pair in PAIRS) for name in LIMITS}
+    print(
+        f"P {last['P']}, C {last['C']}, G {last['G']}: {ratios} (limit {last['limit']:.2f}x); largest difference "
+        f"{largest['log_probs']:.1e} in log-probabilities, {largest['gradients']:.1e} in gradients, relative"
+    )
+
+
+if __name__ == "__main__":
+    main()

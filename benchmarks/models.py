@@ -1,0 +1,147 @@
+"""Models with random weights, and questions about a video, of chosen sizes."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from veripo_trl import stages
+from veripo_trl.encoding import PromptEncoder
+from veripo_trl.tiny.clips import FPS, write_clip
+from veripo_trl.tiny.model import SPECIAL_TOKENS, build_model, build_processor
+
+SHAPES = {
+    "mid": {
+        "text": {
+            "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "vocab_size": 2048,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]},
+        },
+        "vision": {
+            "hidden_size": 128, "intermediate_size": 512, "depth": 4, "num_heads": 4, "fullatt_block_indexes": [3],
+        },
+    },
+    "3b": {
+        "text": {
+            "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+            "num_key_value_heads": 2, "vocab_size": 151936,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        "vision": {},
+    },
+    "7b": {
+        "text": {
+            "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+            "num_key_value_heads": 4, "vocab_size": 152064,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        "vision": {},
+    },
+}  # fmt: skip
+# Qwen2.5-VL's own tower, the same in all of its sizes but for what it puts out.
+VISION = {
+    "hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16, "patch_size": 14,
+    "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+    "tokens_per_second": 2,
+}  # fmt: skip
+
+
+def random_model(shape: str, *, device="cpu", dtype: torch.dtype = torch.float32, seed: int = 0):
+    """A Qwen2.5-VL with random weights, and its processor: the tiny world's, whatever the size of the vocabulary.
+
+    Args:
+        shape: "tiny" (the embedded world's), "mid" (text 8 layers × 256, vision 4 × 128), "3b" or "7b".
+
+    Returns:
+        (model, processor). The vision tower is frozen, as it is in training by default.
+    """
+    processor = build_processor()
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = "left"
+    if shape == "tiny":
+        model = build_model(seed=seed, tokenizer=tokenizer).to(device, dtype)
+    else:
+        ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
+        end, pad = ids["<|im_end|>"], ids["<|endoftext|>"]
+        sizes = SHAPES[shape]
+        config = Qwen2_5_VLConfig(
+            text_config={
+                **sizes["text"], "max_position_embeddings": 32768, "initializer_range": 0.04,
+                "bos_token_id": None, "eos_token_id": end, "pad_token_id": pad,
+            },
+            vision_config={**VISION, **sizes["vision"], "out_hidden_size": sizes["text"]["hidden_size"]},
+            image_token_id=ids["<|image_pad|>"],
+            video_token_id=ids["<|video_pad|>"],
+            vision_start_token_id=ids["<|vision_start|>"],
+            vision_end_token_id=ids["<|vision_end|>"],
+            tie_word_embeddings=False,
+        )  # fmt: skip
+        torch.manual_seed(seed)
+        with torch.device(device):
+            model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
+        model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad, do_sample=True)
+    model.model.visual.requires_grad_(False)
+    return model, processor
+
+
+def video_questions(
+    model, processor, folder: Path, *, prompt_tokens: int, count: int = 1, side: int = 224, **data
+) -> tuple[PromptEncoder, list[dict]]:
+    """Questions of exactly `prompt_tokens` tokens about one video each, nearly all of them video tokens.
+
+    Args:
+        folder: where the clips are written: two frames a second, `side` × `side` pixels, not smaller than they are.
+        data: further `stages.DataArguments`.
+
+    Returns:
+        (encoder, rows).
+    """
+    per_pair = (side // 28) ** 2
+    pairs = (prompt_tokens - 40) // per_pair
+    arguments = {"prompt_template": "tiny", "fps": FPS, "min_frames": 2, "max_frames": 2 * pairs, "decode_threads": 1}
+    arguments |= {"min_pixels": side**2, "max_pixels": side**2}
+    encoder = stages.make_encoder(model, processor, stages.DataArguments(**{**arguments, **data}))
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(count):
+        name = f"{pairs * 2}x{side}-{number}.mp4"
+        if not (folder / name).exists():
+            write_clip(folder / name, moving_stripes(2 * pairs, side, seed=number))
+        row = {
+            "question_id": f"{prompt_tokens}-{number}",
+            "problem": "Which colour is first?",
+            "options": ["A. red", "B. blue", "C. green", "D. yellow"],
+            "problem_type": "multiple choice",
+            "solution": "B",
+            "process": None,
+            "videos": [name],
+            "images": [],
+            "data_source": "benchmark",
+            "media_root": str(folder.resolve()),
+        }
+        rows.append(fill_up(row, encoder, prompt_tokens))
+    return encoder, rows
+
+
+def fill_up(row: dict, encoder: PromptEncoder, prompt_tokens: int) -> dict:
+    """The row with so many words after its question that its prompt has `prompt_tokens` tokens."""
+    missing = prompt_tokens - len(encoder.encode(row))
+    row = {**row, "problem": row["problem"] + " red" * missing}
+    found = len(encoder.encode(row))
+    if found != prompt_tokens:
+        raise RuntimeError(f"A prompt of {prompt_tokens} tokens was asked for, {found} is what came out.")
+    return row
+
+
+def moving_stripes(frames: int, height: int, width: int | None = None, *, seed: int = 0) -> np.ndarray:
+    """Coloured stripes that move, with some noise: uint8 (frames, height, width, 3). No two frames are alike."""
+    width = width or height
+    rng = np.random.default_rng(seed)
+    noise = rng.integers(0, 24, size=(height, width, 3), dtype=np.uint8)
+    y, x = np.mgrid[0:height, 0:width]
+    colours = rng.integers(30, 230, size=(8, 3), dtype=np.uint8)
+    pictures = np.empty((frames, height, width, 3), dtype=np.uint8)
+    for frame in range(frames):
+        pictures[frame] = colours[((x + 2 * y + 7 * frame) // 24) % 8] + noise
+    return pictures

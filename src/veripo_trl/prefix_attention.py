@@ -1,0 +1,249 @@
+"""Attention over a packed sequence in which several segments share one prefix.
+
+A packed sequence holds one row: the prefixes of all groups, then the segments of all groups in the same order. A prefix
+sees itself, a segment sees its group's prefix and itself, both causally. That takes two attention calls: every piece on
+itself, and the segments' queries on the prefixes, merged by their log-sum-exp. No key is copied and no token padded.
+
+The backward pass of each call gets the merged output and log-sum-exp: flash attention's gradient formula rebuilds a
+probability as exp(score - log-sum-exp), so each call then yields exactly its own keys' part of the gradient. (The same
+identity carries ring attention.)
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLayout:
+    """Where the pieces of a packed sequence lie, in tokens.
+
+    Attributes:
+        prefixes: length of each group's prefix. segments: lengths of each group's segments.
+        pieces: int32 (prefixes + segments + 1), ends of all pieces; prefix_ends, group_ends: int32 (groups + 1), ends
+            of the prefixes, and of the groups' segments counted from the first segment. All on the model's device.
+        layers: the layers that have followed this layout.
+    """
+
+    prefixes: list[int]
+    segments: list[list[int]]
+    pieces: torch.Tensor
+    prefix_ends: torch.Tensor
+    group_ends: torch.Tensor
+    layers: set[int] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, prefixes: list[int], segments: list[list[int]], device) -> "PackedLayout":
+        flat = [length for group in segments for length in group]
+        ends = (cumulative([*prefixes, *flat]), cumulative(prefixes), cumulative([sum(group) for group in segments]))
+        return cls(prefixes, segments, *(torch.tensor(values, dtype=torch.int32, device=device) for values in ends))
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens of all prefixes: where the first segment starts."""
+        return sum(self.prefixes)
+
+
+def cumulative(lengths: list[int]) -> list[int]:
+    """Ends of consecutive pieces, with 0 in front."""
+    ends = [0]
+    for length in lengths:
+        ends.append(ends[-1] + length)
+    return ends
+
+
+def use_shared_prefix(model) -> None:
+    """Let a Qwen-VL model take `shared_prefix=PackedLayout` in its forward; without it nothing changes.
+
+    The attention function that the model uses is registered anew under its own name, so that whatever goes by that name
+    (masks, kernels) stays as it is, and the backbone returns the segments' hidden states only. Both are left in place:
+    gradient checkpointing calls the attention again in the backward pass.
+
+    Args:
+        model: the unwrapped model, without PEFT's wrapper. Its attention is not "eager", which cannot be registered.
+    """
+    name = model.model.language_model.config._attn_implementation
+    inner = ALL_ATTENTION_FUNCTIONS[name]
+    if getattr(inner, "func", None) is not attention_forward:
+        AttentionInterface.register(name, partial(attention_forward, inner=inner))
+    if keep_segments not in model.model._forward_hooks.values():
+        model.model.register_forward_hook(keep_segments, with_kwargs=True)
+
+
+def attention_forward(module, query, key, value, attention_mask, *, inner, shared_prefix=None, scaling=None, **kwargs):
+    """An attention function for `AttentionInterface`: `inner`, unless a causal layer was given a layout."""
+    if shared_prefix is None or not module.is_causal:  # a trained vision tower gets the forward's arguments, too
+        return inner(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if torch.is_autocast_enabled(query.device.type):  # as autocast treats torch's own attention
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    shared_prefix.layers.add(module.layer_idx)
+    tensors = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return attend(*tensors, shared_prefix, scaling)[None], None
+
+
+def keep_segments(module, args, kwargs, output):
+    """A forward hook of the backbone: the output head shall run on the segments only."""
+    layout = kwargs.get("shared_prefix")
+    if layout is not None:
+        output.last_hidden_state = output.last_hidden_state[:, layout.prefix_tokens :]
+    return output
+
+
+def attend(query, key, value, layout: PackedLayout, scale: float | None = None) -> torch.Tensor:
+    """Attention of a packed sequence, with gradient.
+
+    Args:
+        query: (tokens, heads, head size). key, value: (tokens, key-value heads, head size), heads a multiple of theirs.
+
+    Returns:
+        (tokens, heads, head size).
+    """
+    kernel = kernel_for(query)
+    if kernel is None:
+        return attend_by_gathering(query, key, value, layout, scale)
+    return MergedAttention.apply(query, key, value, layout, scale, *kernel)
+
+
+def kernel_for(query: torch.Tensor):
+    """(forward, backward) of a variable-length kernel that returns the log-sum-exp, or None where there is none."""
+    if query.device.type == "cpu":
+        return cpu_forward, cpu_backward
+    if query.is_cuda and torch.version.hip is None and query.dtype in (torch.float16, torch.bfloat16):
+        if query.size(-1) % 8 == 0 and query.size(-1) <= 256:
+            if torch.cuda.get_device_capability(query.device)[0] >= 8:
+                return cuda_forward, cuda_backward
+    return None
+
+
+class MergedAttention(torch.autograd.Function):
+    """The two attention calls of a packed sequence, merged. See the top of this file."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, layout, scale, kernel_forward, kernel_backward):
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        start = layout.prefix_tokens
+        out, lse = kernel_forward(query, key, value, own_pieces(layout), True, scale)
+        crossed = (query[start:], key[:start], value[:start])
+        out_prefix, lse_prefix = kernel_forward(*crossed, on_prefixes(layout), False, scale)
+        lse_own = lse[:, start:]
+        merged = torch.logaddexp(lse_own, lse_prefix)
+        share, share_prefix = (part.sub(merged).exp().T[..., None] for part in (lse_own, lse_prefix))
+        out[start:] = out[start:] * share + out_prefix * share_prefix
+        lse[:, start:] = merged
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.rest = layout, scale, kernel_backward
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, out, lse = ctx.saved_tensors
+        layout, scale, kernel_backward = ctx.rest
+        start = layout.prefix_tokens
+        grad = grad.contiguous()
+        d_query, d_key, d_value = kernel_backward(
+            grad, query, key, value, out, lse, own_pieces(layout), True, scale
+        )
+        crossed = (grad[start:], query[start:], key[:start], value[:start], out[start:], lse[:, start:].contiguous())
+        d_segments, d_prefix_key, d_prefix_value = kernel_backward(*crossed, on_prefixes(layout), False, scale)
+        d_query[start:] += d_segments
+        d_key[:start] += d_prefix_key
+        d_value[:start] += d_prefix_value
+        return d_query, d_key, d_value, None, None, None, None
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Which queries see which keys: piece i of the queries sees piece i of the keys."""
+
+    queries: list[int]
+    keys: list[int]
+    query_ends: torch.Tensor
+    key_ends: torch.Tensor
+
+
+def own_pieces(layout: PackedLayout) -> Pieces:
+    lengths = [*layout.prefixes, *(length for group in layout.segments for length in group)]
+    return Pieces(lengths, lengths, layout.pieces, layout.pieces)
+
+
+def on_prefixes(layout: PackedLayout) -> Pieces:
+    return Pieces([sum(group) for group in layout.segments], layout.prefixes, layout.group_ends, layout.prefix_ends)
+
+
+def cpu_forward(query, key, value, pieces: Pieces, causal: bool, scale):
+    """Output (tokens, heads, size) and log-sum-exp (heads, tokens), by the kernel of torch's own CPU attention."""
+    out = torch.empty_like(query)
+    lse = torch.empty(query.size(1), query.size(0), dtype=torch.float64 if query.dtype == torch.float64 else torch.float)
+    for q, k in slices(pieces):
+        own_out, own_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            heads_first(query[q]), heads_first(key[k]), heads_first(value[k]), 0.0, causal, scale=scale
+        )
+        out[q], lse[:, q] = own_out[0].transpose(0, 1), own_lse[0]
+    return out, lse
+
+
+def cpu_backward(grad, query, key, value, out, lse, pieces: Pieces, causal: bool, scale):
+    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    for q, k in slices(pieces):
+        own = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(heads_first(tensor) for tensor in (grad[q], query[q], key[k], value[k], out[q])),
+            lse[None, :, q], 0.0, causal, scale=scale,
+        )  # fmt: skip
+        for whole, part, place in zip(grads, own, (q, k, k), strict=True):
+            whole[place] = part[0].transpose(0, 1)
+    return grads
+
+
+def cuda_forward(query, key, value, pieces: Pieces, causal: bool, scale):
+    """As `cpu_forward`, by the kernel behind `torch.nn.attention.varlen.varlen_attn`, which hides the gradient through
+    the log-sum-exp. Causal calls have queries and keys of equal lengths, so that no rule of alignment matters."""
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        query, key, value, pieces.query_ends, pieces.key_ends, max(pieces.queries), max(pieces.keys),
+        0.0, causal, False, scale=scale,
+    )  # fmt: skip
+    return out, lse
+
+
+def cuda_backward(grad, query, key, value, out, lse, pieces: Pieces, causal: bool, scale):
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
+    return torch.ops.aten._flash_attention_backward(
+        grad, query, key, value, out, lse, pieces.query_ends, pieces.key_ends, max(pieces.queries), max(pieces.keys),
+        0.0, causal, no_dropout, torch.empty(0, device=query.device), scale=scale,
+    )  # fmt: skip
+
+
+def slices(pieces: Pieces) -> list[tuple[slice, slice]]:
+    queries, keys = cumulative(pieces.queries), cumulative(pieces.keys)
+    return [
+        (slice(queries[i], queries[i + 1]), slice(keys[i], keys[i + 1])) for i in range(len(pieces.queries))
+    ]  # fmt: skip
+
+
+def heads_first(tensor: torch.Tensor) -> torch.Tensor:
+    """(tokens, heads, size) to (1, heads, tokens, size)."""
+    return tensor.transpose(0, 1)[None]
+
+
+def attend_by_gathering(query, key, value, layout: PackedLayout, scale: float | None) -> torch.Tensor:
+    """The same by torch's public attention, on any device: each segment gets a copy of its prefix's keys."""
+    attention = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=True)
+    query, key, value = heads_first(query), heads_first(key), heads_first(value)
+    starts = cumulative([*layout.prefixes, *(length for group in layout.segments for length in group)])
+    prefixes = [slice(starts[place], starts[place + 1]) for place in range(len(layout.prefixes))]
+    outputs = [attention(query[:, :, own], key[:, :, own], value[:, :, own], is_causal=True) for own in prefixes]
+    place = len(prefixes)
+    for prefix, group in zip(prefixes, layout.segments, strict=True):
+        for length in group:
+            own = slice(starts[place], starts[place + 1])
+            keys, values = (torch.cat([part[:, :, prefix], part[:, :, own]], dim=2) for part in (key, value))
+            # Row i of a segment sees the whole prefix and the segment's first i + 1 tokens.
+            seen = torch.ones(length, keys.size(2), dtype=torch.bool, device=keys.device)
+            seen = seen.tril(diagonal=keys.size(2) - length)
+            outputs.append(attention(query[:, :, own], keys, values, attn_mask=seen))
+            place += 1
+    return torch.cat(outputs, dim=2)[0].transpose(0, 1)
