@@ -48,16 +48,19 @@ class PairArguments:
         self.pairs = [json.loads(item) if isinstance(item, str) else item for item in self.pairs]
 
 
+ARGUMENTS = (
+    stages.DataArguments,
+    stages.ReportArguments,
+    stages.PushArguments,
+    PairArguments,
+    VideoDPOConfig,
+    ModelConfig,
+)
+
+
 def main(argv: list[str] | None = None) -> None:
     data_args, report, push, pair_args, training_args, model_args = stages.parse(
-        (
-            stages.DataArguments,
-            stages.ReportArguments,
-            stages.PushArguments,
-            PairArguments,
-            VideoDPOConfig,
-            ModelConfig,
-        ),
+        ARGUMENTS,
         default_config=DEFAULT_CONFIG,
         argv=argv,
     )

@@ -55,6 +55,10 @@ def cold_start(config: str, model_path: str, seed: int) -> None:
     """Make the starting policy with sft_video.py, in a process of its own, unless it is there already."""
     state = PartialState()
     saved = any((Path(model_path) / name).exists() for name in ("config.json", "adapter_config.json"))
+    # A cold start that was killed while it saved has a config.json too; finished ones have results.json.
+    saved = saved and not (
+        (Path(model_path) / "_arguments.json").exists() and not (Path(model_path) / stages.RESULTS).exists()
+    )
     if state.is_main_process and not saved:
         command = [sys.executable, str(RECIPES / "sft_video.py"), "--config", config]
         command += ["--output_dir", model_path, "--seed", str(seed)]
@@ -67,16 +71,19 @@ def cold_start(config: str, model_path: str, seed: int) -> None:
     state.wait_for_everyone()
 
 
+ARGUMENTS = (
+    stages.DataArguments,
+    stages.ReportArguments,
+    stages.PushArguments,
+    GRPOArguments,
+    VideoGRPOConfig,
+    ModelConfig,
+)
+
+
 def main(argv: list[str] | None = None) -> None:
     data_args, report, push, grpo_args, training_args, model_args = stages.parse(
-        (
-            stages.DataArguments,
-            stages.ReportArguments,
-            stages.PushArguments,
-            GRPOArguments,
-            VideoGRPOConfig,
-            ModelConfig,
-        ),
+        ARGUMENTS,
         default_config=DEFAULT_CONFIG,
         argv=argv,
     )

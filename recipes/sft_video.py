@@ -60,16 +60,19 @@ class StopAtAccuracy(TrainerCallback):
         control.should_training_stop = control.should_training_stop or summary["accuracy"] >= self.threshold
 
 
+ARGUMENTS = (
+    stages.DataArguments,
+    stages.ReportArguments,
+    stages.PushArguments,
+    StopArguments,
+    VideoSFTConfig,
+    ModelConfig,
+)
+
+
 def main(argv: list[str] | None = None) -> None:
     data_args, report, push, stop, training_args, model_args = stages.parse(
-        (
-            stages.DataArguments,
-            stages.ReportArguments,
-            stages.PushArguments,
-            StopArguments,
-            VideoSFTConfig,
-            ModelConfig,
-        ),
+        ARGUMENTS,
         default_config=DEFAULT_CONFIG,
         argv=argv,
     )

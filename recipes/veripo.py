@@ -15,6 +15,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ DEFAULT_CONFIG = CONFIGS / "tiny" / "veripo.yaml"
 RESULTS = "results.json"  # a stage's folder that has it is finished
 MARKER = "VERIPO_RUN"  # in the environment of every process that a run starts
 TRAINING = ("sft_video.py", "grpo_video.py", "dpo_video.py")  # these make a policy and are launched by accelerate
+SECRET_NAMES = ("token", "key", "secret", "password")  # how names of variables end that must not be written down
 LOOP_KEYS = {"output_dir", "iterations", "seed", "accelerate", "stages", "iteration", "push_to_hub", "hub_prefix"}
 STAGE_KEYS = {
     "name", "recipe", "config", "overrides", "later_config", "later_overrides",
@@ -78,6 +80,7 @@ def read_loop(arguments: argparse.Namespace) -> dict:
             )
         if stage["recipe"] not in (*TRAINING, "verify_rollouts.py"):
             raise SystemExit(f"{path}: stage {stage['name']!r}: no recipe {stage['recipe']!r} for a loop.")
+        check_judge(stage, path)
     if not loop.get("output_dir"):
         raise SystemExit(f"{path}: expected `output_dir:`, the run's folder.")
     if not isinstance(loop["iterations"], int) or loop["iterations"] < 1:
@@ -85,6 +88,34 @@ def read_loop(arguments: argparse.Namespace) -> dict:
     if loop["push_to_hub"] and not loop.get("hub_prefix"):
         raise SystemExit(f"{path}: push_to_hub needs `hub_prefix`, like my-name/my-run: what repositories begin with.")
     return loop
+
+
+def check_judge(stage: dict, path: Path) -> None:
+    """Refuse a judge's command that cannot start, before hours are spent on the stages before it."""
+    command = stage.get("judge_command")
+    if command is None:
+        return
+    if not isinstance(command, list) or not command:
+        raise SystemExit(f"{path}: stage {stage['name']!r}: judge_command: expected a list of words, got {command!r}.")
+    if any(str(word).startswith("--api-key") for word in command):
+        raise SystemExit(
+            f"{path}: stage {stage['name']!r}: judge_command holds a key, which run.json would show. Leave it out: the "
+            f"judge listens on this machine; or let the command read it from an environment variable."
+        )
+    if shutil.which(str(command[0])) is None:
+        raise SystemExit(f"{path}: stage {stage['name']!r}: judge_command: no program {command[0]!r} here; install it.")
+
+
+def refuse_secrets(name: str, settings: dict) -> None:
+    """Refuse settings that hold a secret: they are written to run.json and to the stage's YAML."""
+    env = settings["env"] if isinstance(settings.get("env"), dict) else {}
+    held = [f"env {key}" for key in env if str(key).lower().endswith(SECRET_NAMES)]
+    held += ["hub_token"] if settings.get("hub_token") else []
+    if held:
+        raise SystemExit(
+            f"stage {name}: {', '.join(held)} would be written to run.json. Set the environment variable instead "
+            f"(HF_TOKEN for the Hub), and take it out of the configuration."
+        )
 
 
 def plan(loop: dict) -> list[dict]:
@@ -121,9 +152,10 @@ def plan(loop: dict) -> list[dict]:
             pairs = str(output / "pairs")
             solved.append(str(output / "solved.json"))
         if recipe == "dpo_video.py" and pairs is not None:
-            first, *_ = content.get("pairs") or [{}]
+            first, *others = content.get("pairs") or [{}]  # the first is the loop's own; others are mixed in
+            first = json.loads(first) if isinstance(first, str) else first
             kept = {name: value for name, value in first.items() if name != "revision"}
-            wired["pairs"] = [{**kept, "path": pairs}]
+            wired["pairs"] = [{**kept, "path": pairs}, *others]
         if recipe in TRAINING:
             policy = str(output)
         if loop.get("seed") is not None:
@@ -132,13 +164,15 @@ def plan(loop: dict) -> list[dict]:
             wired |= hub_options(recipe, f"{loop['hub_prefix']}-{key}")
             if recipe in TRAINING:  # what a stage ends with; its checkpoints only where they are asked for
                 content.setdefault("hub_strategy", "end")
+        settings = {**content, **wired, **overrides}
+        refuse_secrets(key, settings)
         stages.append(
             {
                 "name": key,
                 "recipe": recipe,
                 "iteration": iteration,
                 "output_dir": str(output),
-                "settings": {**content, **wired, **overrides},
+                "settings": settings,
                 "judge": {name: stage[name] for name in stage if name.startswith("judge_")},
             }
         )
@@ -169,6 +203,23 @@ def command_of(stage: dict, config: Path, accelerate: list[str]) -> list[str]:
         return [sys.executable, recipe, "--config", str(config)]
     options = [str(CONFIGS / part) if (CONFIGS / part).is_file() else part for part in map(str, accelerate)]
     return [sys.executable, "-m", "accelerate.commands.launch", *options, recipe, "--config", str(config)]
+
+
+def check_settings(stages: list[dict]) -> None:
+    """Refuse keys that a stage's recipe does not know, now rather than when its turn comes."""
+    import importlib.util
+    from dataclasses import fields
+
+    known = {}
+    for stage in stages:
+        recipe = stage["recipe"]
+        if recipe not in known:
+            spec = importlib.util.spec_from_file_location(recipe.removesuffix(".py"), RECIPES / recipe)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            known[recipe] = {item.name for kind in module.ARGUMENTS for item in fields(kind)} | {"env"}
+        if unknown := sorted(set(stage["settings"]) - known[recipe]):
+            raise SystemExit(f"stage {stage['name']}: {recipe} knows no {', '.join(unknown)}. Nothing was run.")
 
 
 # ---- the run's state ----------------------------------------------------------------------------------------------
@@ -213,6 +264,7 @@ class Run:
                 print(f"{stage['name']}: moved to {aside / stage['name']}, to be done again", flush=True)
         names = {stage["name"] for stage in stages}
         self.content["stages"] = [entry for entry in self.content["stages"] if entry["name"] not in names]
+        self.content["redone_from"] = stages[0]["name"]  # until the run is through: the same command goes on
         self.save()
 
 
@@ -224,15 +276,20 @@ def read_results(stage: dict) -> dict | None:
 
 @contextlib.contextmanager
 def only_run(folder: Path):
-    """Hold the run's folder alone, and end what an earlier start of it left running."""
+    """Hold the run's folder alone; end what an earlier start of it left running, and what this one would leave."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SystemExit(f"{folder}: another veripo.py is at work on this run; wait for it, or end it.") from None
+        except OSError as error:
+            raise SystemExit(f"{folder} cannot be locked ({error}): choose an output_dir on another disk.") from error
         end_leftovers(folder)
-        yield
+        try:
+            yield
+        finally:
+            end_leftovers(folder)
 
 
 def end_leftovers(folder: Path, patience_s: float = 20.0) -> None:
@@ -254,7 +311,7 @@ def end_leftovers(folder: Path, patience_s: float = 20.0) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         left = alive()
         if left:
-            print(f"ending {len(left)} processes that an earlier start of this run left: {left}", flush=True)
+            print(f"ending {len(left)} processes that this run left behind: {left}", flush=True)
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -262,7 +319,7 @@ def end_leftovers(folder: Path, patience_s: float = 20.0) -> None:
         while alive() and time.monotonic() < deadline:
             time.sleep(0.1)
     if left := alive():
-        raise SystemExit(f"processes {left} of an earlier start of this run do not end; end them first.")
+        raise SystemExit(f"processes {left} of this run do not end; end them first.")
 
 
 # ---- running a stage ------------------------------------------------------------------------------------------------
@@ -282,7 +339,7 @@ def run_logged(command: list[str], log: Path, env: dict) -> int:
                 sys.stdout.buffer.write(part)
                 sys.stdout.flush()
             return process.wait()
-        except BaseException:  # Ctrl-C or a termination: the stage ends with the loop
+        except BaseException:  # Ctrl-C or a termination; what the launcher leaves is ended by `only_run`
             process.terminate()
             process.wait()
             raise
@@ -316,17 +373,18 @@ def judge_server(judge: dict, log: Path, env: dict):
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(30)
-            except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):  # an engine may outlive its server, and hold the GPU
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
             print("judge: stopped", flush=True)
 
 
 def answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=5) as reply:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this machine
+        with opener.open(url, timeout=5) as reply:
             return reply.status == 200
     except (urllib.error.URLError, OSError):
         return False
@@ -351,42 +409,50 @@ def no_pairs(stage: dict, run: Run) -> str | None:
     return None
 
 
-def do_stage(stage: dict, run: Run, accelerate: list[str]) -> dict:
-    """Run a stage unless it is finished. Returns its entry in run.json."""
+def do_stage(stage: dict, run: Run, accelerate: list[str], *, before: str | None) -> dict:
+    """Run a stage unless it is finished. Returns its entry in run.json.
+
+    Args:
+        before: when the stage before this one was finished: a finished stage must have followed that very one.
+    """
     name, settings = stage["name"], stage["settings"]
     entry = run.entry(name)
     results = read_results(stage)
+    if entry is not None and entry["status"] in ("done", "skipped") and entry["after"] != before:
+        raise SystemExit(f"{name} is finished, but a stage before it was made anew since. To follow it: --from {name}.")
     if entry is not None and entry["settings"] != settings:
         what = changed_keys(entry["settings"], settings)
         if entry["status"] in ("done", "skipped"):
             raise SystemExit(f"{name} is finished, with other settings ({what}). To do it again: --from {name}.")
         print(f"{name} goes on with changed settings: {what}", flush=True)
-    if entry is not None and entry["status"] == "skipped":
+    if entry is not None and (entry["status"] == "skipped" or (entry["status"] == "done" and results is not None)):
+        print(f"{name}: {entry['status']} ({entry['minutes']:.1f} minutes)", flush=True)
         return entry
+    log = run.folder / "logs" / f"{name}.log"
     if entry is None:
         if results is not None:
             raise SystemExit(f"{stage['output_dir']} holds a run that is not this loop's; choose another output_dir.")
         entry = {"name": name, "recipe": stage["recipe"], "iteration": stage["iteration"], "minutes": 0.0}
-    entry |= {"output_dir": stage["output_dir"], "settings": settings}
-    if results is not None:  # finished; perhaps the loop was killed before it could note that
-        minutes = entry["minutes"] or results.get("minutes", 0.0)
-        run.put(entry | {"status": "done", "results": results, "minutes": minutes})
-        print(f"{name}: done ({minutes:.1f} minutes)", flush=True)
+    elif entry["status"] == "running" and log.exists():  # killed: it ran until its last word
+        entry["minutes"] += max(0.0, log.stat().st_mtime - entry["started_at"]) / 60
+    entry |= {"output_dir": stage["output_dir"], "settings": settings, "after": before}
+    if results is not None:  # finished, but the loop was killed before it could note that
+        run.put(entry | {"status": "done", "results": results, "finished": timestamp()})
+        print(f"{name}: done ({entry['minutes']:.1f} minutes)", flush=True)
         return run.entry(name)
     if stage["recipe"] == "dpo_video.py" and (reason := no_pairs(stage, run)):
         # What follows goes on from the policy before: an empty folder would not be one.
         print(f"{name}: skipped, {reason}", flush=True)
-        run.put(entry | {"status": "skipped", "reason": reason})
+        run.put(entry | {"status": "skipped", "reason": reason, "finished": timestamp()})
         return run.entry(name)
     config = run.folder / "configs" / f"{name}.yaml"
     config.parent.mkdir(exist_ok=True)
     config.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
     command = command_of(stage, config, accelerate)
-    run.put(entry | {"status": "running", "command": command})
+    run.put(entry | {"status": "running", "command": command, "started_at": time.time()})
     print(f"\n=== {name}: {' '.join(command)}", flush=True)
     env = {**os.environ, MARKER: str(run.folder.resolve()), "PYTHONUNBUFFERED": "1"}
     started = time.monotonic()
-    log = run.folder / "logs" / f"{name}.log"
     with judge_server(stage["judge"], run.folder / "logs" / f"{name}-judge.log", env):
         code = run_logged(command, log, env)
     entry = run.entry(name)
@@ -398,8 +464,13 @@ def do_stage(stage: dict, run: Run, accelerate: list[str]) -> dict:
             f"\n{name} failed (exit code {code}{'' if results else f', no {RESULTS}'}). Its log: {log}. Mend what it "
             f"says and start the same command again: finished stages are kept, this one goes on where it can."
         )
-    run.put(entry | {"status": "done", "exit_code": 0, "results": results})
+    run.put(entry | {"status": "done", "exit_code": 0, "results": results, "finished": timestamp()})
     return run.entry(name)
+
+
+def timestamp() -> str:
+    """Tells one finish from another; for people too."""
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S')}.{time.time_ns() % 10**9:09d}"
 
 
 def skip_policies(stages: list[dict], place: int) -> None:
@@ -447,8 +518,8 @@ def table_row(entry: dict) -> dict:
     }
 
 
-def show(run: Run, stages: list[dict], *, changed: bool) -> None:
-    """Print the table; draw the curves and write the report, unless they are there and nothing changed."""
+def show(run: Run, stages: list[dict]) -> None:
+    """Print the table; draw the curves and write the report, unless they are newer than the run's state."""
     from veripo_trl.tables import print_table
 
     entries = [entry for stage in stages if (entry := run.entry(stage["name"])) is not None]
@@ -467,7 +538,8 @@ def show(run: Run, stages: list[dict], *, changed: bool) -> None:
     )
     if set(reporting) & set(curating):
         print(f"note: {', '.join(curating)} chose the pairs and reports too: read its inconsistency with care.")
-    if changed or not (run.folder / "report.html").exists():
+    report = run.folder / "report.html"
+    if not report.exists() or report.stat().st_mtime < run.file.stat().st_mtime:
         from veripo_trl.report import write_report
 
         plot(run.folder / "loop.png", entries, title=run.folder.name)
@@ -532,30 +604,37 @@ def main(argv: list[str] | None = None) -> None:
     first, last = chosen(stages, arguments.first, arguments.last)
     folder = Path(loop["output_dir"])
     if arguments.dry_run:
+        check_settings(stages)
         run = Run(folder, loop)
-        for stage in stages[: last + 1]:
+        for place, stage in enumerate(stages[: last + 1]):
             entry = run.entry(stage["name"])
-            redone = arguments.first is not None and stages.index(stage) >= first
+            redone = arguments.first is not None and place >= first
             state = "to do" if entry is None or redone else entry["status"]
+            if state == "skipped":
+                skip_policies(stages, place)
             command = command_of(stage, folder / "configs" / f"{stage['name']}.yaml", loop["accelerate"])
             print(f"{stage['name']} ({state}): {' '.join(command)}")
             for key, value in stage["settings"].items():
                 print(f"    {key}: {json.dumps(value, ensure_ascii=False)}")
         return
+    if not (folder / "run.json").exists():
+        check_settings(stages)
     with only_run(folder):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated; the same command goes on"))
         run = Run(folder, loop)
-        run.save()
-        if arguments.first is not None:
+        if not run.file.exists():
+            run.save()
+        if arguments.first is not None and run.content.get("redone_from") != arguments.first:
             run.forget(stages[first:])
-        changed = False
+        before = None
         for place, stage in enumerate(stages[: last + 1]):
-            before = (run.entry(stage["name"]) or {}).get("status")
-            entry = do_stage(stage, run, loop["accelerate"])
-            changed = changed or before not in ("done", "skipped")
+            entry = do_stage(stage, run, loop["accelerate"], before=before)
+            before = entry["finished"]
             if entry["status"] == "skipped":
                 skip_policies(stages, place)
-        show(run, stages[: last + 1], changed=changed)
+        if run.content.pop("redone_from", None):
+            run.save()
+        show(run, stages[: last + 1])
 
 
 if __name__ == "__main__":

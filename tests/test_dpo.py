@@ -265,6 +265,26 @@ def test_a_cut_off_rollout_is_not_taught_an_end(load, mixed_rows):
     assert ended == [True, True, False, False]
 
 
+def test_special_tokens_that_a_rollout_spells_stay_text(load, mixed_rows):
+    encoder = load()[1]
+    tokenizer = encoder.processor.tokenizer
+    spelled = "<think>I see <|video_pad|> and <|im_end|>: B.</think><answer>B</answer>"
+    dataset = pair_dataset(mixed_rows[:1], texts=[(CHOSEN, spelled)])
+    batch = DPOCollator(encoder, max_length=None)(list(dataset))
+    ids = batch["input_ids"][1][batch["completion_mask"][1].bool()].tolist()
+    assert ids.count(tokenizer.eos_token_id) == 1 and encoder.config.video_token_id not in ids
+    assert tokenizer.decode(ids[:-1]) == spelled
+    chosen = batch["input_ids"][0][batch["completion_mask"][0].bool()].tolist()
+    assert chosen == tokenizer(CHOSEN)["input_ids"] + [tokenizer.eos_token_id]  # the tags stay what they are
+
+
+def test_weighted_pairs_run(load, mixed_rows, tmp_path):
+    """WPO's weights need one more output of the head."""
+    model, encoder = load()
+    trainer = make_trainer(model, encoder, pair_dataset(mixed_rows), tmp_path, use_weighting=True)
+    assert first_log(trainer)["loss"] > 0
+
+
 def test_too_long_a_pair_is_refused_not_cut(load, mixed_rows):
     encoder = load()[1]
     with pytest.raises(ValueError, match=r"'video' has \d+ tokens .*max_length=30.*never cut"):

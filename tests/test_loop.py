@@ -1,5 +1,6 @@
 """VerIPO's loop as a user runs it: whole, again, from a stage, broken off by SIGKILL anywhere, with a judge's server."""
 
+import importlib.util
 import json
 import os
 import re
@@ -251,6 +252,9 @@ def test_a_stage_that_fails_says_where_its_log_is(workplace, whole):
     assert state(workplace, "failing")["search-1"]["status"] == "failed"
 
 
+GRPO = {"name": "a", "recipe": "grpo_video.py", "config": "tiny/grpo.yaml"}
+
+
 def test_dry_run_writes_nothing(tmp_path):
     result = subprocess.run([sys.executable, LOOP, "--dry-run"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -271,6 +275,11 @@ def test_dry_run_writes_nothing(tmp_path):
         ({"iteration": [{"name": "a", "recipe": "grpo_video.py", "config": "none.yaml"}]}, "none.yaml: no such file"),
         ({"iteration": [{"name": "a", "recipe": "verify_rollouts.py", "config": "tiny/verify.yaml"}]}, "no GRPO stage"),
         ({"push_to_hub": True}, "needs `hub_prefix`"),
+        ({"iteration": [{**GRPO, "overrides": {"hub_token": "hf_x"}}]}, "hub_token would be written to run.json"),
+        ({"iteration": [{**GRPO, "overrides": {"env": {"WANDB_API_KEY": "x"}}}]}, "env WANDB_API_KEY would be written"),
+        ({"iteration": [{**GRPO, "judge_command": "vllm serve x"}]}, "expected a list of words"),
+        ({"iteration": [{**GRPO, "judge_command": ["no-such-program", "x"]}]}, "no program 'no-such-program'"),
+        ({"iteration": [{**GRPO, "judge_command": ["python3", "--api-key", "sk-1"]}]}, "holds a key"),
     ],
 )
 def test_loops_that_cannot_run(change, message, tmp_path):
@@ -282,12 +291,129 @@ def test_loops_that_cannot_run(change, message, tmp_path):
     assert result.returncode == 1 and message in result.stderr and not (tmp_path / "run").exists()
 
 
-def test_two_loops_on_one_run_are_refused_and_leftovers_ended(tmp_path):
-    import importlib.util
-
+def loop_module():
     spec = importlib.util.spec_from_file_location("veripo_loop", LOOP)
     loop = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loop)
+    return loop
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """`quick(*options)` runs the shipped tiny loop with stages that do nothing but finish; `quick.ran`, `quick.fail`."""
+    monkeypatch.chdir(tmp_path)
+    loop = loop_module()
+    ran, broken = [], set()
+
+    def finish(command, log, env):
+        settings = yaml.safe_load(Path(command[-1]).read_text())
+        output = Path(settings["output_dir"])
+        ran.append(output.name)
+        output.mkdir(parents=True, exist_ok=True)
+        if output.name in broken:
+            return 1
+        pairs = {"penalty": 0 if output.name in quick.bare else 2}
+        (output / "results.json").write_text(json.dumps({"counts": {"pairs": pairs}}))
+        return 0
+
+    monkeypatch.setattr(loop, "run_logged", finish)
+    monkeypatch.setattr(loop, "check_settings", lambda stages: None)
+    monkeypatch.setattr(loop, "show", lambda run, stages: None)
+    monkeypatch.setattr(loop.signal, "signal", lambda *_: None)
+
+    def quick(*options) -> list[str]:
+        ran.clear()
+        loop.main(list(options))
+        return list(ran)
+
+    quick.fail, quick.ran, quick.bare = broken, ran, set()
+    return quick
+
+
+ALL_STAGES = ["cold-start", "search-1", "verify-1", "align-1", "search-2", "verify-2", "align-2"]
+
+
+def test_a_stage_made_anew_does_not_leave_its_followers_finished(quick):
+    assert quick() == ALL_STAGES
+    assert quick() == []
+    shutil.rmtree("outputs/veripo/search-1")
+    with pytest.raises(SystemExit, match="verify-1 is finished, but a stage before it was made anew.*--from verify-1"):
+        quick()
+    assert quick.ran == ["search-1"]
+    assert quick("--from", "verify-1") == ALL_STAGES[2:]
+    assert quick() == []
+
+
+def test_a_broken_redo_goes_on_with_the_same_command(quick):
+    quick()
+    quick.fail.add("align-2")
+    with pytest.raises(SystemExit, match="align-2 failed"):
+        quick("--from", "search-2")
+    assert quick.ran == ["search-2", "verify-2", "align-2"]
+    quick.fail.clear()
+    assert quick("--from", "search-2") == ["align-2"]  # what was redone stays
+    assert quick("--from", "search-2") == ["search-2", "verify-2", "align-2"]  # it was through: this is another redo
+
+
+def test_without_pairs_the_policy_before_goes_on(quick):
+    quick.bare.add("verify-1")
+    assert quick() == [name for name in ALL_STAGES if name != "align-1"]
+    settings = yaml.safe_load(Path("outputs/veripo/configs/search-2.yaml").read_text())
+    assert settings["model_name_or_path"] == "outputs/veripo/search-1"
+    assert quick() == []
+
+
+def test_a_key_that_a_later_stage_does_not_know_is_found_before_the_first(tmp_path):
+    loop = loop_module()
+    stage = {"name": "align-1", "recipe": "dpo_video.py", "settings": {"beta": 0.1, "betta": 0.1}}
+    with pytest.raises(SystemExit, match="stage align-1: dpo_video.py knows no betta. Nothing was run"):
+        loop.check_settings([stage])
+
+
+def test_other_pairs_of_a_configuration_are_kept(tmp_path):
+    config = {"pairs": ['{"path": "x", "media_root": "clips"}', {"path": "mine", "kinds": ["penalty"]}]}
+    (tmp_path / "dpo.yaml").write_text(yaml.safe_dump(config))
+    iteration = [
+        {"name": "s", "recipe": "grpo_video.py", "config": "tiny/grpo.yaml"},
+        {"name": "v", "recipe": "verify_rollouts.py", "config": "tiny/verify.yaml"},
+        {"name": "a", "recipe": "dpo_video.py", "config": str(tmp_path / "dpo.yaml")},
+    ]
+    loop = {"output_dir": "run", "iterations": 1, "stages": [], "iteration": iteration, "push_to_hub": False}
+    assert loop_module().plan(loop)[2]["settings"]["pairs"] == [
+        {"path": "run/v-1/pairs", "media_root": "clips"}, {"path": "mine", "kinds": ["penalty"]}
+    ]  # fmt: skip
+
+
+def test_a_terminated_loop_ends_what_its_launcher_started(tmp_path):
+    """SIGTERM to the loop alone: the launcher dies, and its child with it."""
+    child = "import time, pathlib, os; pathlib.Path('child').write_text(str(os.getpid())); time.sleep(99)"
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    run_folder = tmp_path / "run"
+    script = (
+        "import importlib.util, signal, sys, pathlib\n"
+        f"spec = importlib.util.spec_from_file_location('l', {LOOP!r}); l = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(l)\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit('terminated'))\n"
+        f"folder = pathlib.Path({str(run_folder)!r})\n"
+        "with l.only_run(folder):\n"
+        f"    env = {{**l.os.environ, l.MARKER: str(folder.resolve())}}\n"
+        f"    l.run_logged([sys.executable, '-c', {launcher!r}], folder / 'log', env)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    pid = int((tmp_path / "child").read_text())
+    process.terminate()
+    process.wait(60)
+    time.sleep(0.1)
+    stat = Path(f"/proc/{pid}/stat")
+    assert not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] in "ZX"
+
+
+def test_two_loops_on_one_run_are_refused_and_leftovers_ended(tmp_path):
+    loop = loop_module()
     run_folder = tmp_path / "run"
     run_folder.mkdir()
     env = {**os.environ, loop.MARKER: str(run_folder.resolve())}
@@ -328,11 +454,7 @@ def free_port() -> int:
 
 
 def test_a_judges_server_is_started_waited_for_and_stopped(tmp_path):
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("veripo_loop", LOOP)
-    loop = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loop)
+    loop = loop_module()
     port = free_port()
     judge = {
         "judge_command": [sys.executable, "-c", JUDGE, port],

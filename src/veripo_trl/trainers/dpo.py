@@ -65,7 +65,9 @@ class DPOCollator:
         # A rollout that was cut off did not end: no end is taught from it.
         finished = [True] * len(pairs) + [pair["rejected_finished"] for pair in pairs]
         answers = [
-            tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * ended
+            # A rollout may spell a special token in ordinary ones: it must not become one here.
+            tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            + [tokenizer.eos_token_id] * ended
             for text, ended in zip(texts, finished, strict=True)
         ]
         for prompt, answer in zip(prompts, answers, strict=True):
@@ -164,9 +166,10 @@ class VideoDPOTrainer(CheckpointMixin, DPOTrainer):
             shared=self.args.shared_prefix,
         )
         before = input_ids.size(1) - 1 - width
-        values = {name: getattr(output, name) for name in ("log_probs", "entropy", "mean_logits", "is_top1")}
+        names = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+        values = {name: getattr(output, name) for name in names}
         values = {name: pad(value, (before, 0)) for name, value in values.items() if value is not None}
-        return SimpleNamespace(**values)
+        return SimpleNamespace(**values, aux_loss=output.aux_loss)
 
     def _bare(self, model):
         """A model without the wrappers of its backend and of PEFT."""
