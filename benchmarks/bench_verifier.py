@@ -30,6 +30,10 @@ LETTERS = "ABCD"
 THINGS = ["chair", "table", "window", "lamp", "door", "cup", "book", "plant", "box", "phone"]
 DOINGS = ["stands by", "moves to", "is left of", "is behind", "passes", "hides", "touches", "falls off"]
 
+# What a GRPO run's rollouts have beside what is judged: the reader checks that it is there.
+REST = {"problem": "What happens first in the video?", "videos": ["clips/1.mp4"], "images": [], "data_source": "bench",
+        "step": 0, "finish_reason": "stop", "policy": "policy", "prompt_template": "0123456789abcdef"}  # fmt: skip
+
 
 def make_rollouts(count: int, *, seed: int = 0):
     """Yield rollouts with thoughts of 80 to 320 words, and the verdict that each is made for as `expected`."""
@@ -97,7 +101,7 @@ def write_store(folder: Path, count: int, *, rows_per_file: int = 5000) -> None:
 
     rollouts = []
     for number, rollout in enumerate(make_rollouts(count)):
-        rollouts.append(rollout)
+        rollouts.append({**rollout, **REST})
         if len(rollouts) == rows_per_file or number + 1 == count:
             pq.write_table(pa.Table.from_pylist(rollouts), folder / f"rollouts-{number // rows_per_file:05d}.parquet")
             rollouts = []
@@ -110,8 +114,9 @@ def run_rules(folder: str, tokenizer_folder: str) -> None:
     from tqdm import tqdm
     from transformers import PreTrainedTokenizerFast
 
+    from veripo_trl.verifier.files import RolloutFiles
     from veripo_trl.verifier.judges import RulesJudge
-    from veripo_trl.verifier.verify import read_rollouts, verify_stream
+    from veripo_trl.verifier.verify import verify_stream
 
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
@@ -123,10 +128,11 @@ def run_rules(folder: str, tokenizer_folder: str) -> None:
     before_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     counts, tokens, start, cpu_start = {}, 0, time.perf_counter(), time.process_time()
     with tqdm(total=total, desc="verify", unit="rollout") as progress:
-        verdicts = verify_stream(read_rollouts(files), judge=RulesJudge(), tokenizer=tokenizer, progress=progress)
-        for verdict, expected in zip(verdicts, read_rollouts(files, columns=["expected"]), strict=True):
-            if verdict["consistency"] != expected["expected"]:
-                raise SystemExit(f"{verdict} was expected to be {expected['expected']}")
+        verdicts = verify_stream(RolloutFiles(files), judge=RulesJudge(), tokenizer=tokenizer, progress=progress)
+        truths = (truth for path in files for truth in pq.read_table(path, columns=["expected"])[0].to_pylist())
+        for verdict, expected in zip(verdicts, truths, strict=True):
+            if verdict["consistency"] != expected:
+                raise SystemExit(f"{verdict} was expected to be {expected}")
             counts[verdict["consistency"]] = counts.get(verdict["consistency"], 0) + 1
             tokens += verdict["think_tokens"]
     seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start

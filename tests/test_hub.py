@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from hub_server import HubServer
+from hub_server import HubServer, Repo
 
 from veripo_trl import hub as hub_module
-from veripo_trl.hub import HubError, dataset_card, fetch_dataset, input_revision, model_card, push_folder
-from veripo_trl.hub_cards import rollout_counts
+from veripo_trl.hub import HubError, dataset_card, fetch_dataset, fetch_file, input_revision, model_card, push_folder
+from veripo_trl.hub_cards import rollout_counts, shown_name
 from veripo_trl.rollouts import RolloutStore
 
 SOURCE = {"repo_id": "tester/questions", "revision": "a" * 40}
@@ -107,12 +107,12 @@ def test_files_of_an_earlier_run_leave_the_newest_revision(hub, tmp_path):
     assert sorted(held) == [".gitattributes", "README.md", f"rollouts/{shorter.files()[0].name}"]
 
 
-def test_many_files_go_in_several_commits_with_the_card_last(hub, tmp_path, monkeypatch):
+def test_many_files_go_in_several_commits_with_the_card_first(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(hub_module, "FILES_PER_COMMIT", 2)
     push_rollouts(make_rollouts(tmp_path, files=5))
     commits = list(hub.repos["datasets/tester/rollouts"].commits.values())[1:]
     assert [len(commit["files"]) - 1 for commit in commits] == [2, 4, 6]
-    assert ["README.md" in commit["files"] for commit in commits] == [False, False, True]
+    assert ["README.md" in commit["files"] for commit in commits] == [True, True, True]
 
 
 def test_only_what_is_meant_is_sent(hub, tmp_path):
@@ -136,6 +136,8 @@ def test_only_what_is_meant_is_sent(hub, tmp_path):
         {"videos": ["a.mp4", "C:\\clips\\1.mp4"]},
         {"videos": ["file:///data/1.mp4"]},
         {"policy": "/data/models/sft"},
+        {"policy": "../../scratch/alice/sft"},
+        {"policy": "outputs/../../sft"},
     ],
 )
 def test_a_path_of_this_machine_is_not_pushed(hub, tmp_path, changes):
@@ -153,13 +155,73 @@ def test_nothing_to_push_is_an_error(hub, tmp_path):
         push_folder(tmp_path, "tester/x", repo_type="dataset", card="# x\n")
 
 
-def test_public_only_when_told_and_an_existing_repository_stays_what_it_is(hub, tmp_path, caplog):
-    store = make_rollouts(tmp_path)
-    push_rollouts(store, "tester/open", private=False)
-    assert not hub.repos["datasets/tester/open"].private and "public" not in caplog.text
-    push_rollouts(store, "tester/open")
+def test_what_is_meant_to_be_private_does_not_go_to_a_public_repository(hub, tmp_path):
+    push_rollouts(make_rollouts(tmp_path), "tester/open", private=False)
     assert not hub.repos["datasets/tester/open"].private
-    assert "tester/open is a public repository already" in caplog.text
+    longer = make_rollouts(tmp_path, files=3)
+    sent = len(hub.requests("put"))
+    for branch in ("main", "new"):
+        with pytest.raises(HubError, match="tester/open.* is public.*hub_private_repo: false.*hub_private: false"):
+            push_rollouts(longer, "tester/open", branch=branch)
+        with pytest.raises(HubError, match="^tester/open.* is public.*nothing was sent"):
+            hub_module.prepare_repo("tester/open", repo_type="dataset", private=True, branch=branch)
+    assert len(hub.requests("put")) == sent and hub.commits("datasets/tester/open") == 1
+    assert list(hub.repos["datasets/tester/open"].branches) == ["main"]
+    push_rollouts(longer, "tester/open", private=False)
+    assert hub.commits("datasets/tester/open") == 2
+
+
+FOREIGN = {
+    "data without a card": ({"data/train.parquet": b"mine", "a.parquet": b"mine"}, r"a\.parquet, data/train\.parquet"),
+    "a card without the tag": ({"README.md": b"---\ntags: [veripo, 5]\n---\n# Mine\n", "a.parquet": b"x"}, "a.parquet"),
+    "the tag below the header": ({"README.md": b"# Mine\n---\ntags: [veripo_trl]\n---\n", "a.txt": b"x"}, "a.txt"),
+    "a header that cannot be read": ({"README.md": b"---\ntags: [\n---\n", "a.txt": b"x"}, "a.txt"),
+    "a written card alone": ({"README.md": b"# My plans\n"}, "README.md"),
+    "many files": ({f"{n}.bin": b"x" for n in range(9)}, r"4\.bin and 4 more"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_repository_that_is_not_ours_is_left_alone(name, hub, tmp_path):
+    files, message = FOREIGN[name]
+    store, key = make_rollouts(tmp_path), "datasets/tester/theirs"
+    hub.repos[key] = Repo(private=True)
+    hub.repos[key].add("main", "by hand", {".gitattributes": b"x", **files})
+    held = dict(hub.files(key))
+    for branch in ("main", "new"):
+        with pytest.raises(HubError, match=f"tester/theirs.*veripo_trl.*{message}.*Nothing was sent. Give another id"):
+            push_folder(store.folder, "tester/theirs", repo_type="dataset", card="# x\n", branch=branch)
+        with pytest.raises(HubError, match="^tester/theirs.*Nothing was sent"):
+            hub_module.prepare_repo("tester/theirs", repo_type="dataset", private=True, branch=branch)
+    assert hub.files(key) == held and list(hub.repos[key].branches) == ["main"] and not hub.requests("put")
+
+
+def test_a_repository_made_on_the_site_and_a_card_of_ones_own(hub, tmp_path):
+    """The site makes a README.md of a header alone; a card that somebody wrote is tagged, so that pushes can go on."""
+    store, key = make_rollouts(tmp_path, files=3), "datasets/tester/rollouts"
+    hub.repos[key] = Repo(private=True)
+    hub.repos[key].add("main", "by hand", {".gitattributes": b"x", "README.md": b"---\r\nlicense: mit\r\n---\r\n"})
+    card = "---\nlicense: mit\ntags: mine\n---\n\n# Own words\n"
+    push_folder(store.folder, "tester/rollouts", repo_type="dataset", card=card)
+    held = hub.files(key)["README.md"].decode()
+    assert yaml.safe_load(held.split("---")[1]) == {"license": "mit", "tags": ["mine", "veripo_trl"]}
+    assert held.endswith("---\n\n# Own words\n")
+    store.files()[-1].unlink()
+    hub.fail("resolve", status=503)
+    push_folder(store.folder, "tester/rollouts", repo_type="dataset", card="# Less\n")
+    assert len([file for file in hub.files(key) if file.endswith(".parquet")]) == 2
+
+
+def test_one_file_of_a_dataset(hub, tmp_path):
+    (tmp_path / "solved.json").write_text("{}")
+    sha = push_folder(tmp_path, "tester/x", repo_type="dataset", card="# x\n", patterns=["*.json"]).revision
+    for revision in (None, "main", sha):
+        file, found = fetch_file("tester/x", "solved.json", revision=revision)
+        assert file.read_text() == "{}" and found == sha
+    with pytest.raises(HubError, match=f"tester/x .dataset. at {sha} holds no other.json"):
+        fetch_file("tester/x", "other.json")
+    with pytest.raises(HubError, match="tester/nothing"):
+        fetch_file("tester/nothing", "solved.json")
 
 
 def test_a_name_without_owner_and_a_branch(hub, tmp_path):
@@ -232,7 +294,26 @@ def test_dataset_cards_say_what_happened(kind):
     assert header["configs"][0]["data_files"] == [{"split": "train", "path": f"{kind}/*.parquet"}]
     for text in ("2505.19000", "1,234", "a \\| b", "server:qwen", "3f2a", "tester/questions", "a" * 40, "| clips |"):
         assert text in card
-    assert "/data/secret" not in card
+    assert "/data/secret" not in card and "veripo_trl" in header["tags"]
+    assert "run started from" in card or kind == "verdicts"
+    assert "| Policy that the GRPO run started from | sft |" in card and "that sampled it" not in card
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct"),
+        ("outputs/sft", "outputs/sft"),
+        ("outputs/../models/sft", "outputs/../models/sft"),
+        ("/data/secret/sft/", "sft"),
+        ("../../scratch/alice/sft", "sft"),
+        ("outputs/../../alice/sft", "sft"),
+        ("~/sft", "sft"),
+        ("~alice/sft", "sft"),
+    ],
+)
+def test_names_that_others_see(given, shown):
+    assert shown_name(given) == shown
 
 
 @pytest.mark.parametrize(("adapter", "library"), [(True, "peft"), (False, "transformers")])

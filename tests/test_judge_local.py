@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -129,6 +130,32 @@ def test_a_model_without_a_chat_template_is_refused(model_path, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no chat template"):
         LocalJudge(str(tmp_path), PROMPT)
+
+
+def test_the_name_shows_no_path_and_tells_judges_apart(model_path, tmp_path):
+    def name(path=model_path, **options):
+        return LocalJudge(str(path), PROMPT, device="cpu", **options).name
+
+    copy = tmp_path / model_path.name
+    copy.symlink_to(model_path)
+    names = [name(), name(copy), name(max_new_tokens=4), name(dtype="bfloat16"), name(max_think_chars=5)]
+    assert all(re.fullmatch(r"local:tiny-judge@main:[0-9a-f]{8}", found) for found in names), names
+    assert len(set(names)) == 5 and name(batch_size=2) == names[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int4"}, "dtype: expected one of auto, float32, bfloat16, float16, got 'int4'"),
+        ({"batch_size": 0}, "batch_size: expected a whole number from 1, got 0"),
+        ({"max_new_tokens": "8"}, "max_new_tokens: expected a whole number from 1, got '8'"),
+        ({"device": "gpu"}, "device: expected cuda, cuda:1, cpu, …, got 'gpu'"),
+        ({"device": "cuda:99"}, "device: expected one that is here, got 'cuda:99'"),
+    ],
+)
+def test_options_that_make_no_sense(options, message, model_path):
+    with pytest.raises(ValueError, match=message):
+        LocalJudge(str(model_path), PROMPT, **options)
 
 
 @pytest.mark.slow

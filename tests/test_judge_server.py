@@ -4,6 +4,7 @@ import email.utils
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -106,6 +107,26 @@ def test_the_name_tells_judges_apart_but_not_servers():
     assert judge.name == make_judge("http://127.0.0.1:2/v1", concurrency=3).name
     others = [{"seed": 1}, {"max_tokens": 5}, {"request_options": {"top_k": 1}}, {"max_think_chars": 10}]
     assert len({judge.name, *(make_judge("http://127.0.0.1:1/v1", **other).name for other in others)}) == 5
+
+
+def test_the_name_shows_no_path():
+    """Names go into verdicts, and with those to the Hub."""
+    names = {}
+    for model in ("/home/someone/models/judge", "/home/another/judge/", "outputs/x/judge", "~/judge", "..\\judge"):
+        names[model] = ServerJudge("http://127.0.0.1:1/v1", model, PROMPT).name
+    assert all(re.fullmatch(r"server:judge:[0-9a-f]{8}", name) for name in names.values()), names
+    assert len(set(names.values())) == len(names)
+    for model in ("Qwen/Qwen3-4B", "qwen3:4b", "judge"):
+        assert ServerJudge("http://127.0.0.1:1/v1", model, PROMPT).name.startswith(f"server:{model}:")
+
+
+def test_no_verdict_quotes_the_models_path():
+    with JudgeServer(
+        lambda n, b: Reply(status=400, body=b"/home/someone/judge: too long") if "Case 5:" in str(b) else Reply()
+    ) as server:
+        judge = ServerJudge(server.url, "/home/someone/judge", PROMPT, concurrency=2, retries=0)
+        verdicts = verify(judge, 8)
+    assert verdicts[5]["reason"] == "HTTP 400: judge: too long" and "/home" not in json.dumps(verdicts)
 
 
 # --------------------------------------------------------------------------------------------------------- faults

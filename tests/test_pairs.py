@@ -1,6 +1,8 @@
 """Judged rollouts to preference pairs: a table of groups with the pairs they must give, read one by one."""
 
+import itertools
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from veripo_trl.answers import is_well_formed, split_completion
 from veripo_trl.prompts import build_messages, load_template
 from veripo_trl.verifier.judges import judge_by_rules
-from veripo_trl.verifier.pairs import KINDS, PairOptions, build_pairs, join_for_reflection
+from veripo_trl.verifier.pairs import KINDS, PairError, PairOptions, build_pairs, join_for_reflection
 
 TEMPLATE = load_template("tiny")
 QUESTION = {
@@ -243,12 +245,6 @@ CASES = {
         {("consistency", "a", "i"), ("penalty", "b", "w")},
         {},
     ),
-    "kinds take turns up to the cap of a question, in their order": (
-        [right("a"), right("i", "inconsistent"), right("j", "inconsistent"), wrong("w"), wrong("v", "unknown")],
-        {"max_pairs_per_question": 3, "kinds": ["reflection", "consistency", "penalty"]},
-        None,
-        {},
-    ),
     "a repetitive joined thinking is not chosen": (
         [right("r", text="<think>one two three four. It is B.</think><answer>B</answer>"),
          wrong("w", text="<think>one two three four. It is A.</think><answer>A</answer>")],
@@ -267,8 +263,6 @@ def test_table(case):
         assert found == expected
     for why, count in counts.items():
         assert dropped.get(why) == count, dropped
-    if expected is None and "turns" in case:
-        assert sorted(kind for kind, *_ in found) == ["consistency", "penalty", "reflection"]
     # every rollout is in a pair, or counted once
     used = {name for p in pairs for name in (*p["chosen_ids"], p["rejected_id"])}
     assert len(used) + sum(n for why, n in dropped.items() if why.startswith("rollouts: ")) == len(rollouts)
@@ -280,6 +274,15 @@ def test_table(case):
         assert pair["rejected"][0]["content"] == by_id[pair["rejected_id"]]["completion"]
         assert pair["verdicts"]["chosen"] == [by_id[name]["verdict"] for name in pair["chosen_ids"]]
         assert pair["verdicts"]["rejected"] == by_id[pair["rejected_id"]]["verdict"]
+
+
+@pytest.mark.parametrize("kinds", itertools.permutations(KINDS), ids="-".join)
+def test_kinds_take_turns_up_to_the_cap_of_a_question_in_their_order(kinds):
+    rollouts = [right("a"), right("b"), wrong("w"), wrong("v", "unknown")]
+    rollouts += [right("i", "inconsistent"), right("j", "inconsistent")]  # at least two pairs of each kind
+    for cap in range(7):
+        found, _, _ = build(rollouts, max_pairs_per_question=cap, kinds=list(kinds))
+        assert Counter(kind for kind, *_ in found) == Counter((kinds * 2)[:cap])
 
 
 def test_a_pair_repeats_the_rollouts_prompt():
@@ -397,7 +400,7 @@ def test_the_first_pairs_are_a_fair_sample_of_the_questions():
 
 def test_one_id_for_two_questions_is_refused():
     clash = [right("r"), wrong("w", problem="Which colour is last?", videos=["clips/2.mp4"])]
-    with pytest.raises(ValueError, match=r"'run/r' and 'run/w'.*'q1'.*differ in problem, videos"):
+    with pytest.raises(PairError, match=r"'run/r' and 'run/w'.*'q1'.*differ in problem, videos"):
         build(clash)
 
 

@@ -5,24 +5,25 @@ import json
 import re
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from judge_server import honest_verdict
 
 from veripo_trl.tiny.model import build_tokenizer
-from veripo_trl.verifier.cache import VerdictCache
+from veripo_trl.verifier.cache import CacheError, VerdictCache
 from veripo_trl.verifier.judge_prompts import (
     MAX_REASON_CHARS,
+    REPLY_SCHEMA,
     JudgePromptError,
     ReplyError,
+    check_reply,
     judge_messages,
     load_judge_prompt,
     read_reply,
     settle,
 )
 from veripo_trl.verifier.judges import RulesJudge, judge_by_rules
-from veripo_trl.verifier.verify import BATCH, MAX_OPEN, read_rollouts, verify_stream
+from veripo_trl.verifier.files import VERDICT_SCHEMA, write_files
+from veripo_trl.verifier.verify import BATCH, MAX_OPEN, verify_stream
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = ROOT / "verifier_prompts" / "consistency.yaml"
@@ -170,6 +171,7 @@ def test_a_readable_reply(text):
         (f"{REPLY} Hope that helps", "not JSON"),
         (f"{REPLY}\n{REPLY}", "not JSON"),
         ("[" * 15_000, "not JSON"),
+        (REPLY.replace('"so B"', "1" * 5_000), "not JSON"),  # Python converts no integer of that length
         (REPLY.replace("so B", "x" * 20_000), "not JSON"),
         (f"[{REPLY}]", "wrong schema"),
         ("null", "wrong schema"),
@@ -181,6 +183,9 @@ def test_a_readable_reply(text):
         (REPLY.replace('"B"', '["B"]'), "wrong schema"),
         (REPLY.replace('"B"', f'"{"B" * 3000}"'), "wrong schema"),
         (REPLY.replace("true", '"true"'), "wrong schema"),
+        (REPLY.replace("so B", "x \\ud83d"), "wrong schema"),  # half a character: no file of verdicts could hold it
+        (REPLY.replace('"B"', '"\\udc00"'), "wrong schema"),
+        (REPLY.replace("so B", "x \ud83d"), "wrong schema"),
         (REPLY.replace("true", "1"), "wrong schema"),
         (REPLY.replace("true", "NaN"), "wrong schema"),
         (REPLY.replace('"so B"', "null"), "wrong schema"),
@@ -191,6 +196,14 @@ def test_an_unreadable_reply(text, cause):
     with pytest.raises(ReplyError) as error:
         read_reply(text)
     assert error.value.cause == cause
+    str(error.value).encode()  # it becomes the verdict's reason
+
+
+def test_a_checked_reply_stays_as_it_is():
+    assert set(check_reply(json.loads(REPLY))) == set(REPLY_SCHEMA["required"])
+    for reason in ("so B", "x " * 500, " a\n b ", "\U0001f600"):
+        reply = read_reply(REPLY.replace('"so B"', json.dumps(reason)))
+        assert check_reply(reply) == reply
 
 
 def test_a_long_reason_is_cut_and_says_so():
@@ -364,17 +377,25 @@ def test_stopping_early_is_clean(tokenizer, prompt):
     stream.close()
 
 
-def test_rollouts_are_read_in_order_and_in_batches(tmp_path):
-    files = []
-    for part in range(3):
-        files.append(tmp_path / f"{part}.parquet")
-        rows = [make_rollout(10 * part + n, f"text {n}") | {"unused": 1} for n in range(10)]
-        pq.write_table(pa.Table.from_pylist(rows), files[-1], row_group_size=3)
-    found = list(read_rollouts(files, rows=4))
-    assert found == [make_rollout(10 * part + n, f"text {n}") for part in range(3) for n in range(10)]
-    pq.write_table(pa.table({"rollout_id": ["a"]}), files[0])
-    with pytest.raises(ValueError, match="missing: .*completion"):
-        list(read_rollouts(files))
+POISON = [
+    {"concluded_answer": "B", "consistent": True, "reason": "x \ud83d"},
+    {"concluded_answer": "B"},
+    ["B"],
+]
+
+
+@pytest.mark.parametrize("poison", POISON)
+def test_a_cached_reply_that_is_none_is_asked_for_anew(poison, tmp_path, tokenizer, prompt):
+    rollouts = numbered(1)
+    with VerdictCache(tmp_path / "c.sqlite") as cache:
+        first = list(verify_stream(rollouts, judge=ScriptedJudge(prompt), tokenizer=tokenizer, cache=cache))
+        (key,) = cache.connection.execute("SELECT key FROM replies").fetchone()
+        cache.put(key, poison, judge="scripted", prompt_version="v1")
+        for asked in (1, 0):  # and replaced
+            judge = ScriptedJudge(prompt)
+            verdicts = list(verify_stream(rollouts, judge=judge, tokenizer=tokenizer, cache=cache))
+            assert len(judge.asked) == asked and verdicts == first
+    assert write_files(verdicts, tmp_path / "verdicts", VERDICT_SCHEMA) == 1
 
 
 def test_a_cache_that_is_another_file_is_refused(tmp_path):
@@ -383,3 +404,6 @@ def test_a_cache_that_is_another_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="expected a cache of verdicts"):
         VerdictCache(path)
     assert path.read_bytes() == b"PAR1" * 100
+    for unusable in (tmp_path, path / "cache.sqlite"):  # a folder; a file for a folder
+        with pytest.raises(CacheError, match="expected a cache of verdicts"):
+            VerdictCache(unusable)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,8 +16,12 @@ import pytest
 from hub_server import HubServer
 from judge_server import JudgeServer, Reply
 
+from veripo_trl import preferences
+from veripo_trl.hub import push_folder
+from veripo_trl.preferences import load_pairs
 from veripo_trl.prompts import load_template
 from veripo_trl.rollouts import RolloutStore
+from veripo_trl.rows import RowError
 from veripo_trl.verifier import files
 from veripo_trl.verifier.summary import shown
 
@@ -140,8 +145,6 @@ def test_what_dpo_reads(recipe, tmp_path, policy):
     from datasets import load_dataset
     from trl.data_utils import is_conversational
 
-    from veripo_trl.preferences import load_pairs
-
     make_rollouts(tmp_path / "rollouts", policy)
     recipe.main(config(tmp_path))
     folder = tmp_path / "outputs" / "verify" / "pairs"
@@ -247,6 +250,11 @@ def no_tokenizer(tmp_path, policy):
     make_rollouts(tmp_path / "rollouts", tmp_path / "absent")
 
 
+def cache_is_another_file(tmp_path, policy):
+    file = make_rollouts(tmp_path / "rollouts", policy).files()[0]
+    return {"judge": "server", "judge_url": "http://127.0.0.1:1", "judge_model": "x", "verdict_cache": str(file)}
+
+
 def settings(**given):
     def make(tmp_path, policy):
         make_rollouts(tmp_path / "rollouts", policy)
@@ -271,6 +279,15 @@ REFUSED = [
     (settings(judge="server"), r"judge: server needs judge_url and judge_model"),
     (settings(judge="local"), r"judge: local needs judge_model"),
     (settings(push_to_hub=True), r"push_to_hub needs hub_pairs_id and hub_verdicts_id"),
+    (settings(rollouts=["outputs/absent"]), r"outputs/absent: expected a folder with the rollouts.*no such folder"),
+    (settings(push_to_hub=True, hub_pairs_id="o/x", hub_verdicts_id="o/X"), r"expected two datasets, both are 'o/x'"),
+    (settings(judge="server", judge_url="http://127.0.0.1:1", judge_model="x", judge_request_options="{max: 1"),
+     r"judge_request_options: expected a JSON object, like .*, got '{max: 1': "),
+    (settings(judge_request_options="[1]"), r"judge_request_options: expected a JSON object, like .*, got '\[1\]'"),
+    (settings(judge="local", judge_model="x", judge_request_options={"max_tokens": 9, "dtype": "auto"}),
+     r"judge: local does not know max_tokens; expected any of revision, dtype, device, batch_size, max_new_tokens"),
+    (settings(judge="local", judge_model="x", judge_request_options={"dtype": "int4"}), r"'x' cannot be loaded: dtype: "),
+    (cache_is_another_file, r"verdict_cache: .*rollouts/.*expected a cache of verdicts"),
     (settings(judge="local", judge_model="x", judge_prompt="absent"), r"judge_prompt 'absent': no such file"),
     (settings(kinds=["length"]), r"kinds: expected some of .*got \['length'\]. Nothing was run"),
     (settings(max_pair=3), r"unknown key 'max_pair' \(close: max_penalty"),
@@ -291,6 +308,27 @@ def test_refused(recipe, tmp_path, policy, make, message):
     with pytest.raises((SystemExit, files.RolloutFilesError), match=f"(?s){message}"):
         recipe.main(config(tmp_path, **changes))
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["verify"]  # not moved aside
+
+
+def test_one_id_for_two_questions_ends_in_one_line(recipe, tmp_path, policy):
+    make_rollouts(tmp_path / "rollouts", policy, run="one")
+    make_rollouts(tmp_path / "more", policy, run="two", problem="Which colour is last?")
+    with pytest.raises(SystemExit, match="have the question id 'mixed-0', but differ in problem"):
+        recipe.main(config(tmp_path, rollouts=[str(tmp_path / "rollouts"), str(tmp_path / "more")]))
+
+
+def test_options_of_a_local_judge_arrive(recipe, tmp_path, policy, monkeypatch):
+    given = {}
+
+    class Judge:
+        def __init__(self, model, prompt, **options):
+            given[model] = options
+
+    monkeypatch.setattr("veripo_trl.verifier.local.LocalJudge", Judge)
+    for options in (None, '{"batch_size": 2, "dtype": "bfloat16"}'):
+        recipe.make_judge(recipe.VerifyArguments(output_dir="x", rollouts=["x"], judge="local", judge_model=str(options),
+                                                 judge_request_options=options))  # fmt: skip
+    assert list(given.values()) == [{}, {"batch_size": 2, "dtype": "bfloat16"}]
 
 
 # ---- files --------------------------------------------------------------------------------------------------------
@@ -399,6 +437,45 @@ def test_killed_and_started_again(recipe, tmp_path, policy):
     assert len(read(folder / "pairs")) == 32
 
 
+# ---- what DPO is given ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"kinds": ["penalties"]}, r"`kinds`: expected a list of some of consistency, penalty, reflection; came"),
+        ({"kinds": "penalty"}, r"`kinds`: expected a list"),
+        ({"kinds": []}, r"`kinds`: expected a list"),
+        ({"path": "outputs/absent"}, r"outputs/absent: expected a folder of parquet files"),  # not asked of the Hub
+        ({"revision": "main"}, r"`revision` is for Hub datasets"),
+    ],
+)
+def test_pairs_that_cannot_be_read(source, message, tmp_path):
+    with pytest.raises(RowError, match=message):
+        load_pairs([{"path": str(tmp_path), **source}], template=TEMPLATE)
+
+
+def test_every_process_reads_the_pairs_of_one_commit(recipe, tmp_path, policy, monkeypatch):
+    """The branch moves after the main process has looked, and before another reads."""
+    make_rollouts(tmp_path / "rollouts", "org/policy")
+    recipe.main(config(tmp_path, tokenizer=str(policy)))
+    folder, sources = tmp_path / "outputs" / "verify" / "pairs", [{"path": "tester/pairs", "media_root": str(tmp_path)}]
+    with HubServer() as hub:
+        hub.use_in_this_process(monkeypatch, tmp_path / "hf_home")
+        push_folder(folder, "tester/pairs", repo_type="dataset", card="x")
+        said = []
+        monkeypatch.setattr(preferences, "broadcast_object_list", lambda found: said.append(*found) or found)
+        main = load_pairs(sources, template=TEMPLATE)
+        rows = read(folder)
+        files.write_files(rows[:1], folder, files.PAIR_SCHEMA)
+        push_folder(folder, "tester/pairs", repo_type="dataset", card="x")
+        monkeypatch.setattr(preferences, "PartialState", lambda: SimpleNamespace(is_main_process=False))
+        monkeypatch.setattr(preferences, "broadcast_object_list", lambda found: said[:] if found == [None] else found)
+        other = load_pairs(sources, template=TEMPLATE)
+    assert len(main.dataset) == len(other.dataset) == len(rows) > 1
+    assert main.inputs == other.inputs == {"tester/pairs": said[0]}
+
+
 # ---- the Hub --------------------------------------------------------------------------------------------------------
 
 HUB_RUN = """
@@ -410,13 +487,34 @@ import verify_rollouts
 verify_rollouts.main(sys.argv[3:])
 """
 
+# In another process: what others do with what was pushed.
+HUB_READ = """
+import json
+from datasets import disable_progress_bars, load_dataset
+disable_progress_bars()
+print(json.dumps([load_dataset(f"tester/{kind}", split="train")["question_id"][:] for kind in ("pairs", "verdicts")]))
+"""
+
+
+def test_cards_name_the_rollouts_that_a_stage_has_pushed(recipe, tmp_path, policy):
+    make_rollouts(tmp_path / "grpo" / "rollouts", policy)
+    origin = {"repo_id": "tester/rollouts", "revision": "a" * 40}
+    for pushed, expected in (({"rollouts": {**origin, "url": "x"}}, origin), ({"model": {}}, None), (None, None)):
+        (tmp_path / "grpo" / "results.json").write_text(json.dumps({"hub": pushed}))
+        for name in (str(tmp_path / "grpo" / "rollouts"), str(tmp_path / "grpo")):
+            recipe.main(config(tmp_path, rollouts=[name]))
+            results = json.loads((tmp_path / "outputs" / "verify" / "results.json").read_text())
+            assert results["inputs"] == ({name: expected} if expected else {})
+            card = recipe.dataset_card("pairs", repo_id="x/y", **recipe.card_facts("pairs", results))
+            assert ("tester/rollouts at `aaaa" in card) == bool(expected) and str(tmp_path) not in card
+
 
 @pytest.mark.slow
 def test_from_the_hub_and_back(tmp_path, policy):
     """Rollouts of a Hub dataset in, verdicts and pairs on the Hub; a commit that fails on the way is made again."""
     make_rollouts(tmp_path / "rollouts", "org/policy", copies=2)
     arguments = config(tmp_path, rollouts=["tester/rollouts"], tokenizer=str(policy), push_to_hub=True,
-                       hub_pairs_id="tester/pairs", hub_verdicts_id="tester/verdicts")  # fmt: skip
+                       hub_pairs_id="tester/pairs", hub_verdicts_id="tester/verdicts", hub_license="mit")  # fmt: skip
     with HubServer() as hub:
         env = {**os.environ, **hub.environment(tmp_path / "hf_home")}
         command = [sys.executable, "-c", HUB_RUN, str(tmp_path / "rollouts"), str(RECIPE.parent), *arguments]
@@ -429,9 +527,16 @@ def test_from_the_hub_and_back(tmp_path, policy):
         for kind in ("verdicts", "pairs"):
             repo = f"datasets/tester/{kind}"
             stored = hub.files(repo)
-            assert stored[f"{kind}-00000.parquet"] == (folder / kind / f"{kind}-00000.parquet").read_bytes()
+            place = "pairs/" if kind == "pairs" else ""
+            assert stored[f"{place}{kind}-00000.parquet"] == (folder / kind / f"{kind}-00000.parquet").read_bytes()
+            assert "license: mit" in stored["README.md"].decode()
             assert results["hub"][kind]["revision"] == hub.repos[repo].find("main") and hub.repos[repo].private
             card = stored["README.md"].decode()
             assert results["inputs"]["tester/rollouts"]["revision"] in card and "rules" in card and "org/policy" in card
             assert str(tmp_path) not in card and hub.commits(repo) == 1
+        assert hub.files("datasets/tester/pairs")["solved.json"] == (folder / "solved.json").read_bytes()
+        done = subprocess.run([sys.executable, "-c", HUB_READ, str(policy)], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        written = [[row["question_id"] for row in read(folder / kind)] for kind in ("pairs", "verdicts")]
+        assert json.loads(done.stdout) == written
         assert hub.token not in done.stdout + done.stderr

@@ -1,0 +1,143 @@
+"""What a stage reads from the Hub: questions to leave out, and the pairs that a DPO run's card names."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from hub_server import HubServer
+
+from veripo_trl import hub as hub_module
+from veripo_trl import hub_runs, stages
+from veripo_trl.hub import Pushed, push_folder
+from veripo_trl.hub_runs import local_pairs
+
+ROW = {"problem": "Which?", "options": ["red", "blue"], "problem_type": "multiple choice", "solution": "B"}
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with HubServer() as server:
+        server.use_in_this_process(monkeypatch, tmp_path / "hf_home")
+        monkeypatch.setattr(hub_module, "RETRY_WAITS_S", (0.01,) * 3)
+        monkeypatch.chdir(tmp_path)
+        yield server
+
+
+def arguments(tmp_path, leave_out: list[str]) -> stages.DataArguments:
+    rows = [{**ROW, "question_id": f"q{number}"} for number in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return stages.DataArguments(datasets=[{"path": "rows.jsonl"}], leave_out=leave_out)
+
+
+def push_solved(tmp_path, dropped: list[str]) -> str:
+    folder = tmp_path / "pushed"
+    folder.mkdir(exist_ok=True)
+    (folder / "solved.json").write_text(json.dumps({"dropped": dropped}))
+    return push_folder(folder, "tester/pairs", repo_type="dataset", card="# x\n", patterns=["*.json"]).revision
+
+
+def test_solved_questions_of_a_dataset_at_its_revisions(hub, tmp_path, capsys):
+    first, second = push_solved(tmp_path, ["q0"]), push_solved(tmp_path, ["q1", "q2"])
+    for entry, gone, sha in (
+        ("tester/pairs", {"q1", "q2"}, second),
+        (f"tester/pairs@{first}", {"q0"}, first),
+        ("tester/pairs@main", {"q1", "q2"}, second),
+    ):
+        data = arguments(tmp_path, [entry])
+        rows = stages.load_training_rows(data, seed=0)
+        assert {f"q{number}" for number in range(8)} - set(rows["question_id"]) == gone
+        assert f"left out {len(gone)} rows of solved questions, {8 - len(gone)} rows stay" in capsys.readouterr().out
+        assert data.leave_out == [f"tester/pairs@{sha}"]  # what _arguments.json then says
+        model = SimpleNamespace(model_name_or_path="outputs/sft", model_revision="main")
+        assert stages.hub_inputs(data, model) == {
+            "left out by tester/pairs": {"repo_id": "tester/pairs", "revision": sha}
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", ["verify/solved.json", "outputs/verify", "tester/pairs", "./pairs", "../pairs"])
+def test_a_path_of_this_machine_is_not_asked_for_on_the_hub(hub, tmp_path, entry):
+    (tmp_path / "tester" / "pairs").mkdir(parents=True)  # exists here: no dataset
+    with pytest.raises(SystemExit, match=f"leave_out: {entry}: expected a solved.json"):
+        stages.load_training_rows(arguments(tmp_path, [entry]), seed=0)
+    assert hub.log == []
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("tester/nothing", "leave_out: tester/nothing: .*no such repository or revision"),
+        ("tester/pairs@none", "leave_out: tester/pairs@none: .*Correct the name or the revision"),
+        ("tester/empty", "leave_out: tester/empty: .*holds no solved.json"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_said(hub, tmp_path, entry, message):
+    push_solved(tmp_path, ["q0"])
+    (tmp_path / "pushed" / "other.json").write_text("{}")
+    push_folder(tmp_path / "pushed", "tester/empty", repo_type="dataset", card="# x\n", patterns=["other.json"])
+    with pytest.raises(SystemExit, match=message):
+        stages.load_training_rows(arguments(tmp_path, [entry]), seed=0)
+
+
+def test_rows_left_out_are_counted_as_rows_and_strange_ids_are_told(tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "solved.json").write_text(json.dumps({"dropped": ["q1", "other-1", "other-2"]}))
+    everything = stages.load_training_rows(arguments(tmp_path, []), seed=3)["question_id"]
+    assert "left out" not in capsys.readouterr().out
+    rows = stages.load_training_rows(arguments(tmp_path, ["solved.json", "solved.json"]), seed=3)
+    assert "left out 1 rows of solved questions, 7 rows stay" in capsys.readouterr().out
+    assert "2 of 3 solved questions are not among the rows of `datasets` ('other-1', 'other-2')" in caplog.text
+    assert list(rows["question_id"]) == [question for question in everything if question != "q1"]
+    (tmp_path / "solved.json").write_text(json.dumps({"dropped": list(everything)}))
+    with pytest.raises(SystemExit, match="all 8 rows are of solved questions"):
+        stages.load_training_rows(arguments(tmp_path, ["solved.json"]), seed=3)
+
+
+PUSHED = {"repo_id": "tester/pairs", "revision": "c" * 40}
+
+
+@pytest.mark.parametrize(
+    ("pairs", "results", "shown"),
+    [
+        (["outputs/verify/pairs"], {"hub": {"pairs": {**PUSHED, "url": "x"}}}, "| pairs | tester/pairs at `ccc"),
+        (["outputs/verify/pairs/a.parquet"], {"hub": {"pairs": PUSHED}}, "| pairs | tester/pairs at `ccc"),
+        (["outputs/verify/pairs"], {"hub": None}, "| pairs | outputs/verify/pairs (a local folder, not on the Hub) |"),
+        (["outputs/verify/pairs"], None, "| pairs | outputs/verify/pairs (a local folder, not on the Hub) |"),
+        (["{here}/outputs/verify/pairs"], None, "| pairs | pairs (a local folder, not on the Hub) |"),
+        (["tester/pairs"], None, "| tester/pairs | tester/pairs at `ccc"),
+        (["outputs/verify/pairs", "tester/pairs"], {"hub": {"pairs": {**PUSHED, "repo_id": "tester/other"}}},
+         "| pairs of outputs/verify/pairs | tester/other at `ccc"),
+    ],
+)  # fmt: skip
+def test_a_dpo_card_names_its_pairs(pairs, results, shown, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "verify" / "pairs").mkdir(parents=True)
+    (tmp_path / "outputs" / "verify" / "pairs" / "a.parquet").touch()
+    run = tmp_path / "outputs" / "dpo"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    if results is not None:
+        (tmp_path / "outputs" / "verify" / "results.json").write_text(json.dumps(results))
+    pairs = [path.format(here=tmp_path) for path in pairs]
+    sources = {"PairArguments": {"pairs": [{"path": path} for path in pairs]}}
+    (run / "_arguments.json").write_text(json.dumps(sources))
+    cards = {}
+
+    def push(folder, repo_id, *, card, **options):
+        cards[repo_id] = card
+        return Pushed(repo_id, "model", "d" * 40, "url", ())
+
+    monkeypatch.setattr(hub_runs.hub, "push_folder", push)
+    inputs = {path: PUSHED for path in pairs if path == "tester/pairs"}
+    result = {"stage": "DPO", "model": "org/base", "steps": 2, "pairs": {"penalty": 3}, "inputs": inputs}
+    args = SimpleNamespace(hub_model_id="tester/dpo", hub_private_repo=None, hub_revision=None)
+    hub_runs.push_run(run, args, result, rollouts_id=None, license="mit")
+    card = cards["tester/dpo"]
+    assert shown in card and "| penalty pairs | 3 |" in card and str(tmp_path) not in card
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "org/base"
+
+
+def test_runs_without_pairs_name_none(tmp_path):
+    assert local_pairs(tmp_path) == {}
+    (tmp_path / "_arguments.json").write_text('{"DataArguments": {}}')
+    assert local_pairs(tmp_path) == {}
