@@ -24,6 +24,7 @@ from transformers import set_seed
 from trl import ModelConfig
 
 from veripo_trl import stages
+from veripo_trl.hub_cards import shown_name
 from veripo_trl.rewards import REWARDS
 from veripo_trl.rollouts import RolloutStore
 from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         encoder=stages.make_encoder(model, processor, data_args),
         rollout_store=store,
         # relative: rollouts are given to others
-        policy_name=os.path.relpath(name) if os.path.isabs(name := model_args.model_name_or_path) else name,
+        policy_name=shown_name(os.path.relpath(name) if os.path.isabs(name := model_args.model_name_or_path) else name),
     )
     if trainer.accelerator.is_main_process:
         stages.save_arguments(training_args.output_dir, data_args, report, push, grpo_args, training_args, model_args)

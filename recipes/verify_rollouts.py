@@ -9,6 +9,7 @@ and results.json. One process does it all; a judge server brings its own GPUs. B
 same command: what a judge model said is kept in the verdict cache, and the pairs come out the same.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -21,14 +22,15 @@ from tqdm import tqdm
 
 from veripo_trl import stages
 from veripo_trl.answers import REGRESSION_SCORES, SolutionError
-from veripo_trl.hub import HUB_ID, HubError, dataset_card, fetch_dataset, prepare_repo, push_folder
+from veripo_trl.hub import HubError, dataset_card, fetch_dataset, prepare_repo, push_folder
+from veripo_trl.policy import looks_local
 from veripo_trl.prompts import PromptError, load_template
 from veripo_trl.verifier import files
-from veripo_trl.verifier.cache import VerdictCache
+from veripo_trl.verifier.cache import CacheError, VerdictCache
 from veripo_trl.verifier.curriculum import choose_solved
 from veripo_trl.verifier.judge_prompts import JudgePromptError, load_judge_prompt
 from veripo_trl.verifier.judges import RulesJudge
-from veripo_trl.verifier.pairs import PairOptions, build_pairs, generation_of
+from veripo_trl.verifier.pairs import PairError, PairOptions, build_pairs, generation_of
 from veripo_trl.verifier.server import JudgeError, ServerJudge
 from veripo_trl.verifier.summary import card_facts, plot, print_summary, summarize
 from veripo_trl.verifier.verify import verify_stream
@@ -36,6 +38,7 @@ from veripo_trl.verifier.verify import verify_stream
 RECIPES = Path(__file__).resolve().parent
 DEFAULT_CONFIG = RECIPES / "configs" / "tiny" / "verify.yaml"
 JUDGES = ("rules", "server", "local")
+LOCAL_OPTIONS = ("revision", "dtype", "device", "batch_size", "max_new_tokens")
 
 
 @dataclass
@@ -73,24 +76,29 @@ class VerifyArguments:
     judge_request_options: str | None = field(
         default=None,
         metadata={
-            "help": 'More of a request, as JSON, like {"max_tokens": 2048} or {"chat_template_kwargs": '
-            '{"enable_thinking": false}}.'
+            "help": 'As JSON. judge server: more of a request, like {"max_tokens": 2048} or {"chat_template_kwargs": '
+            '{"enable_thinking": false}}. judge local: how it is loaded and asked, any of revision (on the Hub), dtype '
+            '(auto, float32, bfloat16, float16), device (cuda, cpu), batch_size (16), max_new_tokens (512, of a reply).'
         },
     )
     verdict_cache: str | None = field(
         default=None,
         metadata={
-            "help": "SQLite file of what judge models said. Default: verdict_cache.sqlite beside output_dir, so that it "
-            "outlives that folder and serves every iteration. Rules are not cached: they are faster."
+            "help": "SQLite file of what judge models said, on a local disk (on a network disk SQLite's locks may not "
+            "hold). Default: verdict_cache.sqlite beside output_dir, so that it outlives that folder and serves every "
+            "iteration. Rules are not cached: they are faster."
         },
     )
     drop_solved_share: float = field(
         default=0.8, metadata={"help": "Share of the questions with all rollouts right that solved.json drops."}
     )
-    push_to_hub: bool = field(default=False, metadata={"help": "Push pairs and verdicts as datasets."})
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Push pairs (with solved.json) and verdicts as datasets."}
+    )
     hub_pairs_id: str | None = field(default=None, metadata={"help": "Hub dataset for the pairs."})
     hub_verdicts_id: str | None = field(default=None, metadata={"help": "Hub dataset for the verdicts."})
     hub_private: bool = field(default=True, metadata={"help": "Create those datasets as private ones."})
+    hub_license: str = field(default="unknown", metadata={"help": "Licence in the cards, by the Hub's identifier."})
 
     def __post_init__(self):
         if not self.rollouts:
@@ -103,8 +111,9 @@ class VerifyArguments:
         if missing := [name for name in needed if getattr(self, name) is None]:
             why = "push_to_hub" if missing[0].startswith("hub") else f"judge: {self.judge}"
             raise SystemExit(f"{why} needs {' and '.join(missing)}; not given.")
-        if isinstance(self.judge_request_options, str):
-            self.judge_request_options = json.loads(self.judge_request_options)
+        if self.push_to_hub and self.hub_pairs_id.lower() == self.hub_verdicts_id.lower():
+            raise SystemExit(f"hub_pairs_id and hub_verdicts_id: expected two datasets, both are {self.hub_pairs_id!r}.")
+        self.judge_request_options = read_request_options(self.judge_request_options, self.judge)
         if self.regression_score not in REGRESSION_SCORES:
             raise SystemExit(f"regression_score: expected one of {REGRESSION_SCORES}, got {self.regression_score!r}.")
         if not 0 <= self.drop_solved_share <= 1:
@@ -113,19 +122,52 @@ class VerifyArguments:
             raise SystemExit(f"limit: expected 1 or more, got {self.limit}.")
 
 
+ARGUMENTS = (VerifyArguments, PairOptions)
+
+
+def read_request_options(given: str | dict | None, judge: str) -> dict | None:
+    """`judge_request_options` as a dict; SystemExit if it is none, or has a key that a local judge does not know."""
+    expected = f"judge_request_options: expected a JSON object, like {{\"max_tokens\": 2048}}, got {given!r}"
+    try:
+        options = json.loads(given) if isinstance(given, str) else given
+    except ValueError as error:
+        raise SystemExit(f"{expected}: {error}.") from error
+    if options is not None and not isinstance(options, dict):
+        raise SystemExit(f"{expected}.")
+    if judge == "local" and (unknown := [key for key in options or () if key not in LOCAL_OPTIONS]):
+        raise SystemExit(
+            f"judge_request_options: judge: local does not know {', '.join(map(str, unknown))}; expected any of "
+            f"{', '.join(LOCAL_OPTIONS)}."
+        )
+    return options
+
+
 def find_rollouts(arguments: VerifyArguments) -> tuple[files.RolloutFiles, dict[str, dict]]:
-    """The checked rollout files, and what of them came from the Hub: {name: {"repo_id", "revision"}}."""
-    found, inputs = [], {}
+    """The checked rollout files, and what the Hub has of them, by what was fetched or pushed: {name: {"repo_id",
+    "revision"}}."""
+    found, fetched, pushed = [], {}, {}
     for name in arguments.rollouts:
         folder = name
-        if not Path(name).expanduser().exists() and HUB_ID.fullmatch(name):
+        if "/" in name and not Path(name).expanduser().exists() and not looks_local(name):
             print(f"{name}: no such folder here, so it is read as a Hub dataset", flush=True)
             folder, revision = fetch_dataset(name, revision=arguments.rollouts_revision)
-            inputs[name] = {"repo_id": name, "revision": revision}
-        found += files.find_rollout_files(folder)
-    if arguments.rollouts_revision and len(inputs) != 1:
-        raise SystemExit(f"rollouts_revision is for one Hub dataset; of {arguments.rollouts} {len(inputs)} are such.")
-    return files.open_rollouts(found, limit=arguments.limit), inputs
+            fetched[name] = {"repo_id": name, "revision": revision}
+        here = files.find_rollout_files(folder)
+        if name not in fetched and (origin := pushed_rollouts(here[0].parent)):
+            pushed[name] = origin
+        found += here
+    if arguments.rollouts_revision and len(fetched) != 1:
+        raise SystemExit(f"rollouts_revision is for one Hub dataset; of {arguments.rollouts} {len(fetched)} are such.")
+    return files.open_rollouts(found, limit=arguments.limit), fetched | pushed
+
+
+def pushed_rollouts(folder: Path) -> dict | None:
+    """{"repo_id", "revision"} of a folder of rollouts that the GRPO run beside it has pushed, by its results.json."""
+    results = folder.absolute().parent / stages.RESULTS
+    if folder.name != "rollouts" or not results.is_file():
+        return None
+    pushed = (json.loads(results.read_text(encoding="utf-8")).get("hub") or {}).get("rollouts")
+    return pushed and {key: pushed[key] for key in ("repo_id", "revision")}
 
 
 def load_matching_template(name: str, templates: Iterable[str]):
@@ -175,7 +217,7 @@ def make_judge(arguments: VerifyArguments):
         from veripo_trl.verifier.local import LocalJudge
 
         try:
-            return LocalJudge(arguments.judge_model, prompt)
+            return LocalJudge(arguments.judge_model, prompt, **(arguments.judge_request_options or {}))
         except (OSError, ValueError) as error:
             raise SystemExit(f"judge_model {arguments.judge_model!r} cannot be loaded: {error}") from error
     return ServerJudge(
@@ -201,7 +243,20 @@ def open_folder(output_dir: str) -> Path:
     return folder
 
 
-def judge_rollouts(rollouts: files.RolloutFiles, folder: Path, judge, tokenizer, arguments, ngram: int) -> Counter:
+def open_cache(arguments: VerifyArguments, judge) -> VerdictCache | None:
+    """The cache of the judge's replies, if it keeps them in one. Raises CacheError if that cannot be opened."""
+    if not judge.caches:
+        return None
+    cache = VerdictCache(
+        arguments.verdict_cache or Path(arguments.output_dir).absolute().parent / "verdict_cache.sqlite"
+    )
+    print(f"verdict cache: {cache.path}, {len(cache)} replies", flush=True)
+    return cache
+
+
+def judge_rollouts(
+    rollouts: files.RolloutFiles, folder: Path, judge, tokenizer, cache: VerdictCache | None, arguments, ngram: int
+) -> Counter:
     """Write a verdict for every rollout; counts of what they say."""
     counts: Counter = Counter()
 
@@ -214,10 +269,6 @@ def judge_rollouts(rollouts: files.RolloutFiles, folder: Path, judge, tokenizer,
                 counts[f"unknown: {verdict['reason'].split(':')[0]}"] += 1
             yield verdict
 
-    cache = None
-    if judge.caches:
-        cache = VerdictCache(arguments.verdict_cache or folder.absolute().parent / "verdict_cache.sqlite")
-        print(f"verdict cache: {cache.path}, {len(cache)} replies", flush=True)
     with tqdm(total=rollouts.rollouts, desc="verdicts", unit="rollout", smoothing=0.05) as bar:
         verdicts = verify_stream(
             rollouts,
@@ -229,20 +280,25 @@ def judge_rollouts(rollouts: files.RolloutFiles, folder: Path, judge, tokenizer,
             regression_score=arguments.regression_score,
         )
         files.write_files(counted(verdicts), folder / "verdicts", files.VERDICT_SCHEMA)
-    if cache is not None:
-        cache.close()
     return counts
 
 
 def push(folder: Path, arguments: VerifyArguments, results: dict) -> dict[str, dict]:
-    """Push verdicts and pairs with cards of what happened; what the Hub holds then."""
+    """Push verdicts and pairs with cards of what happened; what the Hub holds then. With the pairs goes solved.json,
+    which the next GRPO run leaves out (`leave_out`)."""
     held = {}
-    for kind, repo_id in (("verdicts", arguments.hub_verdicts_id), ("pairs", arguments.hub_pairs_id)):
-        card = dataset_card(kind, repo_id=repo_id, **card_facts(kind, results))
+    for kind, repo_id, place, patterns in (
+        ("verdicts", arguments.hub_verdicts_id, folder / "verdicts", ["*.parquet"]),
+        ("pairs", arguments.hub_pairs_id, folder, ["pairs/*.parquet", "solved.json"]),
+    ):
+        card = dataset_card(
+            kind, repo_id=repo_id, data_files=patterns[0], license=arguments.hub_license, **card_facts(kind, results)
+        )
         message = f"{results['counts']['rollouts']} rollouts, judged by {results['judge']['name']}"
         pushed = push_folder(
-            folder / kind, repo_id, repo_type="dataset", card=card, private=arguments.hub_private, message=message
-        )
+            place, repo_id, repo_type="dataset", card=card, private=arguments.hub_private, patterns=patterns,
+            message=message,
+        )  # fmt: skip
         print(f"{pushed.url} holds the {kind} at revision {pushed.revision}", flush=True)
         held[kind] = {"repo_id": pushed.repo_id, "revision": pushed.revision, "url": pushed.url}
     return held
@@ -250,7 +306,7 @@ def push(folder: Path, arguments: VerifyArguments, results: dict) -> dict[str, d
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        arguments, options = stages.parse((VerifyArguments, PairOptions), default_config=DEFAULT_CONFIG, argv=argv)
+        arguments, options = stages.parse(ARGUMENTS, default_config=DEFAULT_CONFIG, argv=argv)
     except ValueError as error:
         raise SystemExit(f"{error} Nothing was run.") from error
     if int(os.environ.get("RANK", "0")):
@@ -258,18 +314,24 @@ def main(argv: list[str] | None = None) -> None:
     started = time.time()
     try:
         if arguments.push_to_hub:  # a name or a token that is refused shall not be found out at the end
-            for repo_id in (arguments.hub_verdicts_id, arguments.hub_pairs_id):
-                prepare_repo(repo_id, repo_type="dataset", private=arguments.hub_private)
+            ids = (arguments.hub_verdicts_id, arguments.hub_pairs_id)
+            names = {prepare_repo(name, repo_type="dataset", private=arguments.hub_private).lower() for name in ids}
+            if len(names) < len(ids):
+                raise SystemExit(f"hub_pairs_id and hub_verdicts_id: expected two datasets, both are {names.pop()!r}.")
         rollouts, inputs = find_rollouts(arguments)
         template = load_matching_template(arguments.prompt_template, rollouts.templates)
         tokenizer = load_tokenizer(arguments.tokenizer, rollouts.policies)
         judge = make_judge(arguments)
+        cache = open_cache(arguments, judge)
     except (files.RolloutFilesError, PromptError, JudgePromptError, JudgeError, HubError) as error:
         raise SystemExit(str(error)) from error
+    except CacheError as error:
+        raise SystemExit(f"verdict_cache: {error}") from error
     folder = open_folder(arguments.output_dir)  # after all that can be wrong with the arguments
     stages.save_arguments(str(folder), arguments, options)
     try:
-        counts = judge_rollouts(rollouts, folder, judge, tokenizer, arguments, options.ngram)
+        with cache or contextlib.nullcontext():
+            counts = judge_rollouts(rollouts, folder, judge, tokenizer, cache, arguments, options.ngram)
     except (JudgeError, SolutionError) as error:
         raise SystemExit(str(error)) from error
     accuracies, questions = [], set()
@@ -281,7 +343,10 @@ def main(argv: list[str] | None = None) -> None:
             yield group
 
     judged = watched(files.judged_questions(rollouts, folder / "verdicts"))
-    pairs, dropped = build_pairs(judged, options, template=template)
+    try:
+        pairs, dropped = build_pairs(judged, options, template=template)
+    except PairError as error:
+        raise SystemExit(str(error)) from error
     files.write_files(pairs, folder / "pairs", files.PAIR_SCHEMA)
     solved = choose_solved(accuracies, share=arguments.drop_solved_share, seed=options.seed)
     stages.write_json(folder / "solved.json", solved)

@@ -18,15 +18,29 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import pyarrow.parquet as pq
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    get_token,
+    hf_hub_download,
+    snapshot_download,
+)
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.file_download import repo_folder_name
 from pyarrow import ArrowInvalid
 
-from .hub_cards import dataset_card, model_card
+from .hub_cards import TAG, dataset_card, model_card, read_card, shown_name, tagged, tags_of
 
-__all__ = ["HubError", "Pushed", "dataset_card", "fetch_dataset", "input_revision", "model_card", "push_folder",
-           "resolve_revision"]  # fmt: skip
+__all__ = ["HubError", "Pushed", "dataset_card", "fetch_dataset", "fetch_file", "input_revision", "model_card",
+           "push_folder", "resolve_revision"]  # fmt: skip
 logger = logging.getLogger(__name__)
 
 RETRY_WAITS_S = (1, 2, 4, 8, 16)
@@ -82,18 +96,21 @@ def push_folder(
 
     The Hub is asked what it holds, is sent what differs, and is asked again; so a push that broke is finished by the
     next, and one whose answer was lost is not repeated. Files of the same kind that the repository has in the same
-    folders and the local folder has not are removed from the branch (its history keeps them).
+    folders and the local folder has not are removed from the branch (its history keeps them). So only a repository
+    that is empty, or that such a push made, is pushed to: its card has the tag `hub_cards.TAG`.
 
     Args:
         repo_type: "dataset" or "model". patterns: globs relative to `folder`, by default `PATTERNS`; never what
             matches `NEVER`.
-        card: text of the README.md, kept in `folder` too, where the command `push` finds it.
-        private: of a repository that is created. One that exists keeps what it is.
+        card: text of the README.md, kept in `folder` too, where the command `push` finds it. It gets the tag.
+        private: of a repository that is created; one that is public already is refused. Without it, one that exists
+            keeps what it is.
         path_in_repo: folder in the repository for the files, the card excepted.
 
     Raises:
-        HubError: nothing to push, an absolute path in a dataset, or the Hub refuses, cannot be reached, or does not
-            hold every file in the end. It names the command that finishes the push.
+        HubError: nothing to push, a path of this machine in a dataset, a repository that holds something else or is
+            public; or the Hub refuses, cannot be reached, or does not hold every file in the end: then it names the
+            command that finishes the push.
     """
     folder = Path(folder)
     patterns = patterns or PATTERNS[repo_type]
@@ -105,18 +122,19 @@ def push_folder(
         for file in local.values():
             if file.suffix == ".parquet":
                 refuse_absolute_paths(file)
-    write_card(folder, card)
+    write_card(folder, tagged(card))
     local["README.md"] = folder / "README.md"
     command = push_command(folder, repo_id, repo_type, private, patterns, path_in_repo, branch)
     api = HfApi(token=token)
     digest = functools.cache(_digest)
     waits = list(RETRY_WAITS_S)
     commits_left = len(local) // FILES_PER_COMMIT + len(RETRY_WAITS_S) + 1
+    ours = False
     while True:
         try:
             repo_id = _full_id(api, repo_id)
-            info = _repo(api, repo_id, repo_type, private, branch)
-            held = _held(api, repo_id, repo_type, info.sha)
+            info, held = _repo(api, repo_id, repo_type, private, branch, ours=ours)
+            ours = True
             differing = sorted(path for path, file in local.items() if not _same(file, held.get(path), digest))
             stale = _stale(held, local, patterns)
             if not differing and not stale:
@@ -127,9 +145,10 @@ def push_folder(
                     f"{', '.join((differing + stale)[:5])} ({len(differing + stale)} files) as they are in {folder}."
                 )
             commits_left -= 1
-            changes = [CommitOperationDelete(path) for path in stale]
-            changes += [CommitOperationAdd(path, str(local[path])) for path in differing if path != "README.md"]
-            changes += [CommitOperationAdd(path, str(local[path])) for path in differing if path == "README.md"]
+            # The card first: should the push break, it marks the repository as one that the next push may go on with.
+            differing.sort(key=lambda path: path != "README.md")
+            changes = [CommitOperationAdd(path, str(local[path])) for path in differing]
+            changes += [CommitOperationDelete(path) for path in stale]
             # With its parent named, a commit that the Hub has done after all is not done twice.
             api.create_commit(repo_id, changes[:FILES_PER_COMMIT], repo_type=repo_type, revision=branch,
                               commit_message=message, parent_commit=info.sha)  # fmt: skip
@@ -138,8 +157,6 @@ def push_folder(
             raise
         except _CLIENT_ERRORS as error:
             _wait_or_raise(error, waits, f"{repo_id} ({repo_type}): push not finished", token, f"Finish it: {command}")
-    if private and not info.private:
-        logger.warning("%s is a public repository already; it was pushed to and stays public.", repo_id)
     url = f"{api.endpoint}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
     return Pushed(repo_id, repo_type, info.sha, url, tuple(sorted(local)))
 
@@ -163,10 +180,12 @@ def refuse_absolute_paths(file: Path) -> None:
             column = batch.column(name)
             values = column if name == "policy" else column.flatten()
             for value in values.unique().to_pylist():
-                if value is not None and _ABSOLUTE.match(value):
+                leaves = name == "policy" and value is not None and shown_name(value) != value
+                if leaves or (value is not None and _ABSOLUTE.match(value)):
                     raise HubError(
                         f"{file}: column {name!r} has {value!r}, a path of this machine. Expected a path relative to "
-                        f"media_root (or, for a policy, a Hub name or a relative folder). Nothing was pushed."
+                        f"media_root (or, for a policy, a Hub name or a folder below the working directory). Nothing "
+                        f"was pushed."
                     )
 
 
@@ -190,7 +209,7 @@ def push_command(folder, repo_id, repo_type, private, patterns, path_in_repo, br
 
 
 def prepare_repo(repo_id: str, *, repo_type: str, private: bool, branch: str = "main", token: str | None = None) -> str:
-    """Make sure that a repository is there, is ours to create, and answers, before hours are spent on what goes there.
+    """Make sure that a repository can be pushed to, and create it, before hours are spent on what goes there.
 
     Returns:
         Its full name, owner included. Raises HubError.
@@ -201,6 +220,8 @@ def prepare_repo(repo_id: str, *, repo_type: str, private: bool, branch: str = "
             full = _full_id(api, repo_id)
             _repo(api, full, repo_type, private, branch)
             return full
+        except HubError:
+            raise
         except _CLIENT_ERRORS as error:
             _wait_or_raise(error, waits, f"{repo_id} ({repo_type})", token, "Then start the same command again.")
 
@@ -211,15 +232,33 @@ def fetch_dataset(repo_id: str, *, revision: str | None = None) -> tuple[Path, s
     Raises:
         HubError: no such dataset or revision, or the Hub cannot be reached and the cache does not have it.
     """
-    sha, waits = resolve_revision(repo_id, repo_type="dataset", revision=revision), list(RETRY_WAITS_S)
+    sha = resolve_revision(repo_id, repo_type="dataset", revision=revision)
+    wanted = ["*.parquet", "README.md"]
+    download = functools.partial(snapshot_download, repo_id, repo_type="dataset", revision=sha, allow_patterns=wanted)
+    return _downloaded(download, f"{repo_id} (dataset) at {sha}"), sha
+
+
+def fetch_file(repo_id: str, name: str, *, revision: str | None = None) -> tuple[Path, str]:
+    """One file of a Hub dataset as a local one, and the commit that it is of. Raises HubError as `fetch_dataset` does,
+    and if the dataset has no such file."""
+    sha = resolve_revision(repo_id, repo_type="dataset", revision=revision)
+    what = f"{repo_id} (dataset) at {sha}"
+    download = functools.partial(hf_hub_download, repo_id, name, repo_type="dataset", revision=sha)
+    try:
+        return _downloaded(download, what), sha
+    except RemoteEntryNotFoundError:
+        raise HubError(f"{what} holds no {name}. Name another dataset or revision.") from None
+
+
+def _downloaded(download, what: str) -> Path:
+    waits = list(RETRY_WAITS_S)
     while True:
         try:
-            folder = snapshot_download(
-                repo_id, repo_type="dataset", revision=sha, allow_patterns=["*.parquet", "README.md"]
-            )
-            return Path(folder), sha
+            return Path(download())
+        except RemoteEntryNotFoundError:
+            raise
         except _CLIENT_ERRORS as error:
-            _wait_or_raise(error, waits, f"{repo_id} (dataset) at {sha}", None, "Then start the same command again.")
+            _wait_or_raise(error, waits, what, None, "Then start the same command again.")
 
 
 def resolve_revision(repo_id: str, *, repo_type: str, revision: str | None = None) -> str:
@@ -258,17 +297,53 @@ def _full_id(api: HfApi, repo_id: str) -> str:
     return repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
 
 
-def _repo(api: HfApi, repo_id: str, repo_type: str, private: bool, branch: str):
-    """What the Hub says about the repository at the branch; both are created where missing."""
+def _repo(api: HfApi, repo_id: str, repo_type: str, private: bool, branch: str, *, ours: bool = False) -> tuple:
+    """(what the Hub says about the repository at the branch, the files it holds there); both are created where missing.
+
+    Raises HubError for a public one where `private` is asked for, and, unless it is known to be `ours`, for one that
+    holds what no push of ours made: before anything is sent.
+    """
     try:
         info = api.repo_info(repo_id, repo_type=repo_type)
     except RepositoryNotFoundError:
         api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
         info = api.repo_info(repo_id, repo_type=repo_type)
+    if private and not info.private:
+        raise HubError(
+            f"{repo_id} ({repo_type}) is public, and the push is meant to be private: nothing was sent. Make it private "
+            f"in its settings on the Hub, or give another id. To push publicly, set hub_private_repo: false (training) "
+            f"or hub_private: false (verify_rollouts.py), or give the command --public."
+        )
+    held = _held(api, repo_id, repo_type, info.sha)
+    if not ours:
+        _refuse_foreign(api, repo_id, repo_type, info.sha, held)
     if branch == "main":
-        return info
+        return info, held
     api.create_branch(repo_id, repo_type=repo_type, branch=branch, exist_ok=True)
-    return api.repo_info(repo_id, repo_type=repo_type, revision=branch)
+    info = api.repo_info(repo_id, repo_type=repo_type, revision=branch)
+    held = _held(api, repo_id, repo_type, info.sha)
+    if not ours:
+        _refuse_foreign(api, repo_id, repo_type, info.sha, held)
+    return info, held
+
+
+def _refuse_foreign(api: HfApi, repo_id: str, repo_type: str, sha: str, held: dict) -> None:
+    """Raise HubError unless the repository is as empty as the Hub makes them, or its card has our tag: a push replaces
+    the card and files of the same names, and removes others."""
+    header, text = {}, ""
+    if "README.md" in held:
+        file = api.hf_hub_download(repo_id, "README.md", repo_type=repo_type, revision=sha)
+        header, text = read_card(Path(file).read_text(encoding="utf-8", errors="replace"))
+    others = sorted(set(held) - {"README.md", ".gitattributes", ".gitignore"})
+    if TAG in tags_of(header) or not (others or text.strip()):
+        return
+    shown = others or ["README.md"]
+    more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
+    raise HubError(
+        f"{repo_id} ({repo_type}) was not made by a push of veripo_trl (its README.md has no tag {TAG!r}) and holds "
+        f"{', '.join(shown[:5])}{more}, which a push could replace or remove. Nothing was sent. Give another id: a "
+        f"repository that is empty or does not exist."
+    )
 
 
 def _held(api: HfApi, repo_id: str, repo_type: str, sha: str) -> dict:

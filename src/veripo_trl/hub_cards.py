@@ -1,5 +1,7 @@
 """Cards (README.md) of what is pushed: written from what happened, nothing else."""
 
+import os
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import yaml
 
+TAG = "veripo_trl"  # of every card that is pushed: it tells repositories that a push of ours made from all others
 METHOD = (
     "Made with veripo_trl, an independent implementation of VerIPO ([arXiv 2505.19000](https://arxiv.org/abs/2505.19000)"
     "): GRPO, a verifier of its rollouts, DPO on the resulting pairs, and GRPO again."
@@ -15,7 +18,8 @@ KINDS = {
     "rollouts": (
         "Rollouts of a GRPO run: every completion that the run sampled for training, before any filter. One row per "
         "completion: the question's fields, `completion`, `finish_reason` (`length`: cut off at the limit), `rewards` "
-        "per function, `advantage` within its group, `step`, and the `policy` that sampled it."
+        "per function, `advantage` within its group, `step`, and `policy`: the model that the "
+        "run started from (a completion was sampled by what training had made of it by that `step`)."
     ),
     "verdicts": (
         "Verdicts on rollouts. One row per rollout, by `rollout_id`: `format_ok`, `accuracy` (the training reward's own "
@@ -24,8 +28,9 @@ KINDS = {
     ),
     "pairs": (
         "Preference pairs in TRL's conversational format (`prompt`, `chosen`, `rejected`), built from verified rollouts "
-        "of one policy. `kind` says why one side is preferred: `penalty` (wrong, repetitive or too short), "
-        "`consistency` (thinking and answer disagree), `reflection` (two rollouts joined by a second look)."
+        "of a GRPO run; `policy` is the model that the run started from. `kind` says why one side is preferred: "
+        "`penalty` (wrong, repetitive or too short), `consistency` (thinking and answer disagree), `reflection` (two "
+        "rollouts joined by a second look)."
     ),
 }
 STAGES = {
@@ -57,16 +62,20 @@ def dataset_card(
         kind: "rollouts", "verdicts" or "pairs". counts: shown as a table, in order.
         data_files: where the parquet files are in the repository, so that `load_dataset(repo_id)` reads them.
         inputs: what it was made from: {role: {"repo_id", "revision"} of the Hub, or a name}.
-        policy: the model or adapter that sampled the completions.
+        policy: the model or adapter that the GRPO run started from which sampled the completions.
         judge, prompt_version: who judged consistency, by which version of the judge's prompt.
     """
     header = {
         "license": license,
         "pretty_name": f"{repo_id.split('/')[-1]} ({kind})",
-        "tags": ["veripo", "trl", "video", kind],
+        "tags": ["veripo", TAG, "trl", "video", kind],
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": data_files}]}],
     }
-    facts = {"Sampled by": policy and _name(policy), "Judge": judge, "Version of the judge's prompt": prompt_version}
+    facts = {
+        "Policy that the GRPO run started from": policy and shown_name(policy),
+        "Judge": judge,
+        "Version of the judge's prompt": prompt_version,
+    }
     parts = [
         KINDS[kind],
         METHOD,
@@ -104,11 +113,11 @@ def model_card(
         "license": license,
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "video-text-to-text",
-        "tags": ["veripo", "trl", stage.lower(), *(["lora"] if adapter else [])],
+        "tags": ["veripo", TAG, "trl", stage.lower(), *(["lora"] if adapter else [])],
     }
     if base_on_hub:
         header |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
-    shown = base if base_on_hub else f"{_name(base)} (a local folder, not on the Hub)"
+    shown = base if base_on_hub else f"{shown_name(base)} (a local folder, not on the Hub)"
     revision = f" at revision `{base_revision}`" if base_revision else ""
     what = "A LoRA adapter for" if adapter else "Full weights, trained from"
     parts = [f"{what} {shown}{revision}. Stage: {STAGES.get(stage, stage)}.", METHOD, _table("what", "count", counts)]
@@ -117,7 +126,7 @@ def model_card(
 
 
 def rollout_counts(files: Iterable[Path]) -> tuple[dict[str, object], str]:
-    """(what a card's table says of a run's rollout files, the policy or policies that sampled them)."""
+    """(what a card's table says of a run's rollout files, the policy or policies that it started from)."""
     columns = ["question_id", "problem_type", "step", "finish_reason", "policy"]
     questions, steps, policies, kinds, cut, total = set(), set(), set(), Counter(), 0, 0
     for file in files:
@@ -131,6 +140,38 @@ def rollout_counts(files: Iterable[Path]) -> tuple[dict[str, object], str]:
     counts = {"rollouts": total, "questions": len(questions), "steps": len(steps), "cut off at the limit": cut}
     counts |= {f"rollouts on {kind}": number for kind, number in sorted(kinds.items())}
     return counts, ", ".join(sorted(policies))
+
+
+def read_card(card: str) -> tuple[dict, str]:
+    """(the YAML header of a README.md, the text below it); without a readable header ({}, all of it)."""
+    match = re.match(r"---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", card.removeprefix("\ufeff"), re.DOTALL | re.MULTILINE)
+    try:
+        header = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        header = None
+    return (header, card.removeprefix("\ufeff")[match.end() :]) if isinstance(header, dict) else ({}, card)
+
+
+def tags_of(header: dict) -> list:
+    """The tags in a card's header, which may be one word."""
+    tags = header.get("tags") or []
+    return tags if isinstance(tags, list) else [tags]
+
+
+def tagged(card: str) -> str:
+    """A card whose header has `TAG`, added to a card that somebody wrote."""
+    header, text = read_card(card)
+    if TAG in (tags := tags_of(header)):
+        return card
+    header = yaml.safe_dump({**header, "tags": [*tags, TAG]}, sort_keys=False, allow_unicode=True)
+    return f"---\n{header}---\n\n{text.lstrip()}"
+
+
+def shown_name(path: str) -> str:
+    """A Hub name or a folder below the working directory as it is; of any other path its last part: others read it."""
+    first = os.path.normpath(path).split(os.sep)[0]
+    leaves = os.path.isabs(path) or first == os.pardir or first.startswith("~")
+    return os.path.basename(os.path.abspath(path)) if leaves else path
 
 
 def _card(header: dict, title: str, parts: list[str]) -> str:
@@ -147,7 +188,7 @@ def _table(left: str, right: str, rows: dict[str, object]) -> str:
 
 def _origins(inputs: dict[str, dict | str] | None) -> dict[str, str]:
     return {
-        role: f"{item['repo_id']} at `{item['revision']}`" if isinstance(item, dict) else _name(item)
+        role: f"{item['repo_id']} at `{item['revision']}`" if isinstance(item, dict) else shown_name(item)
         for role, item in (inputs or {}).items()
     }
 
@@ -155,8 +196,3 @@ def _origins(inputs: dict[str, dict | str] | None) -> dict[str, str]:
 def _cell(value: object) -> str:
     text = f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _name(path: str) -> str:
-    """A Hub name or relative folder as it is; of an absolute path its last part, for a card goes to others."""
-    return Path(path).name if Path(path).is_absolute() else path

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from . import hub
-from .hub_cards import dataset_card, model_card, rollout_counts
+from .hub_cards import dataset_card, model_card, rollout_counts, shown_name
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -25,8 +25,8 @@ def push_run(folder: str | Path, args, results: dict, *, rollouts_id: str | None
     staged, base = stage_model(folder, folder / "_hub_model", results)
     private = args.hub_private_repo is not False
     card = model_card(
-        repo_id=model_id, stage=results["stage"], counts=_run_counts(results), inputs=results.get("inputs"),
-        license=license, **base,
+        repo_id=model_id, stage=results["stage"], counts=_run_counts(results),
+        inputs={**(results.get("inputs") or {}), **local_pairs(folder)}, license=license, **base,
     )  # fmt: skip
     pushed = {
         "model": hub.push_folder(
@@ -63,7 +63,7 @@ def stage_model(source: Path, target: Path, results: dict) -> tuple[Path, dict]:
     """Put what is pushed of a saved model or adapter into a folder of its own, as links where the disk has them.
 
     A base model that lies in a folder here means nothing elsewhere: the staged adapter names the repository and the
-    revision that it was pushed to, or else, of an absolute path, the folder's name only.
+    revision that it was pushed to, or else what `shown_name` leaves of the folder.
 
     Returns:
         (target, what `model_card` needs to know of the base).
@@ -81,11 +81,34 @@ def stage_model(source: Path, target: Path, results: dict) -> tuple[Path, dict]:
         return target, {"adapter": False, **_base(results["model"], origin.get("revision"))}
     content = json.loads(config.read_text(encoding="utf-8"))
     base = _base(content["base_model_name_or_path"], content.get("revision"))
-    name = base["base"] if base["base_on_hub"] or not os.path.isabs(base["base"]) else Path(base["base"]).name
+    name = base["base"] if base["base_on_hub"] else shown_name(base["base"])
     content |= {"base_model_name_or_path": name, "revision": base["base_revision"]}
     config.unlink()  # a link: the run's own file keeps what it says
     config.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
     return target, {"adapter": True, **base}
+
+
+def local_pairs(folder: Path) -> dict[str, dict | str]:
+    """The preference pairs that a DPO run read from folders here, for its card: {role: what the Hub holds of them by
+    the stage that made them, {"repo_id", "revision"}; or the folder's name}."""
+    arguments = folder / "_arguments.json"
+    if not arguments.exists():
+        return {}
+    sources = json.loads(arguments.read_text(encoding="utf-8")).get("PairArguments", {}).get("pairs") or []
+    found = {}
+    for path in (Path(source["path"]).expanduser() for source in sources):
+        if not path.exists():  # of the Hub, and among the run's inputs
+            continue
+        name = shown_name(str(path))
+        stages = [place / "results.json" for place in (path, *path.absolute().parents[:2])]
+        pushed = [(_read(file).get("hub") or {}).get("pairs") for file in stages if file.is_file()]
+        origin = next(filter(None, pushed), None)
+        found["pairs" if len(sources) == 1 else f"pairs of {name}"] = origin or f"{name} (a local folder, not on the Hub)"
+    return found
+
+
+def _read(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _base(name: str, revision: str | None) -> dict:

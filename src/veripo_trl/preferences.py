@@ -1,14 +1,18 @@
 """Preference pairs, as recipes/verify_rollouts.py writes them, to a dataset that DPO trains on."""
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
+from .hub import fetch_dataset, input_revision
+from .policy import looks_local
 from .prompts import PromptTemplate
 from .rows import RowError, read_rows, rows_to_dataset
+from .verifier.pairs import KINDS
 
 # What a pair has beside its question's columns.
 PAIR_COLUMNS = (
@@ -57,7 +61,8 @@ def load_pairs(sources: list[dict], *, template: PromptTemplate, allow_urls: boo
             on prompts that the policy never saw.
 
     Raises:
-        RowError: no pairs, a file that holds something else, malformed rows, another template.
+        RowError: no pairs, a file that holds something else, malformed rows, another template. HubError: a dataset that
+            cannot be read from the Hub.
     """
     if not isinstance(sources, list) or not sources:
         raise RowError(f"`pairs` must be a list of at least one {{path: …}}, came {sources!r}.")
@@ -119,24 +124,34 @@ def _source(given: dict) -> PairSource:
     known = list(PairSource.__dataclass_fields__)
     if not isinstance(given, dict) or "path" not in given or set(given) - set(known):
         raise RowError(f"pairs source {given!r}: expected `path` and any of {', '.join(known[1:])}, nothing else.")
-    return PairSource(**given)
+    source = PairSource(**given)
+    kinds = source.kinds
+    if kinds is not None and (not isinstance(kinds, list) or not kinds or not all(kind in KINDS for kind in kinds)):
+        raise RowError(f"pairs {source.path}: `kinds`: expected a list of some of {', '.join(KINDS)}; came {kinds!r}.")
+    return source
 
 
 def _files(source: PairSource) -> tuple[list[Path], dict | None]:
     """The parquet files of a source, in order, and where on the Hub they came from."""
-    path, origin = Path(source.path).expanduser(), None
-    if path.suffix == ".parquet" or path.is_dir() or not re.fullmatch(r"[\w.\-]+/[\w.\-]+", source.path):
-        if source.revision:
-            raise RowError(f"pairs {source.path}: `revision` is for Hub datasets; leave it out of a local path.")
-    else:
-        from .hub import fetch_dataset
-
-        path, revision = fetch_dataset(source.path, revision=source.revision)
-        origin = {"repo_id": source.path, "revision": revision}
+    path, origin = Path(source.path).expanduser(), _hub_origin(source)
+    if origin is not None:
+        path, _ = fetch_dataset(source.path, revision=origin["revision"])
+    elif source.revision:
+        raise RowError(f"pairs {source.path}: `revision` is for Hub datasets; leave it out of a local path.")
     files = [path] if path.is_file() else sorted(path.rglob("*.parquet")) if path.is_dir() else []
     if not files:
         raise RowError(f"pairs {source.path}: expected a folder of parquet files or a Hub dataset; found no such file.")
     return files, origin
+
+
+def _hub_origin(source: PairSource) -> dict | None:
+    """{"repo_id", "revision"} of a Hub dataset, its revision a commit; None for files here. The main process looks and
+    asks for all, so that they train on the same pairs."""
+    found = None
+    local = looks_local(source.path) or "/" not in source.path or source.path.endswith(".parquet")
+    if not local and PartialState().is_main_process:
+        found = input_revision(source.path, "dataset", source.revision)
+    return broadcast_object_list([found])[0]
 
 
 def _check_template(pair: dict, template: PromptTemplate, file: Path) -> None:

@@ -110,11 +110,8 @@ def load_rows(
     allow_urls: bool = False,
     manifest: str | None = None,
     unique_ids: bool = True,
-    leave_out: Iterable[str] = (),
 ) -> "Dataset":
     """Read, check, mix and shuffle rows: a map-style dataset with exactly ``COLUMNS``.
-
-    leave_out: question ids to drop; ids that no row has are no error.
 
     manifest: written by the check command; rows it marks bad are dropped (before they are checked here, so that a
         malformed row it knows of is no error), rows it does not know are an error.
@@ -124,8 +121,6 @@ def load_rows(
     rows, problems = read_rows(sources, allow_urls=allow_urls, manifest=manifest, unique_ids=unique_ids)
     if problems:
         raise RowError(_message(problems, "cannot be used"), problems)
-    if leave_out := set(leave_out):
-        rows = [row for row in rows if row["question_id"] not in leave_out]
     if not rows:
         raise RowError(f"no rows left of {[s['path'] for s in map(_source_fields, sources)]}: all were dropped.")
     if shuffle:

@@ -24,7 +24,7 @@ from trl.models import unwrap_model_for_generation
 
 from .encoding import PromptEncoder
 from .evaluate import generate, summarize
-from .hub import SHA, HubError, input_revision
+from .hub import HUB_ID, SHA, HubError, fetch_file, input_revision
 from .hub_runs import push_run
 from .policy import LANGUAGE_MODEL_LINEAR, load_policy
 from .prompts import load_template
@@ -57,7 +57,10 @@ class DataArguments:
     )
     leave_out: list[str] | None = field(
         default=None,
-        metadata={"help": "Files solved.json of verify_rollouts.py: the questions that they drop are left out."},
+        metadata={
+            "help": "Files solved.json of verify_rollouts.py, or datasets of its pairs on the Hub, org/name or "
+            "org/name@revision: the questions that they drop are left out."
+        },
     )
     allow_urls: bool = field(default=False, metadata={"help": "Let rows name media by URL."})
     prompt_template: str = field(
@@ -220,6 +223,7 @@ def hub_inputs(data_args: DataArguments, model_args: ModelConfig) -> dict[str, d
     sources = [*(data_args.datasets or []), *(data_args.eval_datasets or [])]
     read = {"model": (model_args.model_name_or_path, model_args.model_revision)}
     read |= {source["path"]: (source["path"], source.get("revision")) for source in sources}
+    read |= {f"left out by {name}": (name, sha) for name, _, sha in (e.partition("@") for e in data_args.leave_out or [])}
     return {
         name: {"repo_id": place, "revision": revision}
         for name, (place, revision) in read.items()
@@ -276,31 +280,62 @@ def load_training_rows(data_args: DataArguments, *, seed: int):
     if not data_args.datasets:
         raise SystemExit("Expected `datasets:`, a list of {path: …}; none was given.")
     _pin(data_args.datasets)
-    dropped = [question for file in data_args.leave_out or [] for question in _dropped_questions(file)]
+    dropped = set()
+    for place, entry in enumerate(data_args.leave_out or []):
+        data_args.leave_out[place], questions = _dropped_questions(entry)
+        dropped.update(questions)
     dataset = load_rows(
-        data_args.datasets,
-        seed=seed,
-        allow_urls=data_args.allow_urls,
-        manifest=data_args.manifest,
-        unique_ids=True,
-        leave_out=dropped,
+        data_args.datasets, seed=seed, allow_urls=data_args.allow_urls, manifest=data_args.manifest, unique_ids=True
     )
-    if dropped and int(os.environ.get("RANK", "0")) == 0:
-        print(f"left out {len(set(dropped))} solved questions, {len(dataset)} rows stay", flush=True)
+    if dropped:
+        dataset = _without(dataset, dropped)
     check_media(dataset, allow_urls=data_args.allow_urls)
     return dataset
 
 
-def _dropped_questions(file: str) -> list[str]:
-    """What a `solved.json` of verify_rollouts.py says to leave out."""
-    try:
-        dropped = json.loads(Path(file).read_text(encoding="utf-8"))["dropped"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(
-            f'leave_out: {file}: expected a solved.json of verify_rollouts.py, {{"dropped": [question ids], …}}, '
-            f"got {type(error).__name__}: {error}."
-        ) from error
-    return dropped
+def _without(dataset, dropped: set[str]):
+    """The rows of all other questions; how many are gone is printed."""
+    questions = list(dataset["question_id"])
+    kept = [place for place, question in enumerate(questions) if question not in dropped]
+    if not kept:
+        raise SystemExit(f"leave_out: all {len(questions)} rows are of solved questions: nothing is left to train on.")
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"left out {len(questions) - len(kept)} rows of solved questions, {len(kept)} rows stay", flush=True)
+        if strange := sorted(dropped.difference(questions)):
+            logger.warning(
+                "leave_out: %d of %d solved questions are not among the rows of `datasets` (%s). Is it of the same "
+                "data, with the same `id_prefix`?",
+                len(strange), len(dropped), ", ".join(map(repr, strange[:3])),
+            )  # fmt: skip
+    return dataset.select(kept)
+
+
+def _dropped_questions(entry: str) -> tuple[str, list[str]]:
+    """(the entry, of the Hub with its commit; the questions that its `solved.json` says to leave out).
+
+    The main process reads it for all. What ends in .json, starts with outputs/ or exists is a file, never of the Hub.
+    """
+    found = [None]
+    if PartialState().is_main_process:
+        file, local = Path(entry).expanduser(), entry.endswith(".json") or entry.startswith(("outputs/", "."))
+        repo_id, _, revision = entry.partition("@")
+        if not local and "/" in repo_id and HUB_ID.fullmatch(repo_id) and not file.exists():
+            try:
+                file, sha = fetch_file(repo_id, "solved.json", revision=revision or None)
+            except HubError as error:
+                raise SystemExit(
+                    f"leave_out: {entry}: no such file here, so it was read as a Hub dataset of pairs. {error}"
+                ) from error
+            entry = f"{repo_id}@{sha}"
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            found = [(entry, [str(question) for question in content["dropped"]])]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SystemExit(
+                f'leave_out: {entry}: expected a solved.json of verify_rollouts.py, {{"dropped": [question ids], …}}, '
+                f"got {type(error).__name__}: {error}."
+            ) from error
+    return broadcast_object_list(found)[0]
 
 
 def load_eval_rows(data_args: DataArguments):
@@ -539,6 +574,10 @@ CURVES = {
     "loss": "loss",
     "mean_token_accuracy": "token accuracy",
     "completions/mean_length": "completion tokens",
+    "frac_reward_zero_std": "groups without variance",
+    "rewards/margins": "DPO margin",
+    "length/chosen": "chosen tokens",
+    "logps/drift_chosen": "drift of chosen (nats)",
     "entropy": "entropy",
 }
 

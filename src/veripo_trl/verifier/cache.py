@@ -6,20 +6,24 @@ import sqlite3
 from pathlib import Path
 
 
+class CacheError(ValueError):
+    """A file that cannot be the cache."""
+
+
 class VerdictCache:
-    """A SQLite file of readable replies. One connection, for the thread that opens it; other processes may use the same
-    file at the same time.
+    """A SQLite file of readable replies. One connection, for the thread that opens it; other processes of this
+    machine may use the same file at the same time, so it has to lie on a local disk.
 
     What is stored is the judge's reply, not the verdict drawn from it: that is drawn anew each time (`settle`), by the
     comparison of the day. Each reply is stored at once, so that a killed run loses none that was put here.
     """
 
     def __init__(self, path: str | Path):
-        """Raises ValueError if `path` is a file of another kind."""
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.connection = sqlite3.connect(self.path, isolation_level=None, timeout=60)
+        """Raises CacheError if `path` is a file of another kind, or cannot be opened and written."""
+        self.path = Path(path).expanduser()
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.connection = sqlite3.connect(self.path, isolation_level=None, timeout=60)
             # With a write-ahead log a commit is an append; NORMAL leaves out the wait for the disk, which only a power
             # cut could miss.
             self.connection.execute("PRAGMA journal_mode = WAL")
@@ -28,8 +32,8 @@ class VerdictCache:
                 "CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, judge TEXT, prompt_version TEXT, reply TEXT) "
                 "WITHOUT ROWID"
             )
-        except sqlite3.DatabaseError as error:
-            raise ValueError(
+        except (sqlite3.Error, OSError) as error:
+            raise CacheError(
                 f"{self.path}: expected a cache of verdicts (SQLite), or no file yet: {error}. Name another file, or "
                 "remove this one."
             ) from error

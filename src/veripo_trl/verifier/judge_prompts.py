@@ -36,6 +36,7 @@ _PARTS = {"thinking": "thinking", "answer": "given-answer", "options": "options"
 _RENDERING = 1  # part of the version: raise it when `judge_messages` renders a prompt differently
 # Begins a tag or a special token in some chat template: <|im_end|>, </s>, <start_of_turn>, <｜User｜>, [/INST].
 _TAG = re.compile(r"<(?=[A-Za-z/|!｜▁])")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _BRACKET_TAG = re.compile(r"\[(?=/?[A-Z_]{3,}\])")
 
 
@@ -148,14 +149,28 @@ def read_reply(text: str | None) -> dict:
     body = re.sub(r"^```(?:json)?\s*\n(.*)\n\s*```$", r"\1", body, flags=re.S)
     try:
         reply = json.loads(body, object_pairs_hook=_no_double_keys)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except ReplyError:
+        raise
+    except (ValueError, RecursionError) as error:  # a plain ValueError: an integer of more digits than Python converts
         raise ReplyError("not JSON", f"{error} in {text!r:.80}") from None
+    return check_reply(reply)
+
+
+def check_reply(reply: object) -> dict:
+    """A parsed reply, its reason on one line and not too long; what this returns passes unchanged.
+
+    Raises:
+        ReplyError: other keys or types than the schema's, or text that is no Unicode, with the cause "wrong schema".
+    """
     kinds = {"concluded_answer": (str, type(None)), "consistent": (bool, type(None)), "reason": (str,)}
     if not isinstance(reply, dict) or reply.keys() != kinds.keys():
-        raise ReplyError("wrong schema", f"expected the keys {', '.join(kinds)}, came {text!r:.80}")
+        raise ReplyError("wrong schema", f"expected the keys {', '.join(kinds)}, came {reply!r:.80}")
     for key, kind in kinds.items():
         if not isinstance(reply[key], kind):
             raise ReplyError("wrong schema", f"{key} is {reply[key]!r:.80}")
+        # JSON may spell half of a surrogate pair; no file of verdicts could hold it.
+        if isinstance(reply[key], str) and _SURROGATE.search(reply[key]):
+            raise ReplyError("wrong schema", f"{key} has a lone surrogate: {reply[key]!r:.80}")
     if len(reply["concluded_answer"] or "") > MAX_ANSWER_CHARS:
         raise ReplyError("wrong schema", f"concluded_answer has {len(reply['concluded_answer'])} characters")
     reason = " ".join(reply["reason"].split())

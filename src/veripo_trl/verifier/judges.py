@@ -233,6 +233,12 @@ def _verdict_by_rules(think: str, answer: str, problem_type: str, options: Seque
     return {"consistency": consistency, "concluded_answer": conclusion, "reason": reason}
 
 
+def shown_model(model: str, *, is_path: bool = False) -> str:
+    """A judge's model as others may read it: of a path of this machine the last part; any other name as it is."""
+    path = is_path or model.count("/") > 1 or model.startswith(("/", "~", ".")) or "\\" in model
+    return re.split(r"[/\\]", model.rstrip("/\\"))[-1] if path else model
+
+
 class RulesJudge:
     """The judge that needs no model. It shares the judges' protocol:
 

@@ -1,12 +1,18 @@
 """A judge in this process: any causal language model of transformers with a chat template."""
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .judge_prompts import MAX_THINK_CHARS, JudgePrompt, ReplyError, judge_messages, read_reply, settle
+from .judges import shown_model
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class LocalJudge:
@@ -34,8 +40,14 @@ class LocalJudge:
             batch_size: prompts at once. max_new_tokens: of a reply; one that is cut off there is unknown.
 
         Raises:
-            ValueError: a model without a chat template.
+            ValueError: a model without a chat template, or options that make no sense. OSError: no such model.
         """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
+        for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}: expected a whole number from 1, got {value!r}.")
+        self.device = _device(device)
         self.prompt, self.batch_size, self.max_new_tokens = prompt, batch_size, max_new_tokens
         self.max_think_chars = max_think_chars
         self.tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, revision=revision, padding_side="left")
@@ -46,11 +58,15 @@ class LocalJudge:
             )
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype if dtype == "auto" else getattr(torch, dtype)
-        self.model = AutoModelForCausalLM.from_pretrained(model_name_or_path, revision=revision, dtype=dtype)
+        self.model = AutoModelForCausalLM.from_pretrained(
+            model_name_or_path, revision=revision, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+        )
         self.model.to(self.device).eval()
-        self.name = f"local:{model_name_or_path}@{revision or 'main'}:{max_new_tokens}:{max_think_chars}"
+        # All that another reply is to be expected from. A path stands in it only as its digest.
+        identity = [model_name_or_path, revision, dtype, max_new_tokens, max_think_chars]
+        digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
+        shown = shown_model(model_name_or_path, is_path=Path(model_name_or_path).exists())
+        self.name = f"local:{shown}@{revision or 'main'}:{digest}"
         self.prompt_version = prompt.version
         self.requests, self.retries, self.failures = 0, 0, Counter()
 
@@ -129,3 +145,15 @@ class LocalJudge:
             return f"{self.requests:,} prompts; every reply was readable."
         causes = ", ".join(f"{cause} {count:,}" for cause, count in self.failures.most_common())
         return f"{self.requests:,} prompts; without a usable verdict: {causes}."
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: expected cuda, cuda:1, cpu, …, got {name!r}: {error}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: expected one that is here, got {name!r}; GPUs here: {torch.cuda.device_count()}.")
+    return device

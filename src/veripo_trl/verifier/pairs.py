@@ -36,6 +36,10 @@ MAX_TRIED = 64  # combinations looked at per group and kind: a run's group may h
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
+class PairError(ValueError):
+    """Rollouts that cannot be compared with each other."""
+
+
 @dataclass
 class PairOptions:
     """Which pairs are built of judged rollouts."""
@@ -114,7 +118,7 @@ def build_pairs(
         before the caps of a whole kind, these add up to all), "groups: <why>", "pairs: <why>".
 
     Raises:
-        ValueError: two rollouts of one question id differ in the question itself.
+        PairError: two rollouts of one question id differ in the question itself.
     """
     dropped: Counter = Counter()
     kept: dict[str, list] = {kind: [] for kind in options.kinds}
@@ -150,7 +154,7 @@ def _pairs_of_question(
     first = rollouts[0]
     for other in rollouts:
         if differing := [name for name in QUESTION if (other[name] or None) != (first[name] or None)]:
-            raise ValueError(
+            raise PairError(
                 f"Rollouts {first['rollout_id']!r} and {other['rollout_id']!r} have the question id "
                 f"{first['question_id']!r}, but differ in {', '.join(differing)}. Question ids must be unique over all "
                 "runs that are read together: verify them apart, or set an id_prefix where the rows are loaded."

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from urllib.parse import urlsplit
 
 from .judge_prompts import MAX_THINK_CHARS, REPLY_SCHEMA, JudgePrompt, ReplyError, judge_messages, read_reply, settle
+from .judges import shown_model
 
 logger = logging.getLogger(__name__)
 
@@ -107,9 +108,10 @@ class ServerJudge:
         self.max_think_chars = max_think_chars
         self.request = {"model": model, "temperature": 0, "seed": seed, "max_tokens": max_tokens}
         self.request |= request_options or {}
-        # Another reply is to be expected from other options. The URL is not in it: a server may move.
+        # Another reply is to be expected from other options. The URL is not in it: a server may move. The model is, for
+        # the name shows no more than the last part of a path.
         digest = hashlib.sha256(json.dumps([self.request, max_think_chars], sort_keys=True).encode()).hexdigest()[:8]
-        self.name, self.prompt_version = f"server:{model}:{digest}", prompt.version
+        self.name, self.prompt_version = f"server:{shown_model(model)}:{digest}", prompt.version
         self.requests, self.retries, self.failures = 0, 0, Counter()
         self.json_schema: bool | None = None  # whether the server takes one; None: not known yet
         self.succeeded, self._in_a_row, self._paused_until = False, 0, 0.0
@@ -265,8 +267,8 @@ class ServerJudge:
         return _Failure(f"HTTP {status}", said, again=again, wait_s=wait_s)
 
     def _cleaned(self, text: str) -> str:
-        """Servers quote the key in their errors."""
-        key = _read_key(self.api_key_env)
+        """Servers quote the key in their errors, and the model by its path."""
+        text, key = text.replace(self.model, shown_model(self.model)), _read_key(self.api_key_env)
         return text.replace(key, f"<{self.api_key_env}>") if key else text
 
 

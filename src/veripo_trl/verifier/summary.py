@@ -5,6 +5,7 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
+from ..hub_cards import shown_name
 from ..tables import print_table
 from .pairs import KINDS
 
@@ -108,7 +109,7 @@ def card_facts(kind: str, results: dict) -> dict:
     return {
         "counts": table,
         "inputs": {"rollouts" if n == 1 else f"rollouts ({n})": source for n, source in enumerate(sources, 1)},
-        "policy": ", ".join(results["policies"]),
+        "policy": ", ".join(map(shown_name, results["policies"])),
         "judge": results["judge"]["name"],
         "prompt_version": results["judge"]["prompt_version"] or None,
     }

@@ -1,34 +1,14 @@
 """Rollouts in, verdicts out: the checks and the judge over a stream of any length."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-
-import pyarrow.parquet as pq
+from collections.abc import Iterable, Iterator
 
 from .cache import VerdictCache
 from .checks import check_rollouts
-from .judge_prompts import MAX_ANSWER_CHARS, judged_text, settle
+from .judge_prompts import MAX_ANSWER_CHARS, ReplyError, check_reply, judged_text, settle
 
 BATCH = 64  # rollouts that are checked at once; a judge's server waits meanwhile, so not many
 MAX_OPEN = 8192  # rollouts read whose verdict was not yielded yet: one slow request holds up the order, not the rest
-
-COLUMNS = ("rollout_id", "question_id", "completion", "problem_type", "solution", "options")
-
-
-def read_rollouts(files: Iterable[str | Path], *, columns: Sequence[str] = COLUMNS, rows: int = 1024) -> Iterator[dict]:
-    """Rollouts of Parquet files one by one, in order, with at most `rows` of them in memory.
-
-    Raises:
-        ValueError: a file without one of the columns.
-    """
-    for path in files:
-        with pq.ParquetFile(path) as file:
-            if missing := [name for name in columns if name not in file.schema_arrow.names]:
-                raise ValueError(f"{path}: expected rollouts with the columns {', '.join(columns)}; missing: {missing}")
-            for batch in file.iter_batches(rows, columns=list(columns)):
-                lists = [batch.column(name).to_pylist() for name in columns]
-                yield from (dict(zip(columns, values)) for values in zip(*lists))
 
 
 def verify_stream(
@@ -120,7 +100,7 @@ class _Stream:
         if self.judge.caches:
             text = judged_text(item, max_think_chars=self.judge.max_think_chars)
             key = VerdictCache.key(self.judge.name, self.judge.prompt_version, text)
-            if self.cache is not None and (reply := self.cache.get(key)) is not None:
+            if (reply := self.cached(key)) is not None:
                 verdict |= settle(reply, item)
                 return
             if key in self.same:
@@ -130,6 +110,14 @@ class _Stream:
         place, self.places = self.places, self.places + 1
         self.waiting[place] = (key, verdict)
         yield {"place": place, **item}
+
+    def cached(self, key: bytes) -> dict | None:
+        """A reply of the cache that is still a reply; any other is asked for anew, and replaced."""
+        reply = None if self.cache is None else self.cache.get(key)
+        try:
+            return None if reply is None else check_reply(reply)
+        except ReplyError:
+            return None
 
     def take(self, place: int, judged: dict) -> None:
         key, verdict = self.waiting.pop(place)
