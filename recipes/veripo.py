@@ -91,7 +91,7 @@ def read_loop(arguments: argparse.Namespace) -> dict:
 
 
 def check_judge(stage: dict, path: Path) -> None:
-    """Refuse a judge's command that cannot start, before hours are spent on the stages before it."""
+    """Refuse a judge's command that is not one, or that holds a secret."""
     command = stage.get("judge_command")
     if command is None:
         return
@@ -102,8 +102,6 @@ def check_judge(stage: dict, path: Path) -> None:
             f"{path}: stage {stage['name']!r}: judge_command holds a key, which run.json would show. Leave it out: the "
             f"judge listens on this machine; or let the command read it from an environment variable."
         )
-    if shutil.which(str(command[0])) is None:
-        raise SystemExit(f"{path}: stage {stage['name']!r}: judge_command: no program {command[0]!r} here; install it.")
 
 
 def refuse_secrets(name: str, settings: dict) -> None:
@@ -206,12 +204,15 @@ def command_of(stage: dict, config: Path, accelerate: list[str]) -> list[str]:
 
 
 def check_settings(stages: list[dict]) -> None:
-    """Refuse keys that a stage's recipe does not know, now rather than when its turn comes."""
+    """Refuse what would stop a stage when its turn comes: keys that its recipe does not know, a missing program."""
     import importlib.util
     from dataclasses import fields
 
     known = {}
     for stage in stages:
+        command = stage["judge"].get("judge_command")
+        if command and shutil.which(str(command[0])) is None:
+            raise SystemExit(f"stage {stage['name']}: judge_command: no program {command[0]!r} here; install it.")
         recipe = stage["recipe"]
         if recipe not in known:
             spec = importlib.util.spec_from_file_location(recipe.removesuffix(".py"), RECIPES / recipe)
@@ -604,7 +605,6 @@ def main(argv: list[str] | None = None) -> None:
     first, last = chosen(stages, arguments.first, arguments.last)
     folder = Path(loop["output_dir"])
     if arguments.dry_run:
-        check_settings(stages)
         run = Run(folder, loop)
         for place, stage in enumerate(stages[: last + 1]):
             entry = run.entry(stage["name"])

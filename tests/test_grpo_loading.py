@@ -141,11 +141,11 @@ def test_resume_repeats_nothing_and_loses_nothing(break_at, load, media_root, tm
         trainer.train(resume_from_checkpoint=resume)
         return trainer.rollout_store.read()
 
-    whole = run(tmp_path / "whole")
+    whole = run(tmp_path / "whole" / "run")
     with pytest.raises(_KilledError):
-        run(tmp_path / "broken", stop=break_at)
-    checkpoint = tmp_path / "broken" / f"checkpoint-{break_at - break_at % 2}"
-    resumed = run(tmp_path / "broken", resume=str(checkpoint))
+        run(tmp_path / "broken" / "run", stop=break_at)
+    checkpoint = tmp_path / "broken" / "run" / f"checkpoint-{break_at - break_at % 2}"
+    resumed = run(tmp_path / "broken" / "run", resume=str(checkpoint))
     assert [row["rollout_id"] for row in resumed] == [row["rollout_id"] for row in whole]
     assert len({row["rollout_id"] for row in resumed}) == len(resumed) == 28
     for key in ("question_id", "completion", "advantage"):  # the same rows, weights and random state

@@ -112,7 +112,7 @@ def test_the_name_tells_judges_apart_but_not_servers():
 def test_the_name_shows_no_path():
     """Names go into verdicts, and with those to the Hub."""
     names = {}
-    for model in ("/home/someone/models/judge", "/home/another/judge/", "outputs/x/judge", "~/judge", "..\\judge"):
+    for model in ("/srv/someone/models/judge", "/srv/another/judge/", "outputs/x/judge", "~/judge", "..\\judge"):
         names[model] = ServerJudge("http://127.0.0.1:1/v1", model, PROMPT).name
     assert all(re.fullmatch(r"server:judge:[0-9a-f]{8}", name) for name in names.values()), names
     assert len(set(names.values())) == len(names)
@@ -122,11 +122,11 @@ def test_the_name_shows_no_path():
 
 def test_no_verdict_quotes_the_models_path():
     with JudgeServer(
-        lambda n, b: Reply(status=400, body=b"/home/someone/judge: too long") if "Case 5:" in str(b) else Reply()
+        lambda n, b: Reply(status=400, body=b"/srv/someone/judge: too long") if "Case 5:" in str(b) else Reply()
     ) as server:
-        judge = ServerJudge(server.url, "/home/someone/judge", PROMPT, concurrency=2, retries=0)
+        judge = ServerJudge(server.url, "/srv/someone/judge", PROMPT, concurrency=2, retries=0)
         verdicts = verify(judge, 8)
-    assert verdicts[5]["reason"] == "HTTP 400: judge: too long" and "/home" not in json.dumps(verdicts)
+    assert verdicts[5]["reason"] == "HTTP 400: judge: too long" and "/srv" not in json.dumps(verdicts)
 
 
 # --------------------------------------------------------------------------------------------------------- faults

@@ -365,7 +365,7 @@ def test_without_pairs_the_policy_before_goes_on(quick):
 
 def test_a_key_that_a_later_stage_does_not_know_is_found_before_the_first(tmp_path):
     loop = loop_module()
-    stage = {"name": "align-1", "recipe": "dpo_video.py", "settings": {"beta": 0.1, "betta": 0.1}}
+    stage = {"name": "align-1", "recipe": "dpo_video.py", "settings": {"beta": 0.1, "betta": 0.1}, "judge": {}}
     with pytest.raises(SystemExit, match="stage align-1: dpo_video.py knows no betta. Nothing was run"):
         loop.check_settings([stage])
 
