@@ -35,8 +35,9 @@ def loaded(model_paths):
 def test_one_question_as_a_command(model_paths, media_root):
     """Relative paths, a video and an image, options: frames, tokens and the completion on the screen."""
     model = model_paths["qwen2_5_vl"]
-    words = ["--model", model, "--video", "long.mp4", "wide.mp4", "--image", "square.png"]
-    done = command("Which colour is first?", *words, "--options", "red", "blue", cwd=media_root)
+    words = ["--model", model, "--video", "long.mp4", "--video", "wide.mp4", "--image", "square.png"]
+    # The question after `--video`, as the README has it: it must not be taken for another file.
+    done = command("--options", "red", "blue", *words, "Which colour is first?", cwd=media_root)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("# long.mp4: 4 frames × 56 × 56 of 24 at 2 fps")

@@ -97,7 +97,7 @@ def test_ci_runs_the_readmes_test_command():
 
 
 def test_the_readmes_main_command_needs_no_arguments():
-    assert readme_command("main command").endswith("accelerate launch recipes/grpo_video.py")
+    assert readme_command("main command").endswith("python recipes/veripo.py")
 
 
 def test_the_readmes_files_exist():

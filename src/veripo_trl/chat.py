@@ -315,9 +315,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("question", nargs="?", help="One question; without it, one is read per line.")
     parser.add_argument("--model", required=True, help="A model or LoRA adapter: a folder or a name on the Hub.")
     parser.add_argument("--revision", help="Revision of a model on the Hub.")
-    parser.add_argument("--video", nargs="+", action="extend", default=[], help="Files or URLs.")
-    parser.add_argument("--image", nargs="+", action="extend", default=[], help="Files or URLs.")
-    parser.add_argument("--options", nargs="+", default=[], help='Of a choice question: --options "A. red" "B. blue".')
+    parser.add_argument("--video", action="append", default=[], help="A file or URL; give it again for more.")
+    parser.add_argument("--image", action="append", default=[], help="A file or URL; give it again for more.")
+    parser.add_argument(
+        "--options", nargs="+", default=[], help='Of a choice question: --options "A. red" "B. blue" --video clip.mp4 …'
+    )
     parser.add_argument("--problem_type", choices=PROBLEM_TYPES, help="What kind of answer the prompt asks for.")
     defaults = stages.DataArguments()
     encoding = parser.add_argument_group("how videos and images are read")
