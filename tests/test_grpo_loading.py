@@ -150,7 +150,7 @@ def test_resume_repeats_nothing_and_loses_nothing(break_at, load, media_root, tm
     assert len({row["rollout_id"] for row in resumed}) == len(resumed) == 28
     for key in ("question_id", "completion", "advantage"):  # the same rows, weights and random state
         assert [row[key] for row in resumed] == [row[key] for row in whole], key
-    assert list((tmp_path / "broken" / "rollouts" / "set_aside").glob("*/*.parquet"))
+    assert list((tmp_path / "broken" / "run" / "rollouts" / "set_aside").glob("*/*.parquet"))
 
 
 def test_the_store_holds_training_rollouts_only(load, mixed_rows, tmp_path):
