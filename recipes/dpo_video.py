@@ -25,9 +25,10 @@ from transformers import set_seed
 from trl import ModelConfig
 
 from veripo_trl import stages
+from veripo_trl.hub import HubError
 from veripo_trl.preferences import load_pairs
 from veripo_trl.prompts import load_template
-from veripo_trl.rows import check_media
+from veripo_trl.rows import RowError, check_media
 from veripo_trl.trainers.dpo import VideoDPOConfig, VideoDPOTrainer
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "tiny" / "dpo.yaml"
@@ -70,9 +71,12 @@ def main(argv: list[str] | None = None) -> None:
     if stages.push_trained(training_args, push):
         return
     stages.make_tiny_world(data_args, training_args)
-    pairs = load_pairs(
-        pair_args.pairs, template=load_template(data_args.prompt_template), allow_urls=data_args.allow_urls
-    )
+    try:
+        pairs = load_pairs(
+            pair_args.pairs, template=load_template(data_args.prompt_template), allow_urls=data_args.allow_urls
+        )
+    except (RowError, HubError) as error:
+        raise SystemExit(str(error)) from error
     check_media(pairs.dataset, allow_urls=data_args.allow_urls)
     heldout = stages.load_eval_rows(data_args)
     set_seed(training_args.seed)
