@@ -101,6 +101,17 @@ def test_grpo_with_a_frozen_tower(beta, workers, load, media_root, tmp_path, cou
     assert Counter(scored) == ({(0, 1): 24, (1, 1): 8} if beta else {(0, 1): 24})
 
 
+def test_a_group_larger_than_the_batch_is_prefilled_once(load, media_root, tmp_path):
+    """One completion a forward: the rollout still takes whole groups."""
+    model, encoder = load()
+    settings = TWICE | {"per_device_train_batch_size": 1, "steps_per_generation": 4, "gradient_accumulation_steps": 4}
+    trainer = make_trainer(model, encoder, video_rows(media_root, 8), tmp_path / "run", beta=0.0, **settings)
+    with watch(trainer) as seen:
+        trainer.train()
+    assert [videos for _, rolling, videos, _ in seen["forwards"] if rolling] == [1] * 8
+    assert set(seen["clips"][0].values()) == {1}
+
+
 def test_grpo_with_a_trained_tower(load, media_root, tmp_path):
     """Then features are made anew in each forward, with the weights of the moment, once per group."""
     model, encoder = load()

@@ -9,10 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_row
+from peft import LoraConfig, get_peft_model
 from test_adapters import make as make_policy
 from test_grpo_parity import plain_log_probs
 from trl import DPOConfig, DPOTrainer
 
+from veripo_trl.policy import LANGUAGE_MODEL_LINEAR
 from veripo_trl.preferences import load_pairs
 from veripo_trl.prompts import build_messages, load_template
 from veripo_trl.rows import RowError, rows_to_dataset
@@ -241,6 +243,36 @@ def test_a_resumed_run_ends_like_an_unbroken_one(adapter, model_paths, load, mix
     assert final[0].keys() == final[1].keys()
     for name, value in final[0].items():
         torch.testing.assert_close(final[1][name], value, atol=1e-6, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_run_has_the_same_loss_curve_with_and_without_sharing(adapter, load, mixed_rows, tmp_path):
+    """Videos included; gradients are those of whole rows, or the second loss would already differ."""
+    curves = []
+    for shared in (True, False):
+        model, encoder = load()
+        if adapter:
+            torch.manual_seed(0)
+            model = get_peft_model(model, LoraConfig(r=4, target_modules=LANGUAGE_MODEL_LINEAR, init_lora_weights=False))
+        trainer = make_trainer(
+            model, encoder, pair_dataset(mixed_rows), tmp_path / str(shared), shared_prefix=shared, max_steps=3,
+            learning_rate=1e-2, gradient_checkpointing=adapter,
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.args.shared_prefix == shared
+        curves.append([(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "grad_norm" in log])
+    shared, plain = torch.tensor(curves)
+    assert len(shared) == 3 and shared[0, 0] == pytest.approx(math.log(2), abs=1e-5)
+    assert (shared[1:, 0] - shared[0, 0]).abs().min() > 1e-3
+    torch.testing.assert_close(shared, plain, atol=2e-5, rtol=1e-3)
+
+
+def test_evaluating_before_training_checks_the_sharing(load, mixed_rows, tmp_path, monkeypatch):
+    model, encoder = load()
+    monkeypatch.setattr("veripo_trl.trainers.dpo.prefix_can_be_shared", lambda *args, **kwargs: False)
+    trainer = make_trainer(model, encoder, pair_dataset(mixed_rows), tmp_path)
+    metrics = trainer.evaluate(pair_dataset(mixed_rows[:2]))
+    assert metrics["eval_loss"] == pytest.approx(math.log(2), abs=1e-5) and not trainer.args.shared_prefix
 
 
 def test_gradient_checkpointing_gives_the_same_loss(load, mixed_rows, tmp_path):

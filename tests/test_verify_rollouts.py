@@ -430,7 +430,8 @@ def test_killed_and_started_again(recipe, tmp_path, policy):
         total = server.requests
         recipe.main(served(tmp_path, server, "whole"))
         unbroken = server.requests - total
-    assert total <= unbroken + 4 + 1  # what was in flight is asked again, and nothing else
+    # Asked again is what the kill found in flight (4) or answered and not yet taken up: 8 at most, twice judge_concurrency.
+    assert total <= unbroken + 2 * 4
     whole = tmp_path / "whole" / "verify"
     for name in ("pairs/pairs-00000.parquet", "verdicts/verdicts-00000.parquet", "solved.json"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()

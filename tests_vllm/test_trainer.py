@@ -5,7 +5,7 @@ import torch
 from conftest import make_row
 from vllm import LLM
 
-from veripo_trl.policy import load_policy
+from veripo_trl.policy import LANGUAGE_MODEL_LINEAR, load_policy
 from veripo_trl.rows import rows_to_dataset
 from veripo_trl.trainers import vllm as backend
 from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer
@@ -43,10 +43,12 @@ def gaps(trainer) -> list[float]:
     return [entry[GAP] for entry in trainer.state.log_history if GAP in entry]
 
 
-def as_lora(model):
+def as_lora(model, *, tower=True):
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=4, lora_alpha=16, target_modules=LORA))
+    # As the recipes put it on, with a frozen tower.
+    targets = LORA if tower else LANGUAGE_MODEL_LINEAR
+    return get_peft_model(model, LoraConfig(r=4, lora_alpha=16, target_modules=targets))
 
 
 # kind, weights, whether the vision tower trains (for LoRA: has adapters)
@@ -54,7 +56,9 @@ RUNS = {
     "full, frozen tower": ("qwen2_5_vl", "full", False),
     "full, trained tower": ("qwen2_5_vl", "full", True),
     "LoRA, both towers": ("qwen2_5_vl", "lora", True),
+    "LoRA, frozen tower": ("qwen2_5_vl", "lora", False),
     "Qwen3-VL, trained tower": ("qwen3_vl", "full", True),
+    "Qwen3-VL, LoRA": ("qwen3_vl", "lora", False),
 }
 
 
@@ -65,7 +69,7 @@ def test_the_engine_follows_the_policy(name, load, mixed_rows, tmp_path, monkeyp
     model, encoder = load(kind)
     model.model.visual.requires_grad_(vision)
     if weights == "lora":
-        model = as_lora(model)
+        model = as_lora(model, tower=vision)
         assert any("visual" in key for key, value in model.named_parameters() if value.requires_grad) == vision
     before = {key: value.clone() for key, value in model.named_parameters() if value.requires_grad}
     requests = []

@@ -40,6 +40,7 @@ class EncodedPrompt:
         media: a line per image and video for people: frames × height × width and tokens.
         load_s, encode_s: seconds spent in reading media and in the processor.
         features: what frozen vision towers made of the media, see `vision_inputs`; None until one did.
+        content_keys: names of the media's content, see `vllm_rollouts.name_media`; None until they are asked for.
     """
 
     __slots__ = (
@@ -55,12 +56,17 @@ class EncodedPrompt:
         "load_s",
         "encode_s",
         "features",
+        "content_keys",
     )
 
     def __init__(self, **fields):
-        self.features = None
-        for name in self.__slots__[:-1]:
+        self.features = self.content_keys = None
+        for name in self.__slots__[:-2]:
             setattr(self, name, fields[name])
+
+    def __getstate__(self):
+        """Without features, which belong to the towers of one process."""
+        return None, {name: getattr(self, name) for name in self.__slots__} | {"features": None}
 
     def __len__(self) -> int:
         return len(self.input_ids)

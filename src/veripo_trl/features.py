@@ -96,7 +96,7 @@ def same_weights(tower, other) -> bool:
         pairs = zip(tower.parameters(), other.parameters(), strict=False)
         equal = [p.shape for p in tower.parameters()] == [p.shape for p in other.parameters()] and all(
             # Sharded weights are empty here: nothing can be said about them.
-            a.numel() > 0 and a.device == b.device and torch.equal(a, b)
+            a.numel() > 0 and (a.device, a.dtype) == (b.device, b.dtype) and torch.equal(a, b)
             for a, b in pairs
         )
         _COMPARED[tower] = known = (ref(other), versions, equal)

@@ -1,5 +1,7 @@
 """Sample completions with transformers, each distinct prompt computed once."""
 
+from itertools import groupby
+
 import torch
 from transformers.cache_utils import DynamicLayer
 
@@ -26,6 +28,18 @@ def distinct_neighbours(prompts: list[EncodedPrompt]) -> tuple[list[EncodedPromp
             unique.append(prompt)
         place.append(len(unique) - 1)
     return unique, place
+
+
+def whole_groups(prompts: list[EncodedPrompt], size: int) -> list[list[EncodedPrompt]]:
+    """Cut between groups (neighbours that are the same object): pieces of at most `size` entries, or of one group."""
+    pieces: list[list[EncodedPrompt]] = []
+    for _, group in groupby(prompts, key=id):
+        group = list(group)
+        if pieces and len(pieces[-1]) + len(group) <= size:
+            pieces[-1] += group
+        else:
+            pieces.append(group)
+    return pieces
 
 
 ROOM = 256  # tokens that a layer's keys and values grow by

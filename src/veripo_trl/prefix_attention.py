@@ -9,7 +9,7 @@ probability as exp(score - log-sum-exp), so each call then yields exactly its ow
 identity carries ring attention.)
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,9 +18,10 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
-@dataclass(frozen=True, eq=False)
 class PackedLayout:
     """Where the pieces of a packed sequence lie, in tokens.
+
+    A plain class on purpose: wrappers such as FSDP's copy dataclasses on their way into a forward.
 
     Attributes:
         prefixes: length of each group's prefix. segments: lengths of each group's segments.
@@ -29,18 +30,14 @@ class PackedLayout:
         layers: the layers that have followed this layout.
     """
 
-    prefixes: list[int]
-    segments: list[list[int]]
-    pieces: torch.Tensor
-    prefix_ends: torch.Tensor
-    group_ends: torch.Tensor
-    layers: set[int] = field(default_factory=set)
+    def __init__(self, prefixes: list[int], segments: list[list[int]], device):
+        def ends(lengths):
+            return torch.tensor(cumulative(lengths), dtype=torch.int32, device=device)
 
-    @classmethod
-    def of(cls, prefixes: list[int], segments: list[list[int]], device) -> "PackedLayout":
-        flat = [length for group in segments for length in group]
-        ends = (cumulative([*prefixes, *flat]), cumulative(prefixes), cumulative([sum(group) for group in segments]))
-        return cls(prefixes, segments, *(torch.tensor(values, dtype=torch.int32, device=device) for values in ends))
+        self.prefixes, self.segments = prefixes, segments
+        self.pieces = ends([*prefixes, *(length for group in segments for length in group)])
+        self.prefix_ends, self.group_ends = ends(prefixes), ends([sum(group) for group in segments])
+        self.layers: set[int] = set()
 
     @property
     def prefix_tokens(self) -> int:
@@ -114,10 +111,38 @@ def kernel_for(query: torch.Tensor):
     if query.device.type == "cpu":
         return cpu_forward, cpu_backward
     if query.is_cuda and torch.version.hip is None and query.dtype in (torch.float16, torch.bfloat16):
-        if query.size(-1) % 8 == 0 and query.size(-1) <= 256:
+        if query.size(-1) % 8 == 0 and query.size(-1) <= 256 and torch.backends.cuda.is_flash_attention_available():
             if torch.cuda.get_device_capability(query.device)[0] >= 8:
                 return cuda_forward, cuda_backward
     return None
+
+
+KERNEL_BOUND = {torch.float32: 1e-4}  # relative; other dtypes round to 3 digits or fewer: 0.05
+
+
+def kernel_difference(*, heads: int, key_value_heads: int, size: int, dtype: torch.dtype, device) -> float:
+    """Largest difference of `attend` from `attend_by_gathering` on random tensors, relative, in units of its bound.
+
+    Output and gradients, on a layout with groups of one and of several segments, down to one token. Above 1, or NaN:
+    the kernel is not to be trusted. Raises what the kernel raises.
+    """
+    layout = PackedLayout([7, 70], [[1], [5, 1, 40]], device)
+    tokens = int(layout.pieces[-1])
+    generator = torch.Generator().manual_seed(0)
+
+    def random(count):
+        return torch.randn(tokens, count, size, generator=generator).to(device, dtype)
+
+    weight = random(heads)
+    inputs = [random(heads), random(key_value_heads), random(key_value_heads)]
+    found = []
+    for attention in (attend, attend_by_gathering):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        with torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
+            output = attention(*leaves, layout, None)
+            found.append([output, *torch.autograd.grad((output * weight).float().sum(), leaves)])
+    apart = [((ours - other).float().norm() / other.float().norm()).item() for ours, other in zip(*found, strict=True)]
+    return max(apart, key=lambda value: (value != value, value)) / KERNEL_BOUND.get(dtype, 0.05)
 
 
 class MergedAttention(torch.autograd.Function):
@@ -200,20 +225,26 @@ def cpu_backward(grad, query, key, value, out, lse, pieces: Pieces, causal: bool
 
 
 def cuda_forward(query, key, value, pieces: Pieces, causal: bool, scale):
-    """As `cpu_forward`, by the kernel behind `torch.nn.attention.varlen.varlen_attn`, which hides the gradient through
-    the log-sum-exp. Causal calls have queries and keys of equal lengths, so that no rule of alignment matters."""
+    """As `cpu_forward`, by torch's own FlashAttention, which also stands behind `torch.nn.attention.varlen` (there
+    cuDNN's may come first); that interface hides the gradient through the log-sum-exp. Causal calls have queries and
+    keys of equal lengths, so that no rule of alignment matters."""
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        query, key, value, pieces.query_ends, pieces.key_ends, max(pieces.queries), max(pieces.keys),
+        query, key, value, pieces.query_ends, pieces.key_ends, longest(pieces.queries), longest(pieces.keys),
         0.0, causal, False, scale=scale,
     )  # fmt: skip
     return out, lse
 
 
+def longest(lengths: list[int]) -> int:
+    """At 1 the kernel would take query heads for tokens, as in decoding, and order the log-sum-exp otherwise."""
+    return max(2, *lengths)
+
+
 def cuda_backward(grad, query, key, value, out, lse, pieces: Pieces, causal: bool, scale):
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
     return torch.ops.aten._flash_attention_backward(
-        grad, query, key, value, out, lse, pieces.query_ends, pieces.key_ends, max(pieces.queries), max(pieces.keys),
-        0.0, causal, no_dropout, torch.empty(0, device=query.device), scale=scale,
+        grad, query, key, value, out, lse, pieces.query_ends, pieces.key_ends, longest(pieces.queries),
+        longest(pieces.keys), 0.0, causal, no_dropout, torch.empty(0, device=query.device), scale=scale,
     )  # fmt: skip
 
 
@@ -232,6 +263,8 @@ def heads_first(tensor: torch.Tensor) -> torch.Tensor:
 def attend_by_gathering(query, key, value, layout: PackedLayout, scale: float | None) -> torch.Tensor:
     """The same by torch's public attention, on any device: each segment gets a copy of its prefix's keys."""
     attention = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=True)
+    if query.is_cuda:  # with fewer key heads only the kernel that writes all scores down would do in float32
+        key, value = (part.repeat_interleave(query.size(1) // part.size(1), dim=1) for part in (key, value))
     query, key, value = heads_first(query), heads_first(key), heads_first(value)
     starts = cumulative([*layout.prefixes, *(length for group in layout.segments for length in group)])
     prefixes = [slice(starts[place], starts[place + 1]) for place in range(len(layout.prefixes))]

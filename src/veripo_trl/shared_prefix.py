@@ -6,6 +6,7 @@ work instead of G · (P + C), no padding, the output head on completions only, a
 forward keeps no cache, so gradient checkpointing works, and it runs through the wrapped model like any other.
 """
 
+import math
 from dataclasses import fields
 
 import torch
@@ -14,7 +15,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from .encoding import EncodedPrompt, model_inputs, vision_inputs
 from .generation import left_pad
-from .prefix_attention import PackedLayout, use_shared_prefix
+from .prefix_attention import PackedLayout, kernel_difference, use_shared_prefix
 
 logger = logging.get_logger(__name__)
 
@@ -52,7 +53,7 @@ def score_completions(
     packed = Packed(prompts, completion_ids.cpu(), completion_mask.cpu())
     packed.check_segments(unwrapped.config)
     device = completion_ids.device
-    layout = PackedLayout.of(packed.prefixes, packed.segments, device)
+    layout = PackedLayout(packed.prefixes, packed.segments, device)
     output = model(
         input_ids=packed.input_ids.to(device),
         position_ids=packed.positions.to(device),
@@ -181,7 +182,8 @@ SHORT = 16  # tokens of the longer completion
 def prefix_can_be_shared(model, unwrapped, prompt: EncodedPrompt, *, pad_token_id: int, accelerator) -> bool:
     """Compare two short completions of one prompt, packed, with plain rows. Every process takes part, all decide alike.
 
-    Rounding is measured on plain rows with all positions shifted, which changes nothing else.
+    Before that the attention kernel is tried alone, with its gradients. Rounding is measured on plain rows with all
+    positions shifted, which changes nothing else.
 
     Args:
         model, unwrapped, pad_token_id: as in `score_completions`. prompt: any; each process may have another.
@@ -205,23 +207,43 @@ def prefix_can_be_shared(model, unwrapped, prompt: EncodedPrompt, *, pad_token_i
     training = model.training
     model.eval()  # dropout would change log-probabilities by itself
     with accelerator.autocast():
-        half = torch.is_autocast_enabled(device.type) or unwrapped.dtype != torch.float32
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else unwrapped.dtype
+        kernel, obstacle = try_kernel(config.get_text_config(), dtype, device)
         rows = log_probs(score_rows)
         difference = (log_probs(score_completions) - rows).abs()
         noise = torch.stack([(log_probs(score_rows, shift=shift) - rows).abs().mean() for shift in (17, 1001)]).mean()
     model.train(training)
-    found = torch.stack([difference.max(), difference.mean(), noise])
+    found = torch.stack([difference.max(), difference.mean(), noise, noise.new_tensor(kernel)])
     found = accelerator.gather(found[None])  # a NaN anywhere stays one
-    largest, average, noise = found[:, 0].max().item(), found[:, 1].max().item(), found[:, 2].mean().item()
-    value, bound = (average, HALF_BOUND * noise) if half else (largest, FLOAT32_BOUND)
-    equal = value <= bound  # False for NaN
+    largest, average, _, kernel = found.amax(dim=0).tolist()
+    noise = found[:, 2].mean().item()
+    value, bound = (largest, FLOAT32_BOUND) if dtype == torch.float32 else (average, HALF_BOUND * noise)
+    equal = value <= bound and kernel <= 1  # False for NaN
     if equal:
         logger.info(f"Shared prompts: log-probabilities within {value:.1e} of plain rows (bound {bound:.1e}).")
     elif accelerator.is_main_process:
+        if not kernel <= 1:
+            said = obstacle or f"the attention kernel's results or gradients are off by {kernel:.2g} times their bound"
+        else:
+            said = f"log-probabilities differ by {value:.2g} from those of plain rows, which is more than {bound:.2g}"
         logger.warning(
-            f"SHARED PROMPTS ARE OFF: with the prompt computed once, log-probabilities differ by {value:.2g} from those "
-            f"of plain rows, which is more than {bound:.2g}. Every row computes its prompt for itself, which is slower. "
-            f"Expected equal results: the attention kernel or the model's code is not what was tested. Set "
-            f"shared_prefix: false to start without this check."
+            f"SHARED PROMPTS ARE OFF: with the prompt computed once, {said}. Every row computes its prompt for itself, "
+            f"which is slower. Expected equal results: the attention kernel or the model's code is not what was tested. "
+            f"Set shared_prefix: false to start without this check."
         )
     return equal
+
+
+def try_kernel(config, dtype: torch.dtype, device) -> tuple[float, str | None]:
+    """`kernel_difference` in a model's sizes, and what the kernel raised, if it did (then NaN)."""
+    heads = config.num_attention_heads
+    sizes = {
+        "heads": heads,
+        "key_value_heads": config.num_key_value_heads,
+        "size": getattr(config, "head_dim", None) or config.hidden_size // heads,
+    }
+    try:
+        return kernel_difference(**sizes, dtype=dtype, device=device), None
+    except RuntimeError as error:  # NotImplementedError included; reported by the caller, for all processes
+        return math.nan, f"the attention kernel failed ({error})"

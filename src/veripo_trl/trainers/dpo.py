@@ -132,7 +132,7 @@ class VideoDPOTrainer(CheckpointMixin, DPOTrainer):
         self.seconds = defaultdict(float)
 
     def _compute_loss(self, model, inputs, return_outputs):
-        if self.model.training and not self._checked:
+        if not self._checked:
             self._check_first_pairs(model, inputs["prompts"][0])
         started = time.perf_counter()
         inputs = dict(inputs)

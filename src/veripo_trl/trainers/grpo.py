@@ -24,7 +24,7 @@ from ..encoding import (
     model_inputs,
     vision_token_ids,
 )
-from ..generation import cut_at_end, sample_completions
+from ..generation import cut_at_end, sample_completions, whole_groups
 from ..positions import use_trained_positions
 from ..prompts import build_messages
 from ..rollouts import RolloutStore
@@ -49,7 +49,10 @@ class VideoGRPOConfig(GRPOConfig):
     hub_private_repo: bool | None = field(default=True, metadata={"help": "Whether a pushed repository is private."})
     rollout_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Completions generated at once per process. Default: per_device_train_batch_size."},
+        metadata={
+            "help": "Completions generated at once per process. Default: whole groups, at most "
+            "per_device_train_batch_size or one group. A group cut in pieces computes its prompt for each piece."
+        },
     )
     max_vllm_logp_gap: float | None = field(
         default=None,
@@ -296,7 +299,11 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
             output = super()._generate_single_turn(prompt_ids, prompts, multimodal_fields, num_generations)
             self.seconds["generate"] += time.perf_counter() - started
             return output
-        size = self.args.rollout_batch_size or self.args.per_device_train_batch_size
+        if self.args.rollout_batch_size is None:
+            chunks = whole_groups(self._active, self.args.per_device_train_batch_size)
+        else:
+            size = self.args.rollout_batch_size
+            chunks = [self._active[start : start + size] for start in range(0, len(self._active), size)]
         completions = []
         with (
             unwrap_model_for_generation(
@@ -308,10 +315,10 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
             ) as model,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
-            for start in range(0, len(self._active), size):
+            for chunk in chunks:
                 tokens = sample_completions(
                     model,
-                    self._active[start : start + size],
+                    chunk,
                     pad_token_id=self._tokenizer.pad_token_id,
                     config=self.encoder.config,
                     generation_config=self.generation_config,
