@@ -4,6 +4,8 @@ import importlib.util
 import json
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -195,6 +197,18 @@ def test_all_bad_rows_are_named_at_once(run, recipe, no_model):
     with pytest.raises(RowError, match="(?s)3 rows.*'bad0'.*'bad1'.*'bad2'") as caught:
         run.start(recipe, [run.good_row(), *rows])
     assert len(caught.value.problems) == 3
+
+
+@pytest.mark.parametrize("name", ["sft_video", "grpo_video"])
+def test_a_command_ends_in_the_message(name, run, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    row = {key: value for key, value in run.bad_row(solution="").items() if key != "media_root"}
+    rows.write_text(json.dumps(row) + "\n")
+    command = [sys.executable, str(RECIPE.with_stem(name)), "--output_dir", str(tmp_path / "run"), "--datasets"]
+    command.append(json.dumps({"path": str(rows), "media_root": str(run.media)}))
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 1 and "Traceback" not in found.stderr
+    assert "RowError: 1 row " in found.stderr and "rows.jsonl row 1, question_id 'bad'" in found.stderr
 
 
 def test_a_held_out_row_is_refused_as_early(run, recipe, no_model):

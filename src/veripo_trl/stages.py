@@ -22,17 +22,19 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from trl.models import unwrap_model_for_generation
 
-from .encoding import PromptEncoder
+from .answers import SolutionError
+from .encoding import PromptEncoder, PromptTooLongError
 from .evaluate import generate, summarize
 from .hub import HUB_ID, SHA, HubError, fetch_file, input_revision
 from .hub_runs import push_run
 from .policy import LANGUAGE_MODEL_LINEAR, load_policy
-from .prompts import load_template
-from .rows import SUFFIXES, check_media, load_rows
+from .prompts import PromptError, load_template
+from .rows import SUFFIXES, RowError, check_media, load_rows
 from .tables import print_table, write_json
 from .tiny.parser import judge as judge_by_templates
+from .tiny.world import WorldError
 from .verifier.judges import judge_by_rules
-from .video import VideoLoader, VideoSettings
+from .video import MediaError, VideoLoader, VideoSettings
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +169,14 @@ def _refuse_unknown(place: str, keys: list, known: list[str]) -> None:
     if unknown := [key for key in map(str, keys) if key not in known]:
         hints = [f"{key!r} (close: {', '.join(get_close_matches(key, known)) or 'none'})" for key in unknown]
         raise SystemExit(f"{place}: unknown key {'; '.join(hints)}. Correct or remove it. Nothing was run.")
+
+
+def run(main) -> int | None:
+    """A recipe's `main`, as a command: an error that says what to do ends it in that message, without lines of code."""
+    try:
+        return main()
+    except (RowError, PromptError, MediaError, PromptTooLongError, SolutionError, WorldError, HubError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
 
 
 def allow_many_open_files() -> None:
