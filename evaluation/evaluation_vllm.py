@@ -4,35 +4,49 @@
         --prompt_path vsi_bench.json --video_dir videos
 
 Reads VerIPO's JSON files as they are, and files that benchmarks/convert.py makes. May be broken off and started again
-with the same command. Exits with 3 if rows could not be answered (they are listed), with 2 if nothing was run.
+with the same command. Exits with 3 if rows could not be answered (they are listed), with 2 if nothing was run, with 1 if
+it broke off: what was answered is kept.
 """
 
 import argparse
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import HTTPError
 from tqdm import tqdm
 
 from veripo_trl import stages
 from veripo_trl.evaluate import Decoding, TransformersEngine
+from veripo_trl.hub import PATTERNS, HubError, input_revision
 from veripo_trl.journal import Journal, JournalError, OutputFiles, answer_questions, lock_output, write_outputs
-from veripo_trl.policy import adapter_config, load_policy
+from veripo_trl.policy import adapter_config, load_policy, looks_local
 from veripo_trl.prompts import PromptError
 from veripo_trl.questions import read_questions
 from veripo_trl.rows import RowError
+from veripo_trl.video import VideoSettings
 
 RANK = "VERIPO_EVALUATION_RANK"  # set for the processes of a data-parallel run
 BATCH_SIZES = {"transformers": 8, "vllm": 64}
 SHOWN = 10
+MODEL_FILES = [*PATTERNS["model"], "*model*.bin", "*.jinja"]
+
+
+class Refusal(Exception):
+    """What is asked for cannot be run."""
+
+
+class EngineError(RuntimeError):
+    """An engine of a data-parallel run ended before its rows did."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -53,25 +67,36 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     released.add_argument("--batch_size", type=int, help="rows at once (default: 64 for vllm, 8 for transformers)")
     ours = parser.add_argument_group("more")
     ours.add_argument("--engine", choices=sorted(BATCH_SIZES), help="default: vllm where it is installed")
-    ours.add_argument("--adapter", help="a LoRA adapter on top of model_path")
+    ours.add_argument("--adapter", help="a LoRA adapter on top of model_path: a folder, or a name on the Hub")
     ours.add_argument("--model_revision", help="of model_path on the Hub")
+    ours.add_argument("--adapter_revision", help="of the adapter on the Hub")
     ours.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, float32 on a CPU")
     ours.add_argument("--attn_implementation", help="of the transformers engine")
     ours.add_argument("--gpu_memory_utilization", type=float, default=0.8, help="of the vllm engine")
     ours.add_argument("--data_parallel_size", type=int, default=1, help="engines beside each other")
-    ours.add_argument("--num_workers", type=int, help="processes that decode ahead, per engine (default: the cores)")
+    ours.add_argument("--num_workers", type=int, help="most processes that decode ahead, per engine (default: cores)")
     ours.add_argument("--seed", type=int, default=0, help="of the sampling")
     ours.add_argument("--limit", type=int, help="the first n questions")
     ours.add_argument("--prompt_template", default="default", help="default, tiny, or a YAML file with wording of yours")
     ours.add_argument("--video_min_pixels", type=int, default=16 * 28 * 28, help="per frame")
     ours.add_argument("--video_min_frames", type=int, default=4)
+    ours.add_argument("--max_image_pixels", type=int, default=1280 * 28 * 28, help="of an image (default: 1003520)")
     ours.add_argument("--max_prompt_tokens", type=int, help="a longer prompt is an error of its row")
     ours.add_argument("--decode_timeout_s", type=float, default=60.0)
     ours.add_argument("--frame_cache", help="folder for sampled frames, shared by runs")
     args = parser.parse_args(argv)
-    for name in ("batch_size", "data_parallel_size", "tensor_parallel_size", "limit"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name}: expected 1 or more, came {getattr(args, name)}")
+    counts = ("batch_size", "data_parallel_size", "tensor_parallel_size", "limit", "max_prompt_tokens")
+    for name, least in [*((name, 1) for name in (*counts, "max_image_pixels")), ("num_workers", 0)]:
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            parser.error(f"--{name}: expected {least} or more, came {getattr(args, name)}")
+    if not args.decode_timeout_s > 0 or not 0 < args.gpu_memory_utilization <= 1:
+        parser.error("expected --decode_timeout_s above 0, and --gpu_memory_utilization above 0 and at most 1")
+    try:
+        decoding_of(args)
+        video = data_arguments(args)
+        VideoSettings(video.fps, video.min_frames, video.max_frames, video.min_pixels, video.max_pixels)
+    except ValueError as error:
+        parser.error(str(error))
     args.engine = args.engine or ("vllm" if importlib.util.find_spec("vllm") else "transformers")
     if args.engine == "vllm" and not importlib.util.find_spec("vllm"):
         parser.error("--engine vllm: vLLM is not installed; pip install 'veripo_trl[vllm]', or --engine transformers")
@@ -85,30 +110,72 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def fingerprint(name: str) -> str | None:
-    """A folder's weights and settings by name, size and time of change: a model trained on is another one."""
+    """A model folder's files by name, size and time of change: a model trained on is another one.
+
+    Of its own files alone, since the output may lie beside them.
+    """
     folder = Path(name)
     if not folder.is_dir():
         return None
-    files = [file for pattern in ("*.safetensors", "*.bin", "*.json") for file in folder.glob(pattern)]
+    files = {file for pattern in MODEL_FILES for file in folder.glob(pattern)}
     listing = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     return hashlib.sha256(repr(listing).encode()).hexdigest()[:16]
 
 
-def settings_of(args, questions: list[dict], encoder, revision: str | None) -> dict:
+def pin_revisions(args) -> dict:
+    """Put the commits of what is read from the Hub into `args`, so that all of it is of one state.
+
+    Returns:
+        What the settings say about the weights: names, and commits of the Hub or fingerprints of folders.
+
+    Raises:
+        HubError, FileNotFoundError: no such model. Refusal: an adapter on an adapter, or none where one is named.
+    """
+    base = {}
+    args.model_revision = commit_of(args.model_path, args.model_revision)
+    if (config := adapter_config(args.model_path, args.model_revision)) is not None:
+        if args.adapter:
+            raise Refusal(
+                f"--adapter {args.adapter} on top of {args.model_path}, which is an adapter itself: one of the two "
+                f"would be lost. Give their base as --model_path and one of them as --adapter, or merge one first."
+            )
+        name = str(config.get("base_model_name_or_path"))
+        base = {"base": name, "base_revision": commit_of(name, config.get("revision")) or fingerprint(name)}
+    if args.adapter:
+        args.adapter_revision = commit_of(args.adapter, args.adapter_revision)
+        if adapter_config(args.adapter, args.adapter_revision) is None:
+            raise Refusal(f"--adapter {args.adapter}: it has no adapter_config.json. Name the folder of a saved adapter.")
+    return {
+        "model": args.model_path,
+        "model_revision": args.model_revision or fingerprint(args.model_path),
+        **base,
+        "adapter": args.adapter,
+        "adapter_revision": (args.adapter_revision or fingerprint(args.adapter)) if args.adapter else None,
+    }
+
+
+def commit_of(name: str, revision: str | None) -> str | None:
+    """The commit that a revision of a model on the Hub is at; None for a folder, be it there or not."""
+    origin = None if looks_local(name) else input_revision(name, "model", revision)
+    return origin and origin["revision"]
+
+
+def settings_of(args, weights: dict, questions: list[dict], encoder) -> dict:
     """What the answers depend on: first line of the journal, and part of the record."""
     video = {name: value for name, value in asdict(encoder.loader.settings).items() if name != "size_factor"}
     keys = json.dumps([question["key"] for question in questions])
+    libraries = ("torch", "transformers", *(["vllm"] if args.engine == "vllm" else []))
     return {
-        "model": args.model_path,
-        "model_revision": revision or fingerprint(args.model_path),
-        "adapter": args.adapter,
-        "adapter_revision": fingerprint(args.adapter) if args.adapter else None,
+        **weights,
         "engine": args.engine,
+        **{f"{name}_version": str(importlib.import_module(name).__version__) for name in libraries},
+        "attn_implementation": args.attn_implementation,
         "dtype": args.dtype,
         "tensor_parallel_size": args.tensor_parallel_size,
         "batch_size": args.batch_size,
         "decoding": asdict(decoding_of(args)),
         "video": video,
+        "max_image_pixels": args.max_image_pixels,
         "max_prompt_tokens": args.max_prompt_tokens,
         "prompt_template": encoder.template.hash,
         "rows": len(questions),
@@ -129,6 +196,7 @@ def data_arguments(args) -> stages.DataArguments:
         max_frames=args.video_max_frames,
         min_pixels=min(args.video_min_pixels, args.video_max_pixels),
         max_pixels=args.video_max_pixels,
+        max_image_pixels=args.max_image_pixels,
         max_prompt_tokens=args.max_prompt_tokens,
         decode_timeout_s=args.decode_timeout_s,
         frame_cache=args.frame_cache,
@@ -136,7 +204,7 @@ def data_arguments(args) -> stages.DataArguments:
 
 
 def load_model(args, *, weights: bool):
-    """(model or config, processor, revision on the Hub); the weights only where they are needed here."""
+    """(model or config, processor); the weights only where they are needed here."""
     from transformers import AutoConfig, AutoProcessor
 
     if weights:
@@ -149,42 +217,46 @@ def load_model(args, *, weights: bool):
         if args.adapter:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, args.adapter)
-        return model.eval(), processor, getattr(model.config, "_commit_hash", None)
+            model = PeftModel.from_pretrained(model, args.adapter, revision=args.adapter_revision)
+        return model.eval(), processor
     name, revision = args.model_path, args.model_revision
     if (adapter := adapter_config(name, revision)) is not None:
         name, revision = adapter["base_model_name_or_path"], adapter.get("revision")
     config = AutoConfig.from_pretrained(name, revision=revision)
     processor = AutoProcessor.from_pretrained(name, revision=revision, padding_side="left")
-    return config, processor, getattr(config, "_commit_hash", None)
+    return config, processor
 
 
-def merged_folder(args, folder: str) -> str:
-    """Where vLLM finds the weights: model_path itself, or a merged copy if an adapter is part of them."""
+def vllm_weights(args, folder: Path) -> dict:
+    """Where vLLM finds the weights: model_path itself, or a merged copy in `folder` if an adapter is part of them."""
     if args.adapter is None and adapter_config(args.model_path, args.model_revision) is None:
-        return args.model_path
-    model, processor, _ = load_model(args, weights=True)
+        return {"model_path": args.model_path, "revision": args.model_revision}
+    model, processor = load_model(args, weights=True)
     model.merge_and_unload().save_pretrained(folder)
     processor.save_pretrained(folder)
-    return folder
+    return {"model_path": str(folder)}
 
 
-def make_engine(args, model, encoder, questions, folder: str):
+def make_engine(args, model, encoder, questions, folder: Path):
     if args.engine == "transformers":
         if torch.cuda.is_available():
             model.to("cuda")
         return TransformersEngine(model, encoder, decoding_of(args))
     from veripo_trl.vllm_engine import VLLMEngine
 
+    carried = [["base64"] if question["raw"].get("image") else [] for question in questions]
+    rows = [
+        {**question["row"], "images": question["row"]["images"] + image}
+        for question, image in zip(questions, carried, strict=True)
+    ]
     return VLLMEngine(
-        merged_folder(args, folder),
-        encoder,
-        decoding_of(args),
+        encoder=encoder,
+        decoding=decoding_of(args),
         dtype=getattr(torch, args.dtype),
-        rows=[question["row"] for question in questions],
+        rows=rows,
         tensor_parallel_size=args.tensor_parallel_size,
         gpu_memory_utilization=args.gpu_memory_utilization,
-        **({} if args.model_revision is None or args.adapter else {"revision": args.model_revision}),
+        **vllm_weights(args, folder),
     )
 
 
@@ -196,27 +268,26 @@ def progress_bar(questions: list[dict], journal: Journal, files: OutputFiles, *,
 
 def run_here(args, model, encoder, questions, journal: Journal, files: OutputFiles, *, rank: int | None = None) -> None:
     """Answer what is left, or this engine's share of it, in this process."""
-    with tempfile.TemporaryDirectory(dir=files.output.parent) as folder:
-        engine = make_engine(args, model, encoder, questions, folder)
-        started = time.perf_counter()
-        with progress_bar(questions, journal, files, hidden=rank is not None) as bar:
-            waiting = answer_questions(
-                questions,
-                engine,
-                encoder,
-                journal,
-                batch_size=args.batch_size,
-                num_workers=args.num_workers,
-                rank=rank or 0,
-                processes=args.data_parallel_size,
-                progress=bar,
-            )
+    engine = make_engine(args, model, encoder, questions, files.merged / str(rank or 0))
+    started = time.perf_counter()
+    with progress_bar(questions, journal, files, hidden=rank is not None) as bar:
+        waiting = answer_questions(
+            questions,
+            engine,
+            encoder,
+            journal,
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+            rank=rank or 0,
+            processes=args.data_parallel_size,
+            progress=bar,
+        )
     seconds = time.perf_counter() - started
     run = {"engine": rank, "seconds": seconds, "start_s": waiting.start_s, "idle_s": waiting.idle_s}
     journal.append([{"run": run}])
     print(
         f"{'' if rank is None else f'engine {rank}: '}{seconds:.1f} s; first batch ready after {waiting.start_s:.1f} s, "
-        f"later the engine waited {waiting.idle_s:.1f} s for prompts ({100 * waiting.idle_s / seconds:.1f}%)",
+        f"later the engine was idle for {waiting.idle_s:.1f} s ({100 * waiting.idle_s / seconds:.1f}%)",
         flush=True,
     )
 
@@ -227,7 +298,7 @@ def run_engines(args, argv: list[str], questions, journal: Journal, files: Outpu
     devices = given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
     needed = args.data_parallel_size * args.tensor_parallel_size
     if devices and len(devices) < needed:
-        raise JournalError(f"{needed} GPUs are asked for, {len(devices)} are there.")
+        raise Refusal(f"{needed} GPUs are asked for, {len(devices)} are there.")
     children = []
     for rank in range(args.data_parallel_size):
         own = devices[rank * args.tensor_parallel_size : (rank + 1) * args.tensor_parallel_size]
@@ -248,7 +319,7 @@ def run_engines(args, argv: list[str], questions, journal: Journal, files: Outpu
             child.wait()
     journal.read()
     if failed := [rank for rank, child in enumerate(children) if child.returncode]:
-        raise JournalError(f"Engine {failed[0]} ended with an error, see above. What is answered is kept.")
+        raise EngineError(f"Engine {failed[0]} ended with an error, see above. What is answered is kept.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -262,13 +333,21 @@ def main(argv: list[str] | None = None) -> int:
     videos = {path for question in questions for path in question["row"]["videos"]}
     if videos and not any((root / path).exists() for path in videos):
         raise RowError(f"None of the {len(videos)} videos is in {root}, such as {min(videos)!r}. Correct --video_dir.")
+    if rank is None:
+        remove_merged(files)  # of a run that was killed
     weights = args.engine == "transformers" and (args.data_parallel_size == 1 or rank is not None)
-    model, processor, revision = load_model(args, weights=weights)
-    config = model.config if weights else model
-    encoder = stages.encoder_from_config(
-        config, processor, data_arguments(args), pixel_dtype=getattr(torch, args.dtype)
-    )
-    settings = settings_of(args, questions, encoder, revision)
+    try:
+        origin = pin_revisions(args)
+        model, processor = load_model(args, weights=weights)
+        config = model.config if weights else model
+        encoder = stages.encoder_from_config(
+            config, processor, data_arguments(args), pixel_dtype=getattr(torch, args.dtype)
+        )
+    except PromptError:
+        raise
+    except (OSError, ValueError, ImportError, HubError, HTTPError) as error:
+        raise Refusal(str(error)) from error
+    settings = settings_of(args, origin, questions, encoder)
     journal = Journal(files.journal, settings, repair=rank is None)
     if rank is not None:
         run_here(args, model, encoder, questions, journal, files, rank=rank)
@@ -277,13 +356,21 @@ def main(argv: list[str] | None = None) -> int:
     answered = len(journal.answers)
     if answered:
         print(f"{files.journal}: going on, {answered} of {len(questions)} rows are answered already", flush=True)
-    if answered < len(questions) and args.data_parallel_size > 1:
-        run_engines(args, argv, questions, journal, files)
-    elif answered < len(questions):
-        run_here(args, model, encoder, questions, journal, files)
+    try:
+        if answered < len(questions) and args.data_parallel_size > 1:
+            run_engines(args, argv, questions, journal, files)
+        elif answered < len(questions):
+            run_here(args, model, encoder, questions, journal, files)
+    finally:
+        remove_merged(files)
     errors = write_outputs(files, questions, journal, settings)
     lock.close()
     return report(files, questions, errors)
+
+
+def remove_merged(files: OutputFiles) -> None:
+    if files.merged.exists():
+        shutil.rmtree(files.merged)
 
 
 def report(files: OutputFiles, questions: list[dict], errors: list[dict]) -> int:
@@ -300,6 +387,6 @@ def report(files: OutputFiles, questions: list[dict], errors: list[dict]) -> int
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (JournalError, RowError, PromptError) as error:
+    except (Refusal, JournalError, RowError, PromptError, EngineError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, EngineError) else 2)

@@ -16,7 +16,7 @@ from veripo_trl.report_read import ReportError
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="Folder of a loop or of a stage; several are shown as stages, in order.")
+    parser.add_argument("runs", nargs="+", help="Folder of a loop or of a stage; several: stages, in their order.")
     parser.add_argument("--output", help="The page (default: report.html in the first folder).")
     parser.add_argument("--questions", type=int, default=40, help="Questions shown with their frames (default: 40).")
     parser.add_argument("--seed", type=int, default=0, help="Draws what is on the page where not all fits (default: 0).")

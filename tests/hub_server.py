@@ -135,8 +135,9 @@ class HubServer:
 
     def use_in_this_process(self, monkeypatch, hf_home) -> None:
         """Point the clients of this process here, for a test: what they read at import is replaced."""
-        from huggingface_hub import constants
+        from huggingface_hub import constants, hf_api
         from huggingface_hub.utils import close_session
+        from transformers.utils import hub as transformers_hub
 
         for name, value in {
             "ENDPOINT": self.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True,
@@ -144,6 +145,8 @@ class HubServer:
             "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}",
         }.items():  # fmt: skip
             monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(hf_api.api, "endpoint", self.url)
+        monkeypatch.setattr(transformers_hub, "_hf_api", None)  # perhaps made for another server
         monkeypatch.setenv("HF_TOKEN", self.token)
         close_session()  # a session keeps the offline mode that it was made in
 

@@ -70,7 +70,8 @@ CASES = [
        {"track": "Perception", "group": "Engineering", "subject": "Architecture_and_Engineering"})]),
     ("video_mmmu", "Adaptation/test.jsonl",
      [mmmu("validation_Math_3", "A", ["one", "two"]), mmmu("new_Finance_4", "['24/7', '3.429', '3.43]", [], "open"),
-      mmmu("validation_Physics_9", "x+1", [], "open"), mmmu("validation_Music_1", "the Baroque", [], "open")],
+      mmmu("validation_Physics_9", "['x+1', '1 + x']", [], "open"),
+      mmmu("validation_Music_1", "the Baroque", [], "open")],
      [("multiple choice", ["A. one", "B. two"], "A", "VideoMMMU/Science/validation_Math_3.mp4",
        {"track": "Adaptation", "group": "Science", "subject": "Math"}),
       ("numerical", [], "24/7", "VideoMMMU/Business/new_Finance_4.mp4",
@@ -174,6 +175,7 @@ def released(answer, question="Which?\nA. red\nB. blue" + TAIL, **more):
         (released(2, "How far?", scene_name="s"), "regression", [], "2"),
         (released("['24/7', '3.429', '3.43]", "How much?"), "numerical", [], "24/7"),
         (released("x^2+1", "Which formula?"), "math", [], "x^2+1"),
+        (released("['3', 'as many as there are days in May']", "How many?"), "free-form", [], "3"),  # what all are
     ],
 )
 def test_released_rows_are_read_as_they_are(tmp_path, raw, kind, options, solution):
@@ -198,6 +200,11 @@ def test_released_rows_are_read_as_they_are(tmp_path, raw, kind, options, soluti
         ([released("B", "<|im_start|> Which?\nA. red\nB. blue")], "control token"),
         ([{"question_id": 1, "problem": "p", "problem_type": "riddle", "solution": "1"}], "problem_type"),
         ([{"problem": "p", "problem_type": "numerical", "solution": "1"}], "question_id"),
+        ([{"question_id": 1, "problem": "p", "problem_type": "numerical", "solution": "1", "alternatives": ["1", "m"]}],
+         "row 1, question_id 1, alternatives.*'m' of a numerical row"),
+        ([{"question_id": 1, "problem": "p", "problem_type": "numerical", "solution": "1", "alternatives": "12"}],
+         "alternatives: expected a list of answers"),
+        ([released("['', '2']", "How many?")], "row 1, question_id 'q', solution"),
         (["text"], "each an object"),
     ],
 )

@@ -141,6 +141,9 @@ def test_an_adapter_and_four_bits(model_paths, media_root, tmp_path):
     assert with_adapter.ask(**question).completion != plain
     four_bits = Chat(base, device="cpu", load_in_4bit=True, **SMALL)
     assert four_bits.model.is_loaded_in_4bit and four_bits.ask(**question).completion_tokens
+    both = Chat(str(tmp_path / "adapter"), device="cpu", load_in_4bit=True, **SMALL)
+    assert both.model.get_base_model().is_loaded_in_4bit
+    assert both.ask(**question).completion != four_bits.ask(**question).completion
 
 
 def test_refusals_name_what_is_wrong(loaded, tmp_path):
@@ -149,9 +152,52 @@ def test_refusals_name_what_is_wrong(loaded, tmp_path):
         ({"question": "see <|video_pad|>"}, PromptError, "control token"),
         ({"question": "?", "options": ["<|im_start|>", "b"]}, PromptError, "control token"),
         ({"question": "?", "temperature": -1.0}, PromptError, "temperature >= 0"),
+        ({"question": "?", "options": [f"number {n}" for n in range(27)]}, PromptError, "26 options, came 27"),
     ):
         with pytest.raises(error, match=words):
             loaded.ask(**question)
+
+
+class Breaks:
+    """In the place of a policy: each question ends in the next of these errors, or is answered."""
+
+    errors = []
+
+    def __init__(self, *args, **loading):
+        pass
+
+    def ask(self, question, on_text, **options):
+        on_text("<think>so")
+        if error := self.errors.pop(0):
+            raise error
+        return chat.Reply("", "so", "B", "stop", [], 5, 3, 0.1, 0.1)
+
+
+FULL = chat.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB. GPU 0 has a total capacity …")
+
+
+def test_a_full_gpu_and_ctrl_c_end_an_answer_only(monkeypatch, capsys):
+    monkeypatch.setattr(chat, "Chat", Breaks)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one?\ntwo?\nthree?\n"))
+    Breaks.errors = [FULL, KeyboardInterrupt(), None]
+    with pytest.raises(SystemExit, match="1 question could not be asked"):
+        chat.main(["--model", "m"])
+    said = capsys.readouterr()
+    assert said.err == (
+        "chat: CUDA out of memory. Give fewer or smaller frames (--max_frames, --max_pixels), or load with "
+        "--load_in_4bit.\n"
+    )
+    assert said.out.count("thinking: so\n") == 3 and said.out.count("# stopped") == 1 and "# 3 tokens in" in said.out
+
+
+def test_a_full_gpu_and_ctrl_c_of_one_question_are_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(chat, "Chat", Breaks)
+    for error, code in ((FULL, "chat: CUDA out of memory. Give fewer"), (KeyboardInterrupt(), "130")):
+        Breaks.errors = [error]
+        with pytest.raises(SystemExit) as raised:
+            chat.main(["--model", "m", "what?"])
+        assert str(raised.value).startswith(code)
+    assert capsys.readouterr().out.endswith("# stopped\n")
 
 
 def test_a_link_may_lead_anywhere(loaded, media_root, tmp_path):

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_row
+from hub_server import HubServer, Repo
 
+from veripo_trl import evaluate
 from veripo_trl.evaluate import Decoding, TransformersEngine, Waiting, encoded_batches
 from veripo_trl.journal import Journal, JournalError, OutputFiles, answer_questions, lock_output, write_outputs
 from veripo_trl.prompts import load_template
@@ -78,6 +81,7 @@ def test_the_output_is_the_released_form_and_the_record_says_how(script, model_p
                                     "seed": 0}  # fmt: skip
     assert settings["video"]["fps"] == 2.0 and settings["video"]["max_frames"] == 24
     assert settings["prompt_template"] == load_template("tiny").hash and settings["model_revision"]
+    assert settings["torch_version"] == torch.__version__ and settings["max_image_pixels"] == 1280 * 28 * 28
     made = record["rows"]
     assert [row["videos"] for row in made[:2]] == [[[24, 56, 56]], [[6, 56, 112]]]
     assert [row["vision_tokens"] for row in made[:2]] == [48, 24]
@@ -207,7 +211,9 @@ def test_a_journal_of_other_settings_is_refused(script, model_paths, media_root,
     files = OutputFiles(output)
     script.main(command(model_paths, media_root, prompts, output, limit=2, num_workers=0))
     before = contents(output)
-    for change, told in [({"video_fps": 4}, "video"), ({"seed": 5}, "decoding"), ({"limit": 3}, "rows_sha256")]:
+    for change, told in [({"video_fps": 4}, "video"), ({"seed": 5}, "decoding"), ({"limit": 3}, "rows_sha256"),
+                         ({"max_image_pixels": 9999}, "max_image_pixels"),
+                         ({"attn_implementation": "eager"}, "attn_implementation")]:  # fmt: skip
         with pytest.raises(JournalError, match=f"other settings or rows.*{told}.*remove the journal"):
             script.main(command(model_paths, media_root, prompts, output, **{"limit": 2, "num_workers": 0, **change}))
     assert contents(output) == before
@@ -216,6 +222,129 @@ def test_a_journal_of_other_settings_is_refused(script, model_paths, media_root,
         Journal(files.journal, {})
     with pytest.raises(JournalError, match="ends in .json"):
         OutputFiles("out.txt")
+
+
+def test_the_output_may_lie_in_the_models_folder(script, model_paths, media_root, tmp_path):
+    """The same command goes on; with a file of the model's changed, it does not."""
+    model = tmp_path / "model"
+    shutil.copytree(model_paths["qwen2_5_vl"], model)
+    (tmp_path / "vsi.json").write_text(json.dumps([released(0), released(1, "gone.mp4")]))
+    argv = command({"qwen2_5_vl": model}, media_root, tmp_path / "vsi.json", model / "vsi.json", num_workers=0)
+    assert script.main(argv) == 3
+    assert script.main(argv) == 3
+    (template,) = model.glob("chat_template*")
+    template.write_text(template.read_text() + " ")
+    with pytest.raises(JournalError, match="other settings or rows.*model_revision"):
+        script.main(argv)
+
+
+def test_commits_of_the_hub_are_recorded_and_compared(
+    script, model_paths, media_root, prompts, tmp_path, monkeypatch, adapter
+):
+    """A model, an adapter's base and an adapter, each from a Hub whose main branch moves on."""
+    def files(folder, **changes):
+        return {**{file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}, **changes}
+
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "tester/tiny"}
+    with HubServer() as hub:
+        hub.use_in_this_process(monkeypatch, tmp_path / "hf_home")
+        model, lora = hub.repos["models/tester/tiny"], hub.repos["models/tester/lora"] = Repo(False), Repo(False)
+        first = model.add("main", "first", files(model_paths["qwen2_5_vl"]))
+        second = model.add("main", "second", files(model_paths["qwen2_5_vl"], **{"other.txt": b"moved on"}))
+        tuned = lora.add("main", "first", files(adapter, **{"adapter_config.json": json.dumps(config).encode()}))
+
+        def run(name, **options):
+            options = {"limit": 1, "max_new_tokens": 2, "num_workers": 0, **options}
+            script.main(command(model_paths, media_root, prompts, tmp_path / name, **options))
+            return json.loads(OutputFiles(tmp_path / name).record.read_text())["settings"]
+
+        assert run("a.json", model_path="tester/tiny", model_revision=first)["model_revision"] == first
+        with pytest.raises(JournalError, match=f"model_revision: .{first}. → .{second}."):
+            run("a.json", model_path="tester/tiny")
+        assert run("b.json", model_path="tester/tiny", model_revision="main")["model_revision"] == second
+        on_top = run("c.json", adapter="tester/lora")
+        assert on_top["adapter_revision"] == tuned and len(on_top["model_revision"]) == 16
+        alone = run("d.json", model_path="tester/lora")
+        assert (alone["model_revision"], alone["base"], alone["base_revision"]) == (tuned, "tester/tiny", second)
+        model.add("main", "third", files(model_paths["qwen2_5_vl"]))
+        with pytest.raises(JournalError, match="base_revision"):
+            run("d.json", model_path="tester/lora")
+        with pytest.raises(script.Refusal, match="tester/none.*no such repository"):
+            run("e.json", model_path="tester/none")
+
+
+# options of the command line, and what is said about them before anything is loaded
+BAD = [
+    ({"temperature": -1}, "temperature >= 0"), ({"video_fps": 0}, "fps must be above 0"), ({"top_p": 0}, "0 < top_p"),
+    ({"video_max_frames": 1}, "min_frames <= max_frames"), ({"video_max_pixels": 100}, "size_factor"),
+    ({"batch_size": 0}, "--batch_size: expected 1"), ({"num_workers": -1}, "--num_workers: expected 0"),
+    ({"decode_timeout_s": 0}, "--decode_timeout_s above 0"), ({"max_new_tokens": 0}, "max_new_tokens >= 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "told"), BAD)
+def test_bad_options_are_said_at_once(change, told, script, model_paths, media_root, prompts, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        script.parse_arguments(command(model_paths, media_root, prompts, tmp_path / "out.json", **change))
+    assert ended.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_what_cannot_be_loaded_is_refused(script, model_paths, media_root, prompts, tmp_path, adapter):
+    changes = [
+        ({"model_path": tmp_path / "none"}, "no such folder"),
+        ({"model_path": tmp_path}, "config.json"),
+        ({"adapter": tmp_path / "none"}, "no such folder"),
+        ({"adapter": tmp_path}, "no adapter_config.json"),
+        ({"model_path": adapter, "adapter": adapter}, "an adapter itself"),
+        ({"attn_implementation": "quick"}, "quick"),
+    ]
+    for change, told in changes:
+        with pytest.raises(script.Refusal, match=told):
+            script.main(command(model_paths, media_root, prompts, tmp_path / "out.json", **change))
+    argv = command(model_paths, media_root, prompts, tmp_path / "out.json", model_path=tmp_path / "none")
+    ended = subprocess.run([sys.executable, str(SCRIPT), *argv], capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.startswith("Refusal: ") and "Traceback" not in ended.stderr
+
+
+def test_a_prompt_without_room_for_its_completion_costs_its_row(load, media_root, prompts, tmp_path):
+    model, encoder = load()
+    questions = read_questions(prompts, video_dir=media_root, limit=3)
+    lengths = [len(encoder.encode(question["row"])) for question in questions]
+    assert lengths[0] > max(lengths[1:])
+    encoder.config.get_text_config().max_position_embeddings = max(lengths[1:]) + 6
+    engine = TransformersEngine(model.eval(), encoder, Decoding(max_new_tokens=6))
+    journal = Journal(tmp_path / "a.jsonl", {})
+    answer_questions(questions, engine, encoder, journal, batch_size=3, num_workers=0)
+    assert sorted(line["position"] for line in journal.answers.values()) == [1, 2]
+    (error,) = journal.errors.values()
+    assert error["position"] == 0 and f"has {lengths[0]} tokens; with 6 new ones" in error["error"]
+
+
+def test_vllm_is_told_of_every_image_and_of_the_commit(script, load, model_paths, media_root, tmp_path, monkeypatch):
+    """An image in base64 counts for the longest prompt and the most images of one."""
+    from veripo_trl import vllm_engine
+
+    prompts = tmp_path / "x.json"
+    prompts.write_text(json.dumps([released(0), released(1, image="aGVsbG8=")]))
+    monkeypatch.setattr(vllm_engine, "VLLMEngine", lambda **given: given)
+    argv = command(model_paths, media_root, prompts, tmp_path / "out.json")
+    args = script.parse_arguments(argv)
+    args.engine, args.model_revision = "vllm", "c" * 40
+    given = script.make_engine(args, None, load()[1], read_questions(prompts, video_dir=media_root), tmp_path / "none")
+    assert [(len(row["videos"]), len(row["images"])) for row in given["rows"]] == [(1, 0), (1, 1)]
+    assert given["model_path"] == str(model_paths["qwen2_5_vl"]) and given["revision"] == "c" * 40
+
+
+def test_idle_is_whatever_the_engine_does_not_compute(load, media_root, prompts, tmp_path, monkeypatch):
+    model, encoder = load()
+    questions = read_questions(prompts, video_dir=media_root, limit=4)
+    engine = TransformersEngine(model.eval(), encoder, Decoding(max_new_tokens=2))
+    journal = Journal(tmp_path / "a.jsonl", {})
+    append, sample = journal.append, evaluate.sample_completions
+    journal.append = lambda lines: (time.sleep(0.2), append(lines))
+    monkeypatch.setattr(evaluate, "sample_completions", lambda *a, **k: (time.sleep(1), sample(*a, **k))[1])
+    waiting = answer_questions(questions, engine, encoder, journal, batch_size=2, num_workers=0)
+    assert engine.busy_s > 2 and 0.4 < waiting.idle_s < 1
 
 
 def test_unfinished_journals_give_no_output(prompts, media_root, tmp_path):
@@ -249,6 +378,58 @@ def test_a_fork_does_not_hold_the_lock(tmp_path):
     os.waitpid(child, 0)
 
 
+def test_engines_that_outlive_a_killed_run_keep_it_from_starting(tmp_path):
+    files = OutputFiles(tmp_path / "out.json")
+    ready, done = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        handle = lock_output(files, rank=1)
+        os.write(ready[1], b"x")
+        os.read(done[0], 1)
+        handle.close()
+        os._exit(0)
+    os.read(ready[0], 1)
+    try:
+        with pytest.raises(JournalError, match="another process is writing"):
+            lock_output(files)
+    finally:
+        os.write(done[1], b"x")
+        os.waitpid(child, 0)
+    lock = lock_output(files)
+    child = os.fork()
+    if child == 0:  # an engine of this run
+        os._exit(0 if lock_output(files, rank=1) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    lock.close()
+
+
+def test_weights_that_a_killed_run_left_are_removed(script, model_paths, media_root, prompts, tmp_path):
+    left = OutputFiles(tmp_path / "out.json").merged / "0" / "model.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_text("15 GB")
+    with pytest.raises(script.Refusal):
+        script.main(command(model_paths, media_root, prompts, tmp_path / "out.json", model_path=tmp_path / "none"))
+    assert not left.parent.parent.exists()
+
+
+# cores, batch size, most rows under way
+@pytest.mark.parametrize(("cores", "batch_size", "most"), [(64, 8, 16), (64, 1, 2), (4, 64, 128), (3, 8, 18), (1, 1, 2)])
+def test_host_memory_is_bounded(cores, batch_size, most, load, monkeypatch):
+    """About two batches are under way, however many cores there are. Clips so large that each is a part of its own."""
+    _, encoder = load(max_frames=128, max_pixels=256 * 28 * 28)
+    made = []
+
+    def loader(parts, **options):
+        assert all(len(part) == 1 for part in parts.parts)
+        made.append(options["num_workers"] * options["prefetch_factor"])
+        return []
+
+    monkeypatch.setattr(evaluate, "DataLoader", loader)
+    batches = [list(range(start, start + batch_size)) for start in range(0, 10 * batch_size, batch_size)]
+    assert list(encoded_batches(encoder, None, batches, num_workers=cores)) == []
+    assert made == [most]
+
+
 def test_batches_are_encoded_ahead_whole_and_by_place(load, media_root, mixed_rows):
     """Rows of one id are different rows; slow parts hold up their own batch only; the waiting is measured."""
     _, encoder = load()
@@ -267,18 +448,24 @@ def test_batches_are_encoded_ahead_whole_and_by_place(load, media_root, mixed_ro
                 assert np.array_equal(prompt.input_ids, expected[place].input_ids)
 
 
-def test_an_adapter_on_top_of_a_model(script, model_paths, media_root, prompts, tmp_path):
+@pytest.fixture(scope="module")
+def adapter(model_paths, tmp_path_factory):
+    """The folder of an adapter that changes what the model writes."""
     from peft import LoraConfig
 
     from veripo_trl.policy import LANGUAGE_MODEL_LINEAR, load_policy
 
+    folder = tmp_path_factory.mktemp("adapter")
     lora = LoraConfig(r=4, target_modules=LANGUAGE_MODEL_LINEAR, init_lora_weights=False)
     model, _ = load_policy(str(model_paths["qwen2_5_vl"]), lora=lora)
-    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_on_top_of_a_model(script, model_paths, media_root, prompts, tmp_path, adapter):
     options = {"limit": 4, "num_workers": 0}
     outputs = {}
-    for name, change in {"base": {}, "on top": {"adapter": tmp_path / "adapter"},
-                         "as model": {"model_path": tmp_path / "adapter"}}.items():  # fmt: skip
+    for name, change in {"base": {}, "on top": {"adapter": adapter}, "as model": {"model_path": adapter}}.items():
         outputs[name] = tmp_path / f"{name}.json"
         script.main(command(model_paths, media_root, prompts, outputs[name], **options, **change))
     texts = {name: [item["model_output"] for item in json.loads(file.read_text())] for name, file in outputs.items()}
@@ -342,8 +529,8 @@ def test_evaluation_chat_rollout_and_update_see_the_same(kind, load, model_paths
     seen = Seen(model)
     engine = TransformersEngine(model.eval(), encoder, Decoding(max_new_tokens=2))
     answer_questions(questions, engine, encoder, Journal(tmp_path / "j.jsonl", {}), batch_size=1, num_workers=0)
-    assert seen.prompt(len(reference)) == (*expected, seen.pixels) and len(seen.pixels) == 1
-    pixels = seen.pixels
+    pixels = {hashlib.sha256(reference.pixel_values_videos.numpy().tobytes()).hexdigest()}
+    assert seen.prompt(len(reference)) == (*expected, pixels)
     for handle in seen.handles:
         handle.remove()
 

@@ -327,6 +327,40 @@ def test_several_folders_are_the_stages_of_one_report(workplace, tmp_path):
     assert len(alone["pairs"]) == 12 and not alone["questions"]
 
 
+def test_a_verdict_belongs_to_the_rollouts_before_it(tmp_path):
+    """Two runs whose folders have the same names: their rollouts have the same ids, and not the same verdicts."""
+    places = []
+    for run, consistency in (("a", "consistent"), ("b", "inconsistent")):
+        row = rollout("search", 0, 0, completion=run)
+        write_stage(tmp_path / run / "search", {}, rollouts=[row])
+        write_stage(tmp_path / run / "verify", {}, verdicts=[{**verdict(row, 0), "consistency": consistency}])
+        places += [tmp_path / run / "search", tmp_path / run / "verify"]
+    a_search, a_verify, b_search, b_verify = places
+    for runs, expected, missing in (
+        (places, ["consistent", "inconsistent"], 0),
+        ([b_search, b_verify, a_search, a_verify], ["inconsistent", "consistent"], 0),
+        ([a_search, b_search, b_verify], [None, "inconsistent"], 0),
+        ([a_search, a_verify, b_search], ["consistent", None], 0),
+        ([a_verify, a_search], [None], 1),
+    ):
+        page = write_report(runs, tmp_path / "r.html")
+        (item,) = embedded(page)["questions"]
+        assert [(row["verdict"] or {}).get("consistency") for row in item["rollouts"]] == expected, runs
+        assert page.read_text().count("verdicts have no rollouts before them") == missing
+
+
+def test_results_are_text_too(tmp_path):
+    """A run's results.json may come from anywhere."""
+    write_stage(tmp_path / "plain", {"after": summary(0.5, 0.1)})
+    values = {**summary(0.5, 0.1)["greedy"], "questions": HOSTILE, "accuracy": HOSTILE, f"accuracy: {HOSTILE}": 0.5}
+    history = [{"step": step, "reward": 0.5, "loss": HOSTILE} for step in (1, 2, HOSTILE)]
+    results = {"after": {"greedy": values, HOSTILE: values}, "minutes": HOSTILE, "history": history}
+    write_stage(tmp_path / HOSTILE.replace("/", "|"), results)
+    texts = [write_report([path], tmp_path / f"{n}.html").read_text() for n, path in enumerate(tmp_path.iterdir())]
+    tags = [{tag: len(re.findall(f"<{tag}[ >]", text)) for tag in ("script", "img", "b")} for text in texts]
+    assert tags[0] == tags[1] and tags[0]["img"] == 0, tags
+
+
 def test_what_cannot_be_reported_is_an_error(tmp_path):
     with pytest.raises(ReportError, match="no such folder"):
         write_report([tmp_path / "nothing"])
@@ -510,6 +544,24 @@ def test_frames_are_shown_and_nothing_is_fetched(opened):
     )
     fetched = "return performance.getEntriesByType('resource').map(entry => entry.name.slice(0, 5))"
     assert set(opened.execute_script(fetched)) <= {"data:"}
+
+
+@pytest.mark.browser
+def test_names_and_accuracies_that_are_not_there(browser, tmp_path):
+    """A file that is called as what every object of the script's language has; rollouts that were never scored."""
+    rows = [
+        rollout("s", number, place, videos=["constructor"], rewards={"accuracy_reward": accuracy, "format_reward": 0.5})
+        for number, accuracies in enumerate([(None, None), (0.0, 1.0), (0.0, None), (1.0, 1.0)])
+        for place, accuracy in enumerate(accuracies)
+    ]
+    write_stage(tmp_path / "run", {}, rollouts=rows)
+    browser.get(write_report([tmp_path / "run"], questions=0).as_uri())
+    assert count(browser) == "4 questions, 8 rollouts match"
+    assert "constructor: drawn without its frames" in texts(browser, ".film")[0]
+    for sort, expected in (("hardest", "q002 q001 q003 q000"), ("mixed", "q001 q00[23] q00[23] q000")):
+        put(browser, "q-sort", sort)
+        assert re.fullmatch(expected, " ".join(texts(browser, ".question .meta span:first-child"))), sort
+    assert browser.get_log("browser") == []
 
 
 @pytest.mark.browser

@@ -402,7 +402,7 @@ def no_kernel(*args):
     [
         ("cpu_backward", wrong_gradient, "results or gradients are off by"),
         ("cpu_backward", no_kernel, "the attention kernel failed (no kernel image is available)"),
-        ("cpu_backward", lambda *args: [tensor * torch.nan for tensor in args[1:4]], "results or gradients are off by nan"),
+        ("cpu_backward", lambda *args: [part * torch.nan for part in args[1:4]], "results or gradients are off by nan"),
     ],
 )
 @pytest.mark.parametrize("precision", [full, half])

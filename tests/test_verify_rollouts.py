@@ -430,7 +430,7 @@ def test_killed_and_started_again(recipe, tmp_path, policy):
         total = server.requests
         recipe.main(served(tmp_path, server, "whole"))
         unbroken = server.requests - total
-    # Asked again is what the kill found in flight (4) or answered and not yet taken up: 8 at most, twice judge_concurrency.
+    # Asked again is what the kill found in flight (4) or answered and not yet taken up: twice judge_concurrency at most.
     assert total <= unbroken + 2 * 4
     whole = tmp_path / "whole" / "verify"
     for name in ("pairs/pairs-00000.parquet", "verdicts/verdicts-00000.parquet", "solved.json"):

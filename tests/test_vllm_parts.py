@@ -71,6 +71,50 @@ def test_every_process_stops_where_one_has_a_gap(tmp_path):
         watch.check(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1), named("fine here"), step=0)
 
 
+def test_the_engine_is_of_the_policys_revision(model_paths, tmp_path, monkeypatch):
+    """TRL names no revision, so that vLLM would load the newest."""
+    from hub_server import HubServer, Repo
+    from trl.generation import vllm_generation
+
+    from veripo_trl import stages
+    from veripo_trl.policy import load_policy
+    from veripo_trl.trainers.vllm import trl_engine
+
+    files = {file.name: file.read_bytes() for file in model_paths["qwen2_5_vl"].iterdir()}
+    with HubServer() as hub:
+        hub.use_in_this_process(monkeypatch, tmp_path)
+        hub.repos["models/tester/tiny"] = Repo(False)
+        first, _ = [hub.repos["models/tester/tiny"].add("main", title, files) for title in ("first", "second")]
+        model, processor = load_policy("tester/tiny", revision=first)
+        encoder = stages.make_encoder(model, processor, stages.DataArguments(prompt_template="tiny"))
+        made = type("LLM", (), {"__init__": lambda self, **options: vars(self).update(options)})
+        monkeypatch.setattr(import_module("trl.import_utils"), "is_vllm_available", lambda: True)
+        monkeypatch.setattr(vllm_generation, "LLM", made, raising=False)
+        monkeypatch.setattr(vllm_generation, "VLLMClient", object, raising=False)
+        config = VideoGRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+        with trl_engine(config, encoder, model=model, datasets=[rows_to_dataset([make_row("a", "")])]):
+            assert vllm_generation.LLM(model="tester/tiny").revision == first
+        model.save_pretrained(tmp_path / "saved")
+    assert first not in (tmp_path / "saved" / "config.json").read_text()
+
+
+def test_media_are_named_in_the_loaders_workers(load, mixed_rows):
+    """What the engine is given then is what it would compute itself."""
+    import functools
+
+    from veripo_trl.evaluate import encoded_batches
+    from veripo_trl.vllm_rollouts import name_media
+
+    _, encoder = load()
+    prepare = functools.partial(name_media, config=encoder.config)
+    batches = [[0, 1, 2], [3, 4]]
+    for places, prompts in encoded_batches(encoder, mixed_rows, batches, num_workers=2, prepare=prepare):
+        for place, prompt in zip(places, prompts, strict=True):
+            items = media_items(encoder.encode(mixed_rows[place]), encoder.config)
+            assert prompt.content_keys == [content_key(item) for item in items]
+            assert bool(prompt.content_keys) == (place > 0)
+
+
 def test_a_users_bias_stays_beside_the_bans(load, mixed_rows, tmp_path):
     _, encoder = load()
     config = VideoGRPOConfig(

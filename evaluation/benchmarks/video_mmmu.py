@@ -10,8 +10,7 @@ Metric: accuracy. VerIPO did not release its file for this benchmark.
 import re
 from pathlib import Path
 
-from veripo_trl.answers import SolutionError, check_solution
-from veripo_trl.questions import ground_truths, is_number
+from veripo_trl.questions import ground_truths, kind_of
 
 NAME = "VideoMMMU"
 VIDEOS = "VideoMMMU/<Art|Business|Engineering|Humanities|Medicine|Science>/<id>.mp4"
@@ -45,7 +44,7 @@ def convert(record: dict, *, file: str) -> list[dict]:
             "question_id": f"{track.lower()}_{record['id']}",
             "problem": problem,
             "options": options,
-            "problem_type": _problem_type(truths[0], options),
+            "problem_type": "multiple choice" if options else kind_of(truths),
             "solution": truths[0],
             "alternatives": truths,
             "videos": [f"VideoMMMU/{GROUP_OF[subject]}/{record['id']}.mp4"],
@@ -58,15 +57,3 @@ def convert(record: dict, *, file: str) -> list[dict]:
 def _bare(option, place: int) -> str:
     """An option without the letter that some of them carry already."""
     return str(option).removeprefix(f"{chr(ord('A') + place)}.").strip()
-
-
-def _problem_type(truth: str, options: list[str]) -> str:
-    if options:
-        return "multiple choice"
-    if is_number(truth):
-        return "numerical"
-    try:
-        check_solution(problem_type="math", solution=truth)
-    except SolutionError:
-        return "free-form"
-    return "math"

@@ -44,7 +44,8 @@ def convert(record: dict, *, file: str) -> list[dict]:
 
 
 def categories_of_released(row: dict) -> dict:
-    found = [task for task, pattern in _TASKS.items() if re.search(pattern, row["question"], re.DOTALL)]
+    question = row.get("question") or row["processed_question"]
+    found = [task for task, pattern in _TASKS.items() if re.search(pattern, question, re.DOTALL)]
     kind = found[0] if len(found) == 1 else "unknown"
     if kind == "object_rel_direction":
         kind += f"_{_LEVELS.get(len(row.get('options') or ()), 'unknown')}"
@@ -57,8 +58,13 @@ def _categories(kind: str, numeric: bool) -> dict:
 
 def totals(by_category: dict[str, dict[str, list[float]]]) -> dict[str, float]:
     """Totals beside the mean of all rows, from the scores of each category's values."""
-    means = {task: sum(scores) / len(scores) for task, scores in by_category["task"].items()}
+    known = {task: scores for task, scores in by_category["task"].items() if not task.endswith("unknown")}
+    if not known:
+        return {}
+    means = {task: sum(scores) / len(scores) for task, scores in known.items()}
     levels = [mean for task, mean in means.items() if task.startswith("object_rel_direction")]
     tasks = [mean for task, mean in means.items() if not task.startswith("object_rel_direction")]
     tasks += [sum(levels) / len(levels)] if levels else []
-    return {f"mean of {len(tasks)} tasks (the benchmark's own total)": sum(tasks) / len(tasks)}
+    left_out = sum(len(scores) for task, scores in by_category["task"].items() if task not in known)
+    more = f"; {left_out} rows of no known task left out" if left_out else ""
+    return {f"mean of {len(tasks)} tasks (the benchmark's own total{more})": sum(tasks) / len(tasks)}

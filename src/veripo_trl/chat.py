@@ -27,7 +27,7 @@ from transformers import BitsAndBytesConfig, TextStreamer
 from . import stages
 from .answers import PROBLEM_TYPES, split_completion
 from .encoding import PromptTooLongError, vision_token_ids
-from .evaluate import _end_ids
+from .evaluate import end_ids
 from .generation import cut_at_end, sample_completions
 from .policy import load_policy
 from .prompts import PromptError
@@ -35,7 +35,8 @@ from .rows import RowError
 from .video import MediaError
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-REFUSED = (MediaError, RowError, PromptError, PromptTooLongError)  # of one question, not of the session
+# Of one question, not of the session.
+REFUSED = (MediaError, RowError, PromptError, PromptTooLongError, torch.OutOfMemoryError)
 SECTION = {"<think>": "thinking", "</think>": "", "<answer>": "answer", "</answer>": ""}
 # All but line ends and tabs: a terminal would obey what a model writes there.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -154,7 +155,7 @@ class Chat:
         if on_prompt is not None:
             on_prompt(prompt)
         tokenizer = self.processor.tokenizer
-        ends = _end_ids(self.model, tokenizer)
+        ends = end_ids(self.model.generation_config.eos_token_id, tokenizer)
         sampling = {"do_sample": False, "temperature": None, "top_p": None}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
@@ -193,6 +194,8 @@ class Chat:
         if not question.strip():
             raise PromptError("The question is empty.")
         if options and not all(re.match(r"[A-Z][.):]\s*\S", option) for option in options):
+            if len(options) > 26:
+                raise PromptError(f"There are letters for 26 options, came {len(options)}. Leave some out.")
             options = [f"{letter}. {option}" for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options)]
         problem_type = problem_type or ("multiple choice" if options else "free-form")
         for token in self.processor.tokenizer.all_special_tokens:
@@ -356,21 +359,23 @@ def answer_one(chat: Chat, question: str, arguments: argparse.Namespace) -> None
         print(f"# prompt: {len(prompt)} tokens", flush=True)
 
     printer = Printer(sys.stdout, styled=sys.stdout.isatty())
-    reply = chat.ask(
-        question,
-        videos=arguments.video,
-        images=arguments.image,
-        options=arguments.options,
-        problem_type=arguments.problem_type,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        repetition_penalty=arguments.repetition_penalty,
-        seed=arguments.seed,
-        on_prompt=show_prompt,
-        on_text=printer.write,
-    )
-    printer.write("", last=True)
+    try:
+        reply = chat.ask(
+            question,
+            videos=arguments.video,
+            images=arguments.image,
+            options=arguments.options,
+            problem_type=arguments.problem_type,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            repetition_penalty=arguments.repetition_penalty,
+            seed=arguments.seed,
+            on_prompt=show_prompt,
+            on_text=printer.write,
+        )
+    finally:
+        printer.write("", last=True)  # a terminal gets its own style back, after Ctrl-C too
     cut = f", cut at --max_new_tokens {arguments.max_new_tokens}" if reply.finish_reason == "length" else ""
     form = "" if reply.answer is not None else ", no single answer in <answer> tags"
     rate = reply.completion_tokens / max(reply.generate_s, 1e-9)
@@ -383,6 +388,15 @@ def answer_one(chat: Chat, question: str, arguments: argparse.Namespace) -> None
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
+    try:
+        converse(arguments)
+    except KeyboardInterrupt:  # Ctrl-C; in a session it ends one answer only
+        print("\n# stopped", flush=True)
+        raise SystemExit(130) from None
+
+
+def converse(arguments: argparse.Namespace) -> None:
+    """Load the policy and answer the one question, or those that are read."""
     for path in (*arguments.video, *arguments.image):  # before the model loads, which can take minutes
         try:
             _from_root(path)
@@ -407,7 +421,7 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 return answer_one(chat, arguments.question, arguments)
             except REFUSED as error:
-                raise SystemExit(f"chat: {error}") from None
+                raise SystemExit(f"chat: {_reason(error)}") from None
         if sys.stdin.isatty():
             print("One question per line, each answered on its own; Ctrl-D ends.", flush=True)
         failed = 0
@@ -418,11 +432,18 @@ def main(argv: list[str] | None = None) -> None:
                 answer_one(chat, line.strip(), arguments)
             except REFUSED as error:
                 failed += 1
-                print(f"chat: {error}", file=sys.stderr, flush=True)
+                print(f"chat: {_reason(error)}", file=sys.stderr, flush=True)
             except KeyboardInterrupt:
                 print("\n# stopped", flush=True)
         if failed:
             raise SystemExit(f"chat: {failed} question{'s' if failed > 1 else ''} could not be asked.")
+
+
+def _reason(error: Exception) -> str:
+    if not isinstance(error, torch.OutOfMemoryError):
+        return str(error)
+    first = str(error).split(". ")[0]
+    return f"{first}. Give fewer or smaller frames (--max_frames, --max_pixels), or load with --load_in_4bit."
 
 
 def _read_question() -> str | None:

@@ -55,12 +55,19 @@ class TransformersEngine:
 
     Args:
         model: the unwrapped policy, in evaluation mode.
+
+    Attributes:
+        ends: ids that end a completion. context: tokens that a prompt and its completion may have together.
+        busy_s: seconds of computing so far. prepare: nothing that the loader's workers could do for this engine.
     """
+
+    prepare = None
 
     def __init__(self, model, encoder: PromptEncoder, decoding: Decoding):
         self.model, self.tokenizer, self.config = model, encoder.processor.tokenizer, encoder.config
         self.decoding = decoding
         self.ends = _end_ids(model, self.tokenizer)
+        self.context, self.busy_s = encoder.config.get_text_config().max_position_embeddings, 0.0
         self.options = {
             "max_new_tokens": decoding.max_new_tokens,
             "eos_token_id": self.ends,
@@ -79,6 +86,7 @@ class TransformersEngine:
             places: the prompts' rows. Sampling is seeded by them, so that a batch is drawn alike whatever came before;
                 the global generators are left as they were.
         """
+        started = time.perf_counter()
         device = next(self.model.parameters()).device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.decoding.seed_of(places))
@@ -89,7 +97,9 @@ class TransformersEngine:
                 config=self.config,
                 **self.options,
             )
-        return cut_at_end(tokens, self.ends)
+        completions = cut_at_end(tokens, self.ends)  # waits for the device
+        self.busy_s += time.perf_counter() - started
+        return completions
 
 
 def describe_completion(ids: list[int], *, tokenizer, ends: list[int]) -> dict:
@@ -108,11 +118,11 @@ class EncodedParts(Dataset):
     """Parts of batches, encoded where they are asked for: in the loader's workers.
 
     A row that cannot be encoded is the text of its error there, unless `strict`. Rows are told apart by their place:
-    ids repeat in benchmarks.
+    ids repeat in benchmarks. `prepare`, if given, is called with each prompt.
     """
 
-    def __init__(self, encoder: PromptEncoder, rows, parts: list[list[int]], *, strict: bool):
-        self.encoder, self.rows, self.parts, self.strict = encoder, rows, parts, strict
+    def __init__(self, encoder: PromptEncoder, rows, parts: list[list[int]], *, strict: bool, prepare=None):
+        self.encoder, self.rows, self.parts, self.strict, self.prepare = encoder, rows, parts, strict, prepare
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -120,11 +130,16 @@ class EncodedParts(Dataset):
     def __getitem__(self, number: int) -> tuple[int, list[EncodedPrompt | str]]:
         places = self.parts[number]
         try:
-            return number, self.encoder.encode_rows([self.rows[place] for place in places])
+            prompts = self.encoder.encode_rows([self.rows[place] for place in places])
         except ROW_ERRORS:
             if self.strict:
                 raise
-            return number, [self._encode_or_explain(place) for place in places]  # one of them is bad: which?
+            prompts = [self._encode_or_explain(place) for place in places]  # one of them is bad: which?
+        if self.prepare is not None:
+            for prompt in prompts:
+                if not isinstance(prompt, str):
+                    self.prepare(prompt)
+        return number, prompts
 
     def _encode_or_explain(self, place: int) -> EncodedPrompt | str:
         try:
@@ -138,7 +153,7 @@ def _as_it_is(part):
 
 
 class Waiting:
-    """Seconds that the engine waited for prompts: `start_s` for the first batch, `idle_s` for all the others."""
+    """Seconds that the loader kept its user waiting: `start_s` for the first batch, `idle_s` for all the others."""
 
     def __init__(self):
         self.start_s = self.idle_s = 0.0
@@ -160,12 +175,16 @@ def encoded_batches(
     num_workers: int,
     strict: bool = True,
     waiting: Waiting | None = None,
+    prepare: Callable[[EncodedPrompt], None] | None = None,
 ) -> Iterator[tuple[list[int], list[EncodedPrompt | str]]]:
     """Encode batches of row numbers ahead of their use.
 
     Workers are given parts of a batch: a single long video, or as many small clips as are worth one call of the
-    processor. About two batches are under way at any time, so that host memory stays bounded. A slow video holds up
-    its own batch only.
+    processor. About two batches are under way beside the one in use, so that host memory stays bounded: no more workers
+    are started than these have parts. A slow video holds up its own batch only.
+
+    Args:
+        num_workers: the most processes; 0 encodes here. prepare: called with each prompt where it was encoded.
 
     Yields:
         `(places, prompts)`, each batch when all of it is there: in any order where there are workers. With
@@ -179,9 +198,11 @@ def encoded_batches(
         for start in range(0, len(places), size):
             parts.append(places[start : start + size])
             owners.append(number)
-    ahead = {"prefetch_factor": max(2, math.ceil(2 * widest / (size * num_workers)))} if num_workers else {}
+    wanted = math.ceil(2 * widest / size)  # parts under way
+    num_workers = min(num_workers, wanted)
+    ahead = {"prefetch_factor": math.ceil(wanted / num_workers)} if num_workers else {}
     loader = DataLoader(
-        EncodedParts(encoder, rows, parts, strict=strict),
+        EncodedParts(encoder, rows, parts, strict=strict, prepare=prepare),
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=num_workers,
@@ -258,7 +279,11 @@ def generate(
 
 
 def _end_ids(model, tokenizer) -> list[int]:
-    declared = model.generation_config.eos_token_id
+    return end_ids(model.generation_config.eos_token_id, tokenizer)
+
+
+def end_ids(declared: int | list[int] | None, tokenizer) -> list[int]:
+    """The tokens that end a completion: the tokenizer's, and those that the model's generation_config declares."""
     declared = declared if isinstance(declared, list) else [] if declared is None else [declared]
     return sorted({tokenizer.eos_token_id, *declared})
 

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,15 @@ class OutputFiles:
         self.record = self.output.with_suffix(".record.json")
         self.errors = self.output.with_suffix(".errors.json")
         self.lock = self.output.with_name(f".{self.output.name}.lock")
+        self.merged = self.output.with_name(f".{self.output.name}.merged")  # weights with their adapter, for vLLM
 
 
 def lock_output(files: OutputFiles, *, rank: int | None = None):
     """Claim an output for this process until it ends or closes what is returned.
 
     A POSIX lock rather than flock: a decoding worker forked from this process does not inherit it, so that a killed
-    run can be started again at once. `rank`: a process of a data-parallel run locks a byte of its own.
+    run can be started again at once. `rank`: a process of a data-parallel run locks a byte of its own, and as long as
+    one of them outlives a killed run, that cannot be started again.
 
     Raises:
         JournalError: another process writes to this output.
@@ -46,7 +49,11 @@ def lock_output(files: OutputFiles, *, rank: int | None = None):
     files.output.parent.mkdir(parents=True, exist_ok=True)
     handle = open(files.lock, "a")  # noqa: SIM115  open for as long as the lock is held
     try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0 if rank is None else rank + 1)
+        if rank is None:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # every byte: nobody else is there
+            fcntl.lockf(handle, fcntl.LOCK_UN, 0, 1)  # all but the first are for this run's own processes
+        else:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank + 1)
     except OSError:
         handle.close()
         raise JournalError(
@@ -152,12 +159,17 @@ def answer_questions(
     """Answer what the journal lacks, and write it there as it comes.
 
     Batches begin at fixed places, and one that is half done is computed whole again (what is written stays): what a
-    row is answered does not depend on where a run was broken off. A row that cannot be encoded is left out of its
-    batch and written as an error.
+    row is answered does not depend on where a run was broken off. A row that cannot be encoded, or is too long for the
+    engine, is left out of its batch and written as an error.
 
     Args:
-        engine: `complete(prompts, places) -> token ids`, `tokenizer`, `ends`; see `evaluate.TransformersEngine`.
+        engine: `complete(prompts, places) -> token ids`, `tokenizer`, `decoding` and the attributes that
+            `evaluate.TransformersEngine` names.
         rank, processes: this process takes every `processes`-th batch. progress: a tqdm bar.
+
+    Returns:
+        `start_s`: until the first batch was ready. `idle_s`: all the time after it in which the engine did not compute,
+        for whatever reason.
     """
     starts = range(0, len(questions), batch_size)
     batches = [list(range(start, min(start + batch_size, len(questions)))) for start in starts][rank::processes]
@@ -165,12 +177,20 @@ def answer_questions(
     batches = [places for places in batches if any(keys[place] not in journal.answers for place in places)]
     waiting = Waiting()
     parent = os.getppid()
+    started, busy_before = time.perf_counter(), engine.busy_s
     with tempfile.TemporaryDirectory(prefix="veripo-images-") as folder:
         for places, prompts in encoded_batches(
-            encoder, QuestionRows(questions, folder), batches, num_workers=num_workers, strict=False, waiting=waiting
+            encoder,
+            QuestionRows(questions, folder),
+            batches,
+            num_workers=num_workers,
+            strict=False,
+            waiting=waiting,
+            prepare=engine.prepare,
         ):
             if processes > 1 and os.getppid() != parent:
                 raise JournalError("The process that started this one has ended.")
+            prompts = [_fitting(prompt, engine) for prompt in prompts]
             good = [(place, prompt) for place, prompt in zip(places, prompts, strict=True) if not isinstance(prompt, str)]
             failed = [(place, prompt) for place, prompt in zip(places, prompts, strict=True) if isinstance(prompt, str)]
             lines = [{**_name(questions[place]), "error": reason} for place, reason in failed]
@@ -183,7 +203,19 @@ def answer_questions(
             journal.append(lines)
             if progress is not None:
                 progress.update(len(places) - known)
+    waiting.idle_s = time.perf_counter() - started - waiting.start_s - (engine.busy_s - busy_before)
     return waiting
+
+
+def _fitting(prompt: EncodedPrompt | str, engine) -> EncodedPrompt | str:
+    """A prompt, or the text of an error if its completion might not fit behind it."""
+    longest = engine.decoding.max_new_tokens
+    if isinstance(prompt, str) or len(prompt) + longest <= engine.context:
+        return prompt
+    return (
+        f"PromptTooLongError: its prompt has {len(prompt)} tokens; with {longest} new ones (max_new_tokens) that is over "
+        f"the model's context of {engine.context}. Lower the frames, their pixels or max_new_tokens."
+    )
 
 
 class QuestionRows:

@@ -82,6 +82,8 @@ def load_policy(
         quantization_config=quantization_config,
         device_map=device_map,
     )
+    # Transformers has a place for it, never saved, and fills it no more. vLLM is to load the same one.
+    model.config._commit_hash = base_revision
     processor = AutoProcessor.from_pretrained(base, revision=base_revision, padding_side="left")
     if not train_vision_tower:
         model.model.visual.requires_grad_(False)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .answers import SolutionError, check_solution, read_number
-from .rows import RowError, _FieldError, _message, _row, resolve_media
+from .rows import RowError, _FieldError, _message, _row, _show, resolve_media
 
 RELEASED_TAIL = "\nAnswer with the option's letter from the given choices directly."
 RELEASED_COLUMNS = ("question_id", "video_path", "answer", "processed_question")
@@ -53,6 +53,7 @@ def read_questions(path: str | Path, *, video_dir: str | Path | None = None, lim
             ours = from_released(raw, stem=path.stem) if released else raw
             question_id = None if ours.get("question_id") in (None, "") else str(ours["question_id"])
             row = _row(ours, question_id, "question_id", file=str(path), allow_urls=False)
+            check_truths(raw)
         except _FieldError as error:
             place = {"file": str(path), "row": position + 1, "question_id": raw.get("question_id")}
             problems.append({**place, **error.problem})
@@ -62,6 +63,42 @@ def read_questions(path: str | Path, *, video_dir: str | Path | None = None, lim
     if problems:
         raise RowError(_message(problems, "cannot be used"), problems)
     return questions
+
+
+def read_predictions(path: str | Path) -> list[dict]:
+    """A file of `{question, ground_truth, model_output}`, ours or of VerIPO's script, the questions of either form.
+
+    Raises:
+        RowError: entries that cannot be scored: with place, field and remedy.
+    """
+    predictions, problems = read_records(path), []
+    for position, prediction in enumerate(predictions):
+        try:
+            _check_prediction(prediction)
+        except _FieldError as error:
+            question = prediction.get("question")
+            question_id = question.get("question_id") if isinstance(question, dict) else None
+            problems.append({"file": str(path), "row": position + 1, "question_id": question_id, **error.problem})
+    if problems:
+        raise RowError(_message(problems, "cannot be scored"), problems)
+    return predictions
+
+
+def _check_prediction(prediction: dict) -> None:
+    if not {"question", "ground_truth", "model_output"} <= prediction.keys():
+        came, remedy = ", ".join(prediction), "Give the output of an evaluation."
+        raise _FieldError("(row)", "question, ground_truth and model_output", came, remedy)
+    question, output = prediction["question"], prediction["model_output"]
+    if not isinstance(output, str):
+        raise _FieldError("model_output", "a text", _show(output), 'Write "" where there is no answer.')
+    if not isinstance(question, dict):
+        raise _FieldError("question", "an object with the row's columns", _show(question), "Correct or remove it.")
+    columns = RELEASED_COLUMNS if "processed_question" in question else ("problem_type", "solution")
+    if missing := [column for column in columns if question.get(column) is None]:
+        raise _FieldError("question", f"a row with {', '.join(columns)}", f"none in {missing}", "Correct or remove it.")
+    if not isinstance(question.get("options") or [], (list, dict)):
+        raise _FieldError("options", "a list like ['A. red', …]", _show(question["options"]), "Write it so.")
+    check_truths(question)
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -107,7 +144,7 @@ def task_of(raw: dict) -> dict:
     """`problem_type`, `options` and `solution` of a row of either form: what scoring needs.
 
     A released row says the type of its answer by its answer alone, with one exception: numbers of VSI-Bench (rows that
-    have a `scene_name`) are estimates, scored by mean relative accuracy.
+    have a `scene_name`) are estimates, scored by mean relative accuracy. Of several truths all must be of that type.
     """
     if "processed_question" not in raw:
         options = raw.get("options") or []
@@ -116,19 +153,46 @@ def task_of(raw: dict) -> dict:
         return {"problem_type": raw["problem_type"], "options": options, "solution": str(raw["solution"])}
     problem = str(raw["processed_question"]).removesuffix(RELEASED_TAIL)
     options = list(raw.get("options") or read_options(problem))
-    solution = ground_truths(raw["answer"])[0]
-    if re.fullmatch("[A-Z]+", solution):
+    truths = ground_truths(raw["answer"])
+    if all(re.fullmatch("[A-Z]+", truth) for truth in truths):
         kind = "multiple choice"
-    elif is_number(solution):
-        kind = "regression" if "scene_name" in raw else "numerical"
-    else:
-        kind = "math"
-    try:
-        check_solution(problem_type=kind, solution=solution, options=options)
-    except SolutionError:
-        kind = "free-form" if kind == "math" else kind
+    elif (kind := kind_of(truths)) == "numerical" and "scene_name" in raw:
+        kind = "regression"
     options = options if kind == "multiple choice" else []
-    return {"problem_type": kind, "options": options, "solution": solution}
+    return {"problem_type": kind, "options": options, "solution": truths[0]}
+
+
+def kind_of(truths: list[str]) -> str:
+    """The problem type of a question without options: what all of its truths can be compared as."""
+    if all(map(is_number, truths)):
+        return "numerical"
+    try:
+        for truth in truths:
+            check_solution(problem_type="math", solution=truth)
+    except SolutionError:
+        return "free-form"
+    return "math"
+
+
+def truths_of(raw: dict) -> list[str]:
+    """All answers that count as right for a row of either form."""
+    if "processed_question" in raw:
+        return ground_truths(raw["answer"])
+    return [str(truth) for truth in raw.get("alternatives") or [raw["solution"]]]
+
+
+def check_truths(raw: dict) -> None:
+    """Raise _FieldError for a truth of a row, of either form, that no answer could be compared with."""
+    field = "answer" if "processed_question" in raw else "alternatives" if raw.get("alternatives") else "solution"
+    if not isinstance(raw.get("alternatives") or [], list):
+        raise _FieldError(field, "a list of answers", _show(raw["alternatives"]), "Write it so, or take it out.")
+    task = task_of(raw)
+    for truth in truths_of(raw):
+        try:
+            check_solution(problem_type=task["problem_type"], solution=truth, options=task["options"])
+        except SolutionError as error:
+            remedy = "Correct the row's truth, its options or its problem_type, or remove the row."
+            raise _FieldError(field, "answers that others can be compared with", str(error), remedy) from error
 
 
 def is_number(solution: str) -> bool:

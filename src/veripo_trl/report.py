@@ -42,7 +42,8 @@ def write_report(
     """Write the page of one run, or of several as the stages of one.
 
     Args:
-        runs: folders: of a loop (with `run.json`), or of stages (`results.json`, `rollouts/`, `verdicts/`, `pairs/`).
+        runs: folders: of a loop (with `run.json`), or of stages (`results.json`, `rollouts/`, `verdicts/`, `pairs/`),
+            in their order: verdicts after the rollouts that they judge.
         output: the file; `report.html` in the first folder by default.
         questions: how many are shown with their frames. More are listed without, until the page is full.
         seed: draws the questions and pairs on the page, where not all of them fit.
@@ -63,7 +64,7 @@ def write_report(
     counts, sizes = report_read.survey(stages, progress=progress)
     budget = int(max_mb * 1e6)
     chosen = report_read.choose_questions(sizes, seed=seed, budget=budget // 2)
-    listed = _fitting(report_read.read_questions(stages, chosen, progress=progress), budget // 2)
+    listed = _fitting(report_read.read_questions(stages, chosen, absent, progress=progress), budget // 2)
     pairs, all_pairs = report_read.read_pairs(stages, seed=seed)
     pairs = _fitting(pairs, budget // 6)
     media = film(listed[:questions], stages, media_root, budget=budget // 3, progress=progress, say=say or print)

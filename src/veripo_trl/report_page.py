@@ -221,7 +221,7 @@ def _held_out_table(stages) -> str:
                 [escape(point["label"]), decoding, _percent(values.get("accuracy")), interval]
                 + [_percent(values.get(key)) for key in shares]
                 + [f"{values['think_tokens']:.1f}" if _is_number(values.get("think_tokens")) else "–"]
-                + [_percent(values.get("truncated")), str(values.get("questions", "–"))]
+                + [_percent(values.get("truncated")), escape(str(values.get("questions", "–")))]
                 + [_percent(values.get(key)) for key in kinds]
             )
     if not rows:
@@ -272,7 +272,8 @@ def _training(stages) -> str:
     for stage in stages:
         charts = []
         for key, title in TRAINING.items():
-            points = [(entry["step"], entry[key]) for entry in stage["history"] if key in entry and "step" in entry]
+            logged = [entry for entry in stage["history"] if key in entry and _is_number(entry.get("step"))]
+            points = [(entry["step"], entry[key]) for entry in logged]
             chart = line_chart([{"name": title, "points": points}], title=title) if len(points) > 1 else ""
             if chart:
                 charts.append(f'<figure class="card"><figcaption><span>{title}</span></figcaption>{chart}</figure>')

@@ -215,25 +215,37 @@ def choose_questions(sizes: dict[str, int], *, seed: int, budget: int) -> list[s
     return chosen
 
 
-def read_questions(stages: list[dict], chosen: list[str], *, progress: bool) -> list[dict]:
-    """The chosen questions with their rollouts and verdicts, in the order of `chosen`."""
+def read_questions(stages: list[dict], chosen: list[str], absent: list[str], *, progress: bool) -> list[dict]:
+    """The chosen questions with their rollouts and verdicts, in the order of `chosen`.
+
+    Rollouts of two runs can have the same ids, which are made from the names of folders: a verdict belongs to the last
+    such rollout in a stage before its own, or in its own; of several verdicts on it the first counts.
+    """
     wanted = pa.array(chosen, pa.string())
-    verdicts: dict[tuple, dict] = {}
-    files = sum(len(stage[part]) for stage in stages for part in ("rollouts", "verdicts"))
-    found: dict[str, dict] = {}
+    rows: dict[str, list[list[dict]]] = {"rollouts": [], "verdicts": []}  # by stage
+    files = sum(len(stage[part]) for stage in stages for part in rows)
     with tqdm(total=files, desc="reading", unit="file", disable=not progress) as bar:
         for stage in stages:
-            for path in stage["verdicts"]:
-                for verdict in _rows_of(path, wanted):
-                    verdicts[verdict["question_id"], verdict["rollout_id"]] = verdict
-                bar.update()
-        for place, stage in enumerate(stages):
-            for path in stage["rollouts"]:
-                for row in _rows_of(path, wanted):
-                    question = found.setdefault(row["question_id"], _question(row, place))
-                    verdict = verdicts.get((row["question_id"], row["rollout_id"]))
-                    question["rollouts"].append(_rollout(row, place, verdict))
-                bar.update()
+            for part, read in rows.items():
+                read.append([])
+                for path in stage[part]:
+                    read[-1] += _rows_of(path, wanted)
+                    bar.update()
+    open_verdicts: dict[tuple, dict] = {}  # of later stages, whose rollouts have not been met
+    for rollouts, verdicts in reversed(list(zip(rows["rollouts"], rows["verdicts"], strict=True))):
+        open_verdicts |= {(verdict["question_id"], verdict["rollout_id"]): verdict for verdict in verdicts}
+        for row in rollouts:
+            row["verdict"] = open_verdicts.pop((row["question_id"], row["rollout_id"]), None)
+    if open_verdicts:
+        absent.append(
+            f"{len(open_verdicts)} verdicts have no rollouts before them. Give a verifier's folder after that of its "
+            f"rollouts."
+        )
+    found: dict[str, dict] = {}
+    for place, rollouts in enumerate(rows["rollouts"]):
+        for row in rollouts:
+            question = found.setdefault(row["question_id"], _question(row, place))
+            question["rollouts"].append(_rollout(row, place, row["verdict"]))
     for question in found.values():
         question["total"] = len(question["rollouts"])
         if question["total"] > MAX_ROLLOUTS:  # evenly, so that early and late ones are there

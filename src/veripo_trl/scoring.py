@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from .answers import extract_answer, read_choice, read_number, score_answer, split_completion
+from .answers import extract_answer, math_timeouts, read_choice, read_number, score_answer, split_completion
 from .evaluate import bootstrap_interval
-from .questions import ground_truths, task_of
+from .questions import task_of, truths_of
 from .verifier.judges import judge_by_rules
 
 PAIRED_RESAMPLES = 10_000
@@ -27,22 +27,31 @@ _TOLERANCES = 1 - np.linspace(0.5, 0.95, int((0.95 - 0.5) / 0.05 + 2))
 _LISTED = {"['24/7', '3.429', '3.43]": "24/7", "['24/7', '3.429', '3.43']": "24/7"}
 
 
+def released_metric(truth: str, *, pred_path: str) -> str:
+    """Which of its three metrics the released script takes for a ground truth in a file."""
+    if truth.isalpha() and truth.isupper():
+        return "letters"
+    return "mean relative accuracy" if "vsi_bench" in pred_path else "math-verify"
+
+
 def released_score(prediction: dict[str, Any], *, pred_path: str) -> float:
     """What the released script gives one row.
 
     Upper-case letters as the truth: the first answer span, in lower case, holds them and no other letter from a to j
-    (so "B. because" is wrong). Otherwise, where `pred_path` holds "vsi_bench": mean relative accuracy of the span's
-    first word, divided by the truth rather than its size (so a negative truth accepts anything). Otherwise math-verify
-    of the whole output, in the script's order of arguments. Main thread only: math-verify's time limit is a signal.
+    (so "B. because" is wrong, and a truth of two such letters, "AC", is never met). Otherwise, where `pred_path` holds
+    "vsi_bench": mean relative accuracy of the span's first word, divided by the truth rather than its size (so a
+    negative truth accepts anything). Otherwise math-verify of the whole output, in the script's order of arguments.
+    Main thread only: math-verify's time limit is a signal.
     """
     truth, output = str(prediction["ground_truth"]), prediction["model_output"]
     span = _SPAN.search(output)
     answer = span[1].strip() if span else ""
-    if truth.isalpha() and truth.isupper():
+    metric = released_metric(truth, pred_path=pred_path)
+    if metric == "letters":
         answer = answer.replace("<answer>", "").lower()
         wanted = truth.lower()
         return float(wanted in answer and not any(letter in answer for letter in _OTHERS if letter != wanted))
-    if "vsi_bench" in pred_path:
+    if metric == "mean relative accuracy":
         return _released_estimate(answer.replace("<answer>", "").strip(), truth)
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, StringExtractionConfig, parse, verify
 
@@ -69,10 +78,7 @@ def our_score(prediction: dict[str, Any]) -> float:
     task = task_of(row)
     answer = extract_answer(prediction["model_output"])
     options = {"problem_type": task["problem_type"], "options": task["options"]}
-    truths = row.get("alternatives") or [task["solution"]]
-    if "processed_question" in row:
-        truths = ground_truths(row["answer"])
-    return max(score_answer(answer, solution=truth, **options) for truth in truths)
+    return max(score_answer(answer, solution=truth, **options) for truth in truths_of(row))
 
 
 def is_readable(prediction: dict[str, Any]) -> bool:
@@ -111,10 +117,12 @@ def score_predictions(
 
     Returns:
         `ours`, `released`, `benchmark`, `categories`, `problem_type`, `readable`, `truncated` (None if not known),
-        `failed` (the row was never answered), `consistency`, `think_length`.
+        `failed` (the row was never answered), `consistency`, `think_length`, `timeouts` (maths comparisons of ours
+        that ran into their time limit and count as unequal).
     """
     scored = []
     for place, prediction in enumerate(progress(predictions)):
+        timeouts = math_timeouts()
         made = record[place] if record else {}
         task = task_of(prediction["question"])
         options = {"problem_type": task["problem_type"], "options": task["options"]}
@@ -133,6 +141,7 @@ def score_predictions(
                 "failed": "error" in made,
                 "consistency": judge_by_rules(output, **options),
                 "think_length": made["think_tokens"] if recorded else think_length(output, tokenizer),
+                "timeouts": math_timeouts() - timeouts,
             }
         )
     return scored
@@ -148,7 +157,7 @@ def summarize_scores(scored: list[dict]) -> dict[str, float | int]:
         `rows`, `failed` (counted as wrong), `ours` with `ours_low`, `ours_high` (95% bootstrap over rows), `released`,
         `unparsable` (share without a readable answer), `truncated` (share of the rows where it is known, else NaN),
         `inconsistency` = inconsistent / (consistent + inconsistent) (NaN without a known verdict), `unknown` (share),
-        `think_length` (mean over rows that were answered).
+        `think_length` (mean over rows that were answered), `timeouts` (sum).
     """
     ours = np.array([row["ours"] for row in scored])
     low, high = bootstrap_interval(ours, np.arange(len(ours)))
@@ -168,6 +177,7 @@ def summarize_scores(scored: list[dict]) -> dict[str, float | int]:
         "inconsistency": verdicts.count("inconsistent") / known if known else math.nan,
         "unknown": verdicts.count("unknown") / len(verdicts),
         "think_length": float(np.mean(lengths)) if lengths else math.nan,
+        "timeouts": sum(row["timeouts"] for row in scored),
     }
 
 

@@ -1,7 +1,11 @@
 """The evaluation's engine over vLLM: prompts as `PromptEncoder` made them, so that training and evaluation agree."""
 
+import functools
+import time
+
 from .encoding import EncodedPrompt, PromptEncoder, vision_token_ids
-from .evaluate import Decoding
+from .evaluate import Decoding, end_ids
+from .vllm_rollouts import engine_options, generate_with_vllm, longest_prompt, name_media, vllm_inputs
 
 BANNED = -100.0  # added to a logit; vLLM has no list of suppressed tokens
 
@@ -14,6 +18,10 @@ class VLLMEngine:
         rows: what will be asked, for the longest prompt and the most media of one. llm_options: further arguments of
             `vllm.LLM`.
 
+    Attributes:
+        ends, context, busy_s: as of `evaluate.TransformersEngine`. prepare: for `evaluate.encoded_batches`, so that
+            media are named in the loader's workers.
+
     Raises:
         ModuleNotFoundError: vLLM is not installed.
     """
@@ -23,27 +31,26 @@ class VLLMEngine:
     ):
         from vllm import LLM
 
-        from .vllm_rollouts import engine_options, longest_prompt
-
         self.tokenizer, self.decoding = encoder.processor.tokenizer, decoding
         images, videos = (max(1, *(len(row[kind]) for row in rows)) for kind in ("images", "videos"))
         columns = {name: [row[name] for row in rows] for name in ("problem", "options", "videos", "images")}
         context = encoder.config.get_text_config().max_position_embeddings
+        self.context = min(context, longest_prompt(encoder, [columns]) + decoding.max_new_tokens)
         self.llm = LLM(
             model=model_path,
             seed=decoding.seed,
-            max_model_len=min(context, longest_prompt(encoder, [columns]) + decoding.max_new_tokens),
+            max_model_len=self.context,
             **engine_options(encoder, dtype=dtype, max_images=images, max_videos=videos),
             **llm_options,
         )
         self.banned = vision_token_ids(encoder.processor, encoder.config)
-        self.ends = [self.tokenizer.eos_token_id]
+        self.ends = end_ids(self.llm.model_config.try_get_generation_config().get("eos_token_id"), self.tokenizer)
+        self.prepare = functools.partial(name_media, config=encoder.config)
+        self.busy_s = 0.0
 
     def complete(self, prompts: list[EncodedPrompt], places: list[int], *, samples: int = 1) -> list[list[int]]:
         """As `evaluate.TransformersEngine.complete`; each row's sampling has a seed of its own."""
         from vllm import SamplingParams
-
-        from .vllm_rollouts import generate_with_vllm, vllm_inputs
 
         decoding = self.decoding
         params = [
@@ -59,5 +66,8 @@ class VLLMEngine:
             )
             for place in places
         ]
-        outputs = generate_with_vllm(self.llm, vllm_inputs(self.llm, prompts), params)
+        inputs = vllm_inputs(self.llm, prompts)
+        started = time.perf_counter()
+        outputs = generate_with_vllm(self.llm, inputs, params)
+        self.busy_s += time.perf_counter() - started
         return [list(completion.token_ids) for output in outputs for completion in output.outputs]

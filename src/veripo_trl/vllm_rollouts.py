@@ -87,6 +87,11 @@ def content_key(item: dict) -> str:
     return digest.hexdigest()
 
 
+def name_media(prompt: EncodedPrompt, config) -> None:
+    """Compute a prompt's content keys where there is time for it: in the loader's workers. They read all its pixels."""
+    prompt.content_keys = [content_key(item) for item in media_items(prompt, config)]
+
+
 def engine_fields(item: dict):
     """One item as vLLM's `MultiModalKwargsItem`."""
     from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
@@ -149,9 +154,10 @@ def engine_input(prompt: EncodedPrompt, config):
     if not items:
         return tokens_input(ids)
     kwargs, hashes, places = {}, {}, {}
-    for item, data in zip(items, fields, strict=True):
+    keys = prompt.content_keys or [content_key(item) for item in items]
+    for item, data, key in zip(items, fields, keys, strict=True):
         kwargs.setdefault(item["kind"], []).append(data)
-        hashes.setdefault(item["kind"], []).append(content_key(item))
+        hashes.setdefault(item["kind"], []).append(key)
         place = PlaceholderRange(offset=item["offset"], length=item["length"])
         places.setdefault(item["kind"], []).append(place)
     return mm_input(ids, MultiModalKwargsItems(kwargs), hashes, places)

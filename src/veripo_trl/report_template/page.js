@@ -107,8 +107,10 @@ function options(item) {
   return [item.options.length ? list : null, marked ? null : make("div", "solution", `Solution: ${item.solution}`)];
 }
 
+const media = new Map(Object.entries(data.media)); // a file may be called "constructor"
+
 function film(name) {
-  const found = data.media[name];
+  const found = media.get(name);
   if (!found) return make("p", "film", `${name}: drawn without its frames`);
   const strip = make("div", "strip");
   strip.tabIndex = 0;
@@ -124,7 +126,7 @@ function film(name) {
 }
 
 function questionView({question, rollouts}) {
-  const media = [...question.videos, ...question.images];
+  const files = [...question.videos, ...question.images];
   const list = make("div", "rollouts");
   const shown = 4;
   list.append(...rollouts.slice(0, shown).map(rolloutView));
@@ -132,7 +134,7 @@ function questionView({question, rollouts}) {
   const matched = `${number(rollouts.length)} of ${plural(question.rollouts.length, "rollout")}${of}`;
   const card = make("article", "question",
     make("div", "meta", make("span", "", question.id), badge("", question.type), badge("", question.source), make("span", "", matched)),
-    make("p", "problem", question.problem), ...options(question), ...media.map(film), list);
+    make("p", "problem", question.problem), ...options(question), ...files.map(film), list);
   if (rollouts.length > shown) {
     const more = make("button", "", `Show ${number(rollouts.length - shown)} more`);
     more.type = "button";
@@ -166,7 +168,10 @@ function chosenQuestions() {
       show(rollout) && (stage === "" || rollout.stage === Number(stage)) && (inQuestion || lowerText(rollout).includes(text)));
     if (rollouts.length) found.push({question, rollouts});
   }
-  const mean = rollouts => rollouts.reduce((sum, rollout) => sum + (rollout.accuracy ?? 0), 0) / rollouts.length;
+  const mean = rollouts => { // of the known accuracies; where there is none, more than any, so that it comes last
+    const known = rollouts.filter(rollout => rollout.accuracy !== null);
+    return known.length ? known.reduce((sum, rollout) => sum + rollout.accuracy, 0) / known.length : 2;
+  };
   const longest = rollouts => Math.max(...rollouts.map(rollout => rollout.tokens));
   if (sort === "longest" || sort === "shortest") {
     const sign = sort === "longest" ? 1 : -1;

@@ -96,7 +96,7 @@ def trl_engine(config, encoder: PromptEncoder, *, model, datasets: list):
         max_images=max(1, *(len(images) for dataset in datasets for images in dataset["images"])),
         max_videos=max(1, *(len(videos) for dataset in datasets for videos in dataset["videos"])),
     )
-    # What the policy was loaded from on the Hub, unknown for a folder; TRL passes no revision.
+    # What the policy was loaded from on the Hub (`load_policy` says it); TRL passes no revision.
     engine = engine_class(vllm_generation.LLM, {**options, "revision": getattr(encoder.config, "_commit_hash", None)})
     client = client_class(vllm_generation.VLLMClient, encoder.config, options)
     with patch.object(vllm_generation, "LLM", engine), patch.object(vllm_generation, "VLLMClient", client):
