@@ -1,5 +1,6 @@
 """Models with random weights, and questions about a video, of chosen sizes."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,9 @@ def video_questions(
     for number in range(count):
         name = f"{pairs * 2}x{side}-{number}.mp4"
         if not (folder / name).exists():
-            write_clip(folder / name, moving_stripes(2 * pairs, side, seed=number))
+            own = folder / f"{os.getpid()}-{name}"  # another process may be making the same clip
+            write_clip(own, moving_stripes(2 * pairs, side, seed=number))
+            own.replace(folder / name)
         row = {
             "question_id": f"{prompt_tokens}-{number}",
             "problem": "Which colour is first?",

@@ -11,6 +11,7 @@ identity carries ring attention.)
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -204,23 +205,23 @@ def cpu_forward(query, key, value, pieces: Pieces, causal: bool, scale):
     """Output (tokens, heads, size) and log-sum-exp (heads, tokens), by the kernel of torch's own CPU attention."""
     out = torch.empty_like(query)
     lse = torch.empty(query.size(1), query.size(0), dtype=torch.float64 if query.dtype == torch.float64 else torch.float)
-    for q, k in slices(pieces):
+    for count, q, k in slices(pieces):
         own_out, own_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            heads_first(query[q]), heads_first(key[k]), heads_first(value[k]), 0.0, causal, scale=scale
+            *(heads_first(tensor, count) for tensor in (query[q], key[k], value[k])), 0.0, causal, scale=scale
         )
-        out[q], lse[:, q] = own_out[0].transpose(0, 1), own_lse[0]
+        out[q], lse[:, q] = own_out.transpose(1, 2).flatten(0, 1), own_lse.transpose(0, 1).flatten(1)
     return out, lse
 
 
 def cpu_backward(grad, query, key, value, out, lse, pieces: Pieces, causal: bool, scale):
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    for q, k in slices(pieces):
+    for count, q, k in slices(pieces):
         own = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(heads_first(tensor) for tensor in (grad[q], query[q], key[k], value[k], out[q])),
-            lse[None, :, q], 0.0, causal, scale=scale,
+            *(heads_first(tensor, count) for tensor in (grad[q], query[q], key[k], value[k], out[q])),
+            lse[:, q].unflatten(1, (count, -1)).transpose(0, 1), 0.0, causal, scale=scale,
         )  # fmt: skip
         for whole, part, place in zip(grads, own, (q, k, k), strict=True):
-            whole[place] = part[0].transpose(0, 1)
+            whole[place] = part.transpose(1, 2).flatten(0, 1)
     return grads
 
 
@@ -248,16 +249,20 @@ def cuda_backward(grad, query, key, value, out, lse, pieces: Pieces, causal: boo
     )  # fmt: skip
 
 
-def slices(pieces: Pieces) -> list[tuple[slice, slice]]:
-    queries, keys = cumulative(pieces.queries), cumulative(pieces.keys)
-    return [
-        (slice(queries[i], queries[i + 1]), slice(keys[i], keys[i + 1])) for i in range(len(pieces.queries))
-    ]  # fmt: skip
+def slices(pieces: Pieces) -> list[tuple[int, slice, slice]]:
+    """(how many pieces, their queries, their keys): neighbours of equal lengths are one batch."""
+    found, query, key = [], 0, 0
+    for lengths, equal in groupby(zip(pieces.queries, pieces.keys, strict=True)):
+        count = len(list(equal))
+        ends = query + count * lengths[0], key + count * lengths[1]
+        found.append((count, slice(query, ends[0]), slice(key, ends[1])))
+        query, key = ends
+    return found
 
 
-def heads_first(tensor: torch.Tensor) -> torch.Tensor:
-    """(tokens, heads, size) to (1, heads, tokens, size)."""
-    return tensor.transpose(0, 1)[None]
+def heads_first(tensor: torch.Tensor, count: int = 1) -> torch.Tensor:
+    """(count × tokens, heads, size) to (count, heads, tokens, size)."""
+    return tensor.unflatten(0, (count, -1)).transpose(1, 2)
 
 
 def attend_by_gathering(query, key, value, layout: PackedLayout, scale: float | None) -> torch.Tensor:
