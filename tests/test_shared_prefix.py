@@ -261,13 +261,17 @@ def varlen_scores(query, key, value, causal, scale):
 
 @pytest.mark.parametrize("way", ["cpu kernel", "emulated variable-length kernel", "gathered keys"])
 @pytest.mark.parametrize("prefixes, segments", [([7, 5], [[3, 1, 4], [2]]), ([1], [[6]]), ([40], [[9] * 8])])
-def test_attention_is_that_of_the_written_out_mask(way, prefixes, segments, monkeypatch):
+@pytest.mark.parametrize("segments_only", [False, True])
+def test_attention_is_that_of_the_written_out_mask(way, prefixes, segments, segments_only, monkeypatch):
     layout = PackedLayout(prefixes, segments, "cpu")
     tensors = random_pieces(layout, dtype=torch.float32)
     if way == "emulated variable-length kernel":
         monkeypatch.setattr(prefix_attention, "kernel_for", lambda query: (varlen_forward, varlen_backward))
-    found = attend_by_gathering(*tensors, layout, None) if way == "gathered keys" else attend(*tensors, layout)
-    expected = masked_attention(*tensors, layout)
+    if way == "gathered keys":
+        monkeypatch.setattr(prefix_attention, "kernel_for", lambda query: None)
+    start = layout.prefix_tokens if segments_only else 0
+    found = attend(*tensors, layout, segments_only=segments_only)[start:]
+    expected = masked_attention(*tensors, layout)[start:]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     gradients = torch.autograd.grad((found * weights).sum(), tensors)
@@ -285,7 +289,8 @@ def test_the_gpu_kernels_are_called_as_torch_declares_them():
             torch.empty(22, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2)
         )  # fmt: skip
         for pieces, causal, part in (
-            (prefix_attention.own_pieces(layout), True, (query, key, value)),
+            (prefix_attention.own_pieces(layout, False), True, (query, key, value)),
+            (prefix_attention.own_pieces(layout, True), True, (query[12:], key[12:], value[12:])),
             (prefix_attention.on_prefixes(layout), False, (query[12:], key[:12], value[:12])),
         ):
             out, lse = prefix_attention.cuda_forward(*part, pieces, causal, 0.125)

@@ -7,6 +7,8 @@ itself, and the segments' queries on the prefixes, merged by their log-sum-exp. 
 The backward pass of each call gets the merged output and log-sum-exp: flash attention's gradient formula rebuilds a
 probability as exp(score - log-sum-exp), so each call then yields exactly its own keys' part of the gradient. (The same
 identity carries ring attention.)
+
+Of a prefix in the last layer only keys and values are needed: its own attention and its MLP are left out there.
 """
 
 from dataclasses import dataclass
@@ -27,7 +29,8 @@ class PackedLayout:
     Attributes:
         prefixes: length of each group's prefix. segments: lengths of each group's segments.
         pieces: int32 (prefixes + segments + 1), ends of all pieces; prefix_ends, group_ends: int32 (groups + 1), ends
-            of the prefixes, and of the groups' segments counted from the first segment. All on the model's device.
+            of the prefixes, and of the groups' segments counted from the first segment; segment_ends: int32
+            (segments + 1), of the segments counted from there. All on the model's device.
         layers: the layers that have followed this layout.
     """
 
@@ -36,7 +39,8 @@ class PackedLayout:
             return torch.tensor(cumulative(lengths), dtype=torch.int32, device=device)
 
         self.prefixes, self.segments = prefixes, segments
-        self.pieces = ends([*prefixes, *(length for group in segments for length in group)])
+        flat = [length for group in segments for length in group]
+        self.pieces, self.segment_ends = ends([*prefixes, *flat]), ends(flat)
         self.prefix_ends, self.group_ends = ends(prefixes), ends([sum(group) for group in segments])
         self.layers: set[int] = set()
 
@@ -58,8 +62,8 @@ def use_shared_prefix(model) -> None:
     """Let a Qwen-VL model take `shared_prefix=PackedLayout` in its forward; without it nothing changes.
 
     The attention function that the model uses is registered anew under its own name, so that whatever goes by that name
-    (masks, kernels) stays as it is, and the backbone returns the segments' hidden states only. Both are left in place:
-    gradient checkpointing calls the attention again in the backward pass.
+    (masks, kernels) stays as it is, and the backbone returns the segments' hidden states only. Both are left in place,
+    as are the last layer's hooks: gradient checkpointing calls the attention again in the backward pass.
 
     Args:
         model: the unwrapped model, without PEFT's wrapper. Its attention is not "eager", which cannot be registered.
@@ -70,6 +74,7 @@ def use_shared_prefix(model) -> None:
         AttentionInterface.register(name, partial(attention_forward, inner=inner))
     if keep_segments not in model.model._forward_hooks.values():
         model.model.register_forward_hook(keep_segments, with_kwargs=True)
+        leave_out_prefix(model.model.language_model.layers[-1])
 
 
 def attention_forward(module, query, key, value, attention_mask, *, inner, shared_prefix=None, scaling=None, **kwargs):
@@ -81,7 +86,29 @@ def attention_forward(module, query, key, value, attention_mask, *, inner, share
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     shared_prefix.layers.add(module.layer_idx)
     tensors = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return attend(*tensors, shared_prefix, scaling)[None], None
+    last = module.layer_idx == module.config.num_hidden_layers - 1
+    return attend(*tensors, shared_prefix, scaling, segments_only=last)[None], None
+
+
+def leave_out_prefix(layer) -> None:
+    """Let a layer's MLP run on the segments only. What it would add to a prefix is 0 instead."""
+    if not hasattr(layer.mlp, "down_proj"):
+        return  # experts, which may give more than a tensor
+    skipped = [0]
+
+    def note(module, args, kwargs):
+        layout = kwargs.get("shared_prefix")
+        skipped[0] = 0 if layout is None else layout.prefix_tokens
+
+    def cut(module, args):
+        return (args[0][:, skipped[0] :],) if skipped[0] else None
+
+    def fill(module, args, output):
+        return F.pad(output, (0, 0, skipped[0], 0)) if skipped[0] else None
+
+    layer.register_forward_pre_hook(note, with_kwargs=True)
+    layer.mlp.register_forward_pre_hook(cut)
+    layer.mlp.register_forward_hook(fill)
 
 
 def keep_segments(module, args, kwargs, output):
@@ -92,11 +119,14 @@ def keep_segments(module, args, kwargs, output):
     return output
 
 
-def attend(query, key, value, layout: PackedLayout, scale: float | None = None) -> torch.Tensor:
+def attend(
+    query, key, value, layout: PackedLayout, scale: float | None = None, *, segments_only: bool = False
+) -> torch.Tensor:
     """Attention of a packed sequence, with gradient.
 
     Args:
         query: (tokens, heads, head size). key, value: (tokens, key-value heads, head size), heads a multiple of theirs.
+        segments_only: the output of prefixes is of no use; it may be 0.
 
     Returns:
         (tokens, heads, head size).
@@ -104,7 +134,7 @@ def attend(query, key, value, layout: PackedLayout, scale: float | None = None) 
     kernel = kernel_for(query)
     if kernel is None:
         return attend_by_gathering(query, key, value, layout, scale)
-    return MergedAttention.apply(query, key, value, layout, scale, *kernel)
+    return MergedAttention.apply(query, key, value, layout, scale, segments_only, *kernel)
 
 
 def kernel_for(query: torch.Tensor):
@@ -136,13 +166,17 @@ def kernel_difference(*, heads: int, key_value_heads: int, size: int, dtype: tor
 
     weight = random(heads)
     inputs = [random(heads), random(key_value_heads), random(key_value_heads)]
-    found = []
-    for attention in (attend, attend_by_gathering):
-        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-        with torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
-            output = attention(*leaves, layout, None)
-            found.append([output, *torch.autograd.grad((output * weight).float().sum(), leaves)])
-    apart = [((ours - other).float().norm() / other.float().norm()).item() for ours, other in zip(*found, strict=True)]
+    apart = []
+    for segments_only, start in ((False, 0), (True, layout.prefix_tokens)):
+        found = []
+        for attention in (partial(attend, segments_only=segments_only), attend_by_gathering):
+            leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+            with torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
+                output = attention(*leaves, layout, None)[start:]
+                found.append([output, *torch.autograd.grad((output * weight[start:]).float().sum(), leaves)])
+        apart += [
+            ((ours - other).float().norm() / other.float().norm()).item() for ours, other in zip(*found, strict=True)
+        ]
     return max(apart, key=lambda value: (value != value, value)) / KERNEL_BOUND.get(dtype, 0.05)
 
 
@@ -150,36 +184,45 @@ class MergedAttention(torch.autograd.Function):
     """The two attention calls of a packed sequence, merged. See the top of this file."""
 
     @staticmethod
-    def forward(ctx, query, key, value, layout, scale, kernel_forward, kernel_backward):
+    def forward(ctx, query, key, value, layout, scale, segments_only, kernel_forward, kernel_backward):
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         start = layout.prefix_tokens
-        out, lse = kernel_forward(query, key, value, own_pieces(layout), True, scale)
+        left_out = start if segments_only else 0  # tokens without an output
+        own = (query[left_out:], key[left_out:], value[left_out:])
+        out, lse = kernel_forward(*own, own_pieces(layout, segments_only), True, scale)
         crossed = (query[start:], key[:start], value[:start])
         out_prefix, lse_prefix = kernel_forward(*crossed, on_prefixes(layout), False, scale)
-        lse_own = lse[:, start:]
+        first = start - left_out  # segment token of out and lse
+        lse_own = lse[:, first:]
         merged = torch.logaddexp(lse_own, lse_prefix)
         share, share_prefix = (part.sub(merged).exp().T[..., None] for part in (lse_own, lse_prefix))
-        out[start:] = out[start:] * share + out_prefix * share_prefix
-        lse[:, start:] = merged
+        out[first:] = out[first:] * share + out_prefix * share_prefix
+        lse[:, first:] = merged
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.rest = layout, scale, kernel_backward
-        return out
+        ctx.rest = layout, scale, segments_only, kernel_backward
+        return zeros_before(out, left_out)
 
     @staticmethod
     def backward(ctx, grad):
         query, key, value, out, lse = ctx.saved_tensors
-        layout, scale, kernel_backward = ctx.rest
+        layout, scale, segments_only, kernel_backward = ctx.rest
         start = layout.prefix_tokens
+        left_out = start if segments_only else 0
+        first = start - left_out
         grad = grad.contiguous()
-        d_query, d_key, d_value = kernel_backward(
-            grad, query, key, value, out, lse, own_pieces(layout), True, scale
-        )
-        crossed = (grad[start:], query[start:], key[:start], value[:start], out[start:], lse[:, start:].contiguous())
+        own = (grad[left_out:], query[left_out:], key[left_out:], value[left_out:], out, lse)
+        grads = kernel_backward(*own, own_pieces(layout, segments_only), True, scale)
+        crossed = (grad[start:], query[start:], key[:start], value[:start], out[first:], lse[:, first:].contiguous())
         d_segments, d_prefix_key, d_prefix_value = kernel_backward(*crossed, on_prefixes(layout), False, scale)
+        d_query, d_key, d_value = (zeros_before(tensor, left_out) for tensor in grads)
         d_query[start:] += d_segments
         d_key[:start] += d_prefix_key
         d_value[:start] += d_prefix_value
-        return d_query, d_key, d_value, None, None, None, None
+        return d_query, d_key, d_value, None, None, None, None, None
+
+
+def zeros_before(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    return F.pad(tensor, (0, 0, 0, 0, count, 0)) if count else tensor
 
 
 @dataclass(frozen=True)
@@ -192,8 +235,11 @@ class Pieces:
     key_ends: torch.Tensor
 
 
-def own_pieces(layout: PackedLayout) -> Pieces:
-    lengths = [*layout.prefixes, *(length for group in layout.segments for length in group)]
+def own_pieces(layout: PackedLayout, segments_only: bool) -> Pieces:
+    lengths = [length for group in layout.segments for length in group]
+    if segments_only:
+        return Pieces(lengths, lengths, layout.segment_ends, layout.segment_ends)
+    lengths = [*layout.prefixes, *lengths]
     return Pieces(lengths, lengths, layout.pieces, layout.pieces)
 
 
