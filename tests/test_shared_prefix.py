@@ -12,7 +12,7 @@ from trl.trainer.utils import add_fused_lm_head
 from veripo_trl import features, prefix_attention, shared_prefix
 from veripo_trl.encoding import vision_inputs
 from veripo_trl.generation import sample_completions
-from veripo_trl.prefix_attention import PackedLayout, attend, attend_by_gathering
+from veripo_trl.prefix_attention import PackedLayout, attend
 from veripo_trl.shared_prefix import prefix_can_be_shared, score_completions
 
 KINDS = ["qwen2_5_vl", "qwen3_vl"]
