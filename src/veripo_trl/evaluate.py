@@ -167,6 +167,12 @@ class Waiting:
         self.batches += 1
 
 
+def use_one_thread(worker: int) -> None:
+    """A forked worker's second thread would wait for ever. The loader says so to torch, but in a process whose engine is
+    vLLM's CPU build `torch.set_num_threads` has been replaced by a function that does nothing."""
+    torch._C.set_num_threads(1)
+
+
 def encoded_batches(
     encoder: PromptEncoder,
     rows,
@@ -208,6 +214,7 @@ def encoded_batches(
         num_workers=num_workers,
         in_order=not num_workers,
         generator=torch.Generator(),  # without one, starting the workers draws from the global generator
+        worker_init_fn=use_one_thread,
         **ahead,
     )
     arrived: dict[int, dict] = defaultdict(dict)
