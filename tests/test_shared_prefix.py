@@ -1,6 +1,7 @@
 """A group's prompt computed once gives what whole rows give: log-probabilities, entropies, gradients, loss curves."""
 
 import logging
+import pickle
 import weakref
 
 import pytest
@@ -299,7 +300,44 @@ def test_the_gpu_kernels_are_called_as_torch_declares_them():
             assert [grad.shape for grad in grads] == [tensor.shape for tensor in part]
 
 
+def test_the_last_layer_leaves_out_the_prefix(fused, batches, monkeypatch):
+    """Its MLP and its own attention run on the segments only, and on whole rows again without a layout."""
+    model, _ = fused("qwen2_5_vl", full)
+    prompts, ids, mask = batches("qwen2_5_vl")
+    packed = shared_prefix.Packed(prompts, ids, mask)
+    whole, segments = packed.input_ids.size(1), packed.places.numel()
+    widths, queries = [], []
+    for layer in model.model.language_model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda module, args: widths.append(args[0].size(1)))
+
+    def counted_forward(query, *args, forward=prefix_attention.cpu_forward):
+        queries.append(len(query))
+        return forward(query, *args)
+
+    monkeypatch.setattr(prefix_attention, "cpu_forward", counted_forward)
+    with torch.no_grad():
+        score_completions(model, model, prompts, ids, mask, pad_token_id=0)
+    layers = len(model.model.language_model.layers)
+    assert widths == [whole] * (layers - 1) + [segments]
+    assert queries == [whole, segments] * (layers - 1) + [segments, segments]
+    widths.clear()
+    with torch.no_grad():
+        score_completions(model, model, prompts, ids, mask, pad_token_id=0, shared=False)
+    assert widths == [max(map(len, prompts)) + ids.size(1)] * layers
+
+
 # Features
+
+
+def test_features_do_not_travel(fused, batches):
+    """They belong to the towers of one process."""
+    model, _ = fused("qwen2_5_vl", full)
+    prompt = batches("qwen2_5_vl")[0][4]
+    vision_inputs(model, [prompt], "cpu")
+    assert prompt.features
+    copied = pickle.loads(pickle.dumps(prompt))
+    assert copied.features is None and prompt.features
+    assert torch.equal(torch.from_numpy(copied.input_ids), torch.from_numpy(prompt.input_ids))
 
 
 def count_tower_calls(model):

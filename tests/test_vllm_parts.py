@@ -98,6 +98,24 @@ def test_the_engine_is_of_the_policys_revision(model_paths, tmp_path, monkeypatc
     assert first not in (tmp_path / "saved" / "config.json").read_text()
 
 
+def one_thread_or_raise(prompt) -> None:
+    assert torch.get_num_threads() == 1
+
+
+def test_workers_keep_to_one_thread_beside_the_cpu_engine(load, mixed_rows, monkeypatch):
+    """vLLM's CPU engine replaces `torch.set_num_threads`, by which the loader keeps a forked worker to one thread."""
+    from veripo_trl.evaluate import encoded_batches
+
+    encoder = load()[1]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", lambda count: None)
+        found = list(encoded_batches(encoder, mixed_rows, [[0], [1]], num_workers=1, prepare=one_thread_or_raise))
+    torch.set_num_threads(before)
+    assert sorted(places for places, _ in found) == [[0], [1]]
+
+
 def test_media_are_named_in_the_loaders_workers(load, mixed_rows):
     """What the engine is given then is what it would compute itself."""
     import functools
