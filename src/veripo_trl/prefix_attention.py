@@ -1,12 +1,23 @@
 """Attention over a packed sequence in which several segments share one prefix.
 
 A packed sequence holds one row: the prefixes of all groups, then the segments of all groups in the same order. A prefix
-sees itself, a segment sees its group's prefix and itself, both causally. That takes two attention calls: every piece on
-itself, and the segments' queries on the prefixes, merged by their log-sum-exp. No key is copied and no token padded.
+sees itself, a segment sees its group's prefix and itself, both causally. For two groups with prefixes P1, P2 and
+segments a, b of the first and c of the second (rows are queries, columns keys):
 
-The backward pass of each call gets the merged output and log-sum-exp: flash attention's gradient formula rebuilds a
-probability as exp(score - log-sum-exp), so each call then yields exactly its own keys' part of the gradient. (The same
-identity carries ring attention.)
+            P1  P2  a   b   c
+        P1  1   .   .   .   .        1: every piece on itself, causal
+        P2  .   1   .   .   .        2: a group's segments, as one run of queries, on its prefix, in full
+        a   2   .   1   .   .        .: not computed
+        b   2   .   .   1   .
+        c   .   2   .   .   1
+
+The two results of a segment's query are merged by their log-sum-exp. No key is copied and no token padded.
+
+Backward. With scores s, values v and L = log-sum-exp over all keys of a query, softmax attention is out = Σ exp(s - L) v.
+Its gradients are sums over keys too, and a key's term needs only its own s and v beside `out`, `L` and the gradient of
+`out`: d_s = p · (grad · v - grad · out) with p = exp(s - L). Flash attention's backward computes just that, from the
+`out` and `L` it is given. So each of the two calls, given the *merged* `out` and `L`, yields exactly its own keys' part
+of d_query, d_key and d_value, and the parts add up. (The same identity carries ring attention.)
 
 Of a prefix in the last layer only keys and values are needed: its own attention and its MLP are left out there.
 """
@@ -185,19 +196,24 @@ class MergedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, layout, scale, segments_only, kernel_forward, kernel_backward):
-        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        start = layout.prefix_tokens
-        left_out = start if segments_only else 0  # tokens without an output
+        # T tokens, of which S in prefixes; H heads of size D, K key-value heads.
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()  # (T, H or K, D)
+        start = layout.prefix_tokens  # S
+        left_out = start if segments_only else 0  # leading tokens without an output
+        # Call 1, every piece on itself: out (T - left_out, H, D), lse (H, T - left_out).
         own = (query[left_out:], key[left_out:], value[left_out:])
         out, lse = kernel_forward(*own, own_pieces(layout, segments_only), True, scale)
+        # Call 2, segments on their prefixes: (T - S, H, D) and (H, T - S).
         crossed = (query[start:], key[:start], value[:start])
         out_prefix, lse_prefix = kernel_forward(*crossed, on_prefixes(layout), False, scale)
-        first = start - left_out  # segment token of out and lse
+        first = start - left_out  # where the segments begin in `out` and `lse`
+        # Each result is a mean of values weighted by softmax over its own keys. Over all keys, a key's weight is
+        # exp(lse_own - merged) of that, and so is the whole result's share: (H, T - S) to (T - S, H, 1).
         lse_own = lse[:, first:]
         merged = torch.logaddexp(lse_own, lse_prefix)
         share, share_prefix = (part.sub(merged).exp().T[..., None] for part in (lse_own, lse_prefix))
         out[first:] = out[first:] * share + out_prefix * share_prefix
-        lse[:, first:] = merged
+        lse[:, first:] = merged  # the backward of both calls starts from the merged out and lse
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.rest = layout, scale, segments_only, kernel_backward
         return zeros_before(out, left_out)
@@ -209,9 +225,11 @@ class MergedAttention(torch.autograd.Function):
         start = layout.prefix_tokens
         left_out = start if segments_only else 0
         first = start - left_out
-        grad = grad.contiguous()
+        grad = grad.contiguous()  # (T, H, D)
+        # Call 1's keys: gradients of (T - left_out) queries, keys and values.
         own = (grad[left_out:], query[left_out:], key[left_out:], value[left_out:], out, lse)
         grads = kernel_backward(*own, own_pieces(layout, segments_only), True, scale)
+        # Call 2's keys: gradients of the T - S segment queries and the S prefix keys and values, summed over segments.
         crossed = (grad[start:], query[start:], key[:start], value[:start], out[first:], lse[:, first:].contiguous())
         d_segments, d_prefix_key, d_prefix_value = kernel_backward(*crossed, on_prefixes(layout), False, scale)
         d_query, d_key, d_value = (zeros_before(tensor, left_out) for tensor in grads)
