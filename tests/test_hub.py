@@ -107,14 +107,6 @@ def test_files_of_an_earlier_run_leave_the_newest_revision(hub, tmp_path):
     assert sorted(held) == [".gitattributes", "README.md", f"rollouts/{shorter.files()[0].name}"]
 
 
-def test_many_files_go_in_several_commits_with_the_card_first(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub_module, "FILES_PER_COMMIT", 2)
-    push_rollouts(make_rollouts(tmp_path, files=5))
-    commits = list(hub.repos["datasets/tester/rollouts"].commits.values())[1:]
-    assert [len(commit["files"]) - 1 for commit in commits] == [2, 4, 6]
-    assert ["README.md" in commit["files"] for commit in commits] == [True, True, True]
-
-
 def test_only_what_is_meant_is_sent(hub, tmp_path):
     store = make_rollouts(tmp_path)
     for name in ("_arguments.json", "training_args.bin", "notes.txt", ".hidden.parquet", "_x.parquet", "x.parquet.tmp-1"):
@@ -338,21 +330,3 @@ def test_rollout_counts(tmp_path):
         "rollouts": 8, "questions": 4, "steps": 2, "cut off at the limit": 1, "rollouts on multiple choice": 8
     }  # fmt: skip
     assert policy == "outputs/sft"
-
-
-def test_the_command(hub, tmp_path, capsys):
-    store = make_rollouts(tmp_path)
-    words = ["push", str(store.folder), "tester/r", "--type", "dataset", "--path_in_repo", "rollouts"]
-    with pytest.raises(SystemExit, match="README.md: no such file"):
-        hub_module.main(words)
-    (tmp_path / "card.md").write_text(card_of(store, "tester/r"))
-    hub_module.main([*words, "--card", str(tmp_path / "card.md")])
-    hub_module.main(words)  # the card lies in the folder now
-    assert hub.commits("datasets/tester/r") == 1
-    hub_module.main(["fetch", "tester/r"])
-    shown = capsys.readouterr().out.split("\n")
-    assert shown[0] == shown[1] and "holds all 3 files at revision" in shown[0]
-    assert Path(shown[2]).is_dir() and shown[3] == hub.repos["datasets/tester/r"].branches["main"]
-    with pytest.raises(SystemExit):
-        hub_module.main(["push", "--help"])
-    assert "parquet files of a dataset; weights, configuration" in " ".join(capsys.readouterr().out.split())

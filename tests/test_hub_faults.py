@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -32,13 +31,6 @@ def assert_whole(hub, store, pushed) -> None:
     for file in store.files():
         assert held[f"rollouts/{file.name}"] == file.read_bytes()
     assert pushed.revision == hub.repos[REPO].branches["main"]
-
-
-def finish(error: HubError) -> None:
-    """Run the command that an error names."""
-    words = shlex.split(str(error).split("Finish it: ")[1])
-    assert words[:4] == ["python", "-m", "veripo_trl.hub", "push"]
-    hub_module.main(words[3:])
 
 
 @pytest.mark.parametrize(
@@ -74,13 +66,13 @@ def test_a_fault_that_the_client_retries(hub, tmp_path, operation, fault):
 
 
 @pytest.mark.parametrize("fault", [{"status": 500}, {"status": 409}, {"drop": "before"}], ids=str)
-def test_a_fault_that_stays_ends_in_one_error_and_its_command_finishes(hub, tmp_path, fault):
+def test_a_fault_that_stays_ends_in_one_error_and_the_same_push_finishes(hub, tmp_path, fault):
     store = make_rollouts(tmp_path)
     hub.fail("commit", times=4, **fault)
-    with pytest.raises(HubError, match="tester/rollouts .*push not finished") as caught:
+    with pytest.raises(HubError, match="tester/rollouts .*push not finished.*same command again"):
         push_rollouts(store)
     assert hub.commits(REPO) == 0 and len(hub.requests("put")) == 2
-    finish(caught.value)
+    assert_whole(hub, store, push_rollouts(store))
     assert hub.commits(REPO) == 1
     assert len(hub.requests("put")) == 2  # what had arrived was not sent again
     assert_whole(hub, store, push_rollouts(store))
@@ -116,42 +108,26 @@ def test_a_commit_of_somebody_else_in_between_is_kept(hub, tmp_path):
     assert hub.commits(REPO) == 3
 
 
-def test_a_push_that_broke_between_two_commits_sends_the_rest(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub_module, "FILES_PER_COMMIT", 2)
-    store = make_rollouts(tmp_path, files=5)
-    passed = iter([True])
-
-    def fail_second(operation):
-        return None if operation != "commit" or next(passed, False) else forever
-
-    hub.fail("commit", status=500, times=100)
-    forever, original, hub.next_fault = hub.faults[0], hub.next_fault, fail_second
-    with pytest.raises(HubError) as caught:
-        push_rollouts(store)
-    assert hub.commits(REPO) == 1 and len(hub.requests("put")) == 3
-    hub.faults.clear()
-    hub.next_fault = original
-    finish(caught.value)
-    assert hub.commits(REPO) == 3 and len(hub.requests("put")) == 5  # files that had arrived were not sent again
-    assert len(list((fetch_dataset("tester/rollouts")[0] / "rollouts").glob("*.parquet"))) == 5
-
-
 def test_killed_during_an_upload_the_next_push_goes_on(hub, tmp_path):
     """SIGKILL while the second file's PUT hangs: the first is not sent again."""
     store = make_rollouts(tmp_path)
-    (store.folder / "README.md").write_text("# x\n")
-    words = ["push", str(store.folder), "tester/rollouts", "--type", "dataset", "--path_in_repo", "rollouts"]
+    code = (
+        "from veripo_trl.hub import push_folder; push_folder("
+        f"{str(store.folder)!r}, 'tester/rollouts', repo_type='dataset', card='# x', path_in_repo='rollouts')"
+    )
     hub.fail("put", delay_s=0)
     hub.fail("put", delay_s=30, drop="before")
     env = {**os.environ, **hub.environment(tmp_path / "other")}
-    process = subprocess.Popen([sys.executable, "-m", "veripo_trl.hub", *words], env=env)
+    process = subprocess.Popen([sys.executable, "-c", code], env=env)
     deadline = time.time() + 60
     while time.time() < deadline and not (hub.blobs and len(hub.requests("put")) == 2):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert len(hub.blobs) == 1 and hub.commits(REPO) == 0
-    hub_module.main(words)
+    assert [path.name for path in store.folder.iterdir() if path.name.startswith("_push.")]  # what the kill left
+    push_rollouts(store)
+    assert not list(store.folder.glob("_push.*"))
     assert hub.commits(REPO) == 1 and len(hub.requests("put")) == 3
     assert all(hub.files(REPO)[f"rollouts/{file.name}"] == file.read_bytes() for file in store.files())
 
@@ -180,7 +156,7 @@ def test_a_refusal_is_said_once_at_once_without_the_token(name, hub, tmp_path, m
     hub.faults.clear()
     assert len(hub.requests("commit")) <= 1  # not tried again
     assert str(caught.value).count("\n") == 0
-    finish(caught.value)  # with the right token, or the quota raised
+    push_rollouts(store)  # with the right token, or the quota raised
     assert hub.commits(REPO) == 1
     said = str(caught.value) + caplog.text + "".join(capsys.readouterr())
     for secret in (SECRET, "hf_read_only", "hf_wrong", "hf_foreign"):
@@ -191,7 +167,7 @@ def test_a_refusal_is_said_once_at_once_without_the_token(name, hub, tmp_path, m
 def test_nobody_there(hub, tmp_path, monkeypatch):
     store = make_rollouts(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(HubError, match="tester/rollouts.*Finish it"):
+    with pytest.raises(HubError, match="tester/rollouts.*same command again"):
         push_rollouts(store)
 
 

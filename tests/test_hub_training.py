@@ -92,7 +92,7 @@ def test_cold_start_then_search_each_pushed_once(place):
     settings = {**GRPO, "model_name_or_path": "tester/sft", "use_peft": True, "lora_r": 4}
     hub.fail("commit", status=503, times=4)
     said = run(place, "grpo_video.py", settings, fails=True)
-    assert "tester/grpo (model): push not finished" in said and "Finish it: python -m veripo_trl.hub push" in said
+    assert "tester/grpo (model): push not finished" in said and "Start the same command again" in said
     assert "Traceback" not in said and not (folder / "outputs" / "grpo" / "results.json").exists()
     assert hub.commits("models/tester/grpo") == 0
 

@@ -1,32 +1,21 @@
-"""The Hub: folders pushed and looked at after they arrived, datasets fetched at a revision, and a small command.
+"""The Hub: folders pushed and compared with what arrived, datasets fetched at a revision."""
 
-    python -m veripo_trl.hub push outputs/my_grpo/rollouts my-name/my-rollouts --type dataset --path_in_repo rollouts
-    python -m veripo_trl.hub fetch my-name/my-pairs --revision main
-"""
-
-import argparse
 import fnmatch
 import functools
-import hashlib
+import glob
 import logging
 import os
 import re
-import shlex
-import sys
+import shutil
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import pyarrow.parquet as pq
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    constants,
-    get_token,
-    hf_hub_download,
-    snapshot_download,
-)
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
@@ -42,10 +31,10 @@ from .hub_cards import TAG, dataset_card, model_card, read_card, shown_name, tag
 __all__ = ["HubError", "Pushed", "dataset_card", "fetch_dataset", "fetch_file", "input_revision", "model_card",
            "push_folder", "resolve_revision"]  # fmt: skip
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 RETRY_WAITS_S = (1, 2, 4, 8, 16)
 RETRIED_STATUS = {408, 409, 412, 429, 500, 502, 503, 504}
-FILES_PER_COMMIT = 500  # the Hub gives up on commits of many thousand files
 PATTERNS = {
     "dataset": ["*.parquet"],
     "model": [
@@ -62,6 +51,7 @@ _ABSOLUTE = re.compile(r"/|~|\\|[A-Za-z]:[\\/]|file:", re.IGNORECASE)
 # What the client raises: answers that are errors and connections that break, uploads given up (RuntimeError), answers
 # that it cannot read and ids it refuses (ValueError), offline mode (OSError).
 _CLIENT_ERRORS = (HTTPError, RuntimeError, ValueError, OSError)
+_AGAIN = "Start the same command again: it sends what is missing, and nothing twice."
 
 
 class HubError(RuntimeError):
@@ -70,7 +60,7 @@ class HubError(RuntimeError):
 
 @dataclass(frozen=True)
 class Pushed:
-    """What the Hub says it holds: `files`: paths in the repository, of which size and content were compared."""
+    """What the Hub says it holds: `files`: paths in the repository whose content was compared."""
 
     repo_id: str
     repo_type: str
@@ -94,71 +84,79 @@ def push_folder(
 ) -> Pushed:
     """Make a repository hold a folder's files and a card, and make sure that it does.
 
-    The Hub is asked what it holds, is sent what differs, and is asked again; so a push that broke is finished by the
-    next, and one whose answer was lost is not repeated. Files of the same kind that the repository has in the same
-    folders and the local folder has not are removed from the branch (its history keeps them). So only a repository
-    that is empty, or that such a push made, is pushed to: its card has the tag `hub_cards.TAG`.
+    A push that broke is finished by the same push again: what arrived is not sent twice. Files of the same kind that
+    the repository has in the same folders and the local folder has not are removed from the branch (its history keeps
+    them). So only a repository that is empty, or that such a push made, is pushed to: its card has the tag
+    `hub_cards.TAG`.
 
     Args:
         repo_type: "dataset" or "model". patterns: globs relative to `folder`, by default `PATTERNS`; never what
             matches `NEVER`.
-        card: text of the README.md, kept in `folder` too, where the command `push` finds it. It gets the tag.
+        card: text of the README.md, kept in `folder` too. It gets the tag.
         private: of a repository that is created; one that is public already is refused. Without it, one that exists
             keeps what it is.
         path_in_repo: folder in the repository for the files, the card excepted.
 
     Raises:
         HubError: nothing to push, a path of this machine in a dataset, a repository that holds something else or is
-            public; or the Hub refuses, cannot be reached, or does not hold every file in the end: then it names the
-            command that finishes the push.
+            public; or the Hub refuses, cannot be reached, or does not hold every file in the end.
     """
-    folder = Path(folder)
-    patterns = patterns or PATTERNS[repo_type]
-    target = PurePosixPath(path_in_repo)
-    local = {str(target / path): folder / path for path in find_files(folder, patterns)}
-    if not local:
+    folder, patterns = Path(folder), patterns or PATTERNS[repo_type]
+    files = find_files(folder, patterns)
+    if not files:
         raise HubError(f"{folder}: no file matches {', '.join(patterns)}; nothing was pushed to {repo_id}.")
     if repo_type == "dataset":
-        for file in local.values():
-            if file.suffix == ".parquet":
-                refuse_absolute_paths(file)
+        for name in files:
+            if name.endswith(".parquet"):
+                refuse_absolute_paths(folder / name)
     write_card(folder, tagged(card))
-    local["README.md"] = folder / "README.md"
-    command = push_command(folder, repo_id, repo_type, private, patterns, path_in_repo, branch)
-    api = HfApi(token=token)
-    digest = functools.cache(_digest)
-    waits = list(RETRY_WAITS_S)
-    commits_left = len(local) // FILES_PER_COMMIT + len(RETRY_WAITS_S) + 1
-    ours = False
-    while True:
-        try:
-            repo_id = _full_id(api, repo_id)
-            info, held = _repo(api, repo_id, repo_type, private, branch, ours=ours)
-            ours = True
-            differing = sorted(path for path, file in local.items() if not _same(file, held.get(path), digest))
-            stale = _stale(held, local, patterns)
-            if not differing and not stale:
+    api, what = HfApi(token=token), f"{repo_id} ({repo_type}): push not finished"
+    repo_id = prepare_repo(repo_id, repo_type=repo_type, private=private, branch=branch, token=token)
+    repository = {"repo_id": repo_id, "repo_type": repo_type, "revision": branch}
+    for broken_off in folder.glob("_push.*"):
+        shutil.rmtree(broken_off)
+    # A folder with the repository's layout, of links where the disk has them.
+    with tempfile.TemporaryDirectory(dir=folder, prefix="_push.") as staged:
+        staged = Path(staged)
+        link(folder / "README.md", staged / "README.md")
+        for name in files:
+            link(folder / name, staged / path_in_repo / name)
+        local = {path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()}
+
+        def upload():
+            head = api.repo_info(**repository).sha
+            held = api.list_repo_files(**repository | {"revision": head})
+            stale = [glob.escape(path) for path in _stale(held, local, patterns)]
+            # With its parent named, a commit of somebody else in between is no part of ours.
+            api.upload_folder(folder_path=staged, commit_message=message, parent_commit=head,
+                              delete_patterns=stale or None, **repository)  # fmt: skip
+
+        for _ in range(2):  # the second time for what the Hub did not keep
+            _asking(upload, what, token=token)
+            head = _asking(lambda: api.repo_info(**repository).sha, what, token=token)
+            found = _asking(
+                lambda head=head: api.verify_repo_checksums(local_dir=staged, **repository | {"revision": head}),
+                what, token=token,
+            )  # fmt: skip
+            differing = sorted([*found.extra_paths, *(item["path"] for item in found.mismatches)])
+            if not differing:
                 break
-            if not commits_left:
-                raise HubError(
-                    f"{repo_id}: the Hub took every commit, but at its revision {info.sha} it does not hold "
-                    f"{', '.join((differing + stale)[:5])} ({len(differing + stale)} files) as they are in {folder}."
-                )
-            commits_left -= 1
-            # The card first: should the push break, it marks the repository as one that the next push may go on with.
-            differing.sort(key=lambda path: path != "README.md")
-            changes = [CommitOperationAdd(path, str(local[path])) for path in differing]
-            changes += [CommitOperationDelete(path) for path in stale]
-            # With its parent named, a commit that the Hub has done after all is not done twice.
-            api.create_commit(repo_id, changes[:FILES_PER_COMMIT], repo_type=repo_type, revision=branch,
-                              commit_message=message, parent_commit=info.sha)  # fmt: skip
-            waits = list(RETRY_WAITS_S)
-        except HubError:
-            raise
-        except _CLIENT_ERRORS as error:
-            _wait_or_raise(error, waits, f"{repo_id} ({repo_type}): push not finished", token, f"Finish it: {command}")
+        else:
+            raise HubError(
+                f"{repo_id}: the Hub took every commit, but at its revision {head} it does not hold "
+                f"{', '.join(differing[:5])} ({len(differing)} files) as they are in {folder}."
+            )
     url = f"{api.endpoint}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
-    return Pushed(repo_id, repo_type, info.sha, url, tuple(sorted(local)))
+    return Pushed(repo_id, repo_type, head, url, tuple(sorted(local)))
+
+
+def link(source: Path, target: Path) -> None:
+    """A hard link, or a copy where the file system has none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def find_files(folder: Path, patterns: list[str]) -> list[str]:
@@ -196,34 +194,38 @@ def write_card(folder: Path, card: str) -> None:
     os.replace(temporary, folder / "README.md")
 
 
-def push_command(folder, repo_id, repo_type, private, patterns, path_in_repo, branch) -> str:
-    """The command line that does the same push again, with the card that lies in the folder."""
-    words = ["python", "-m", "veripo_trl.hub", "push", str(folder), repo_id, "--type", repo_type]
-    if path_in_repo:
-        words += ["--path_in_repo", path_in_repo]
-    if patterns != PATTERNS[repo_type]:
-        words += [word for pattern in patterns for word in ("--pattern", pattern)]
-    words += [] if branch == "main" else ["--branch", branch]
-    words += [] if private else ["--public"]
-    return shlex.join(words)
-
-
 def prepare_repo(repo_id: str, *, repo_type: str, private: bool, branch: str = "main", token: str | None = None) -> str:
     """Make sure that a repository can be pushed to, and create it, before hours are spent on what goes there.
 
     Returns:
-        Its full name, owner included. Raises HubError.
+        Its full name, owner included.
+
+    Raises:
+        HubError: it is public where `private` is asked for, it holds what no push of ours made, or the Hub refuses.
     """
-    api, waits = HfApi(token=token), list(RETRY_WAITS_S)
-    while True:
+    api = HfApi(token=token)
+
+    def prepare() -> str:
+        full = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+        repository = {"repo_id": full, "repo_type": repo_type}
         try:
-            full = _full_id(api, repo_id)
-            _repo(api, full, repo_type, private, branch)
-            return full
-        except HubError:
-            raise
-        except _CLIENT_ERRORS as error:
-            _wait_or_raise(error, waits, f"{repo_id} ({repo_type})", token, "Then start the same command again.")
+            info = api.repo_info(**repository)
+        except RepositoryNotFoundError:
+            api.create_repo(**repository, private=private, exist_ok=True)
+            info = api.repo_info(**repository)
+        if private and not info.private:
+            raise HubError(
+                f"{full} ({repo_type}) is public, and the push is meant to be private: nothing was sent. Make it "
+                f"private in its settings on the Hub, or give another id. To push publicly, set hub_private_repo: false "
+                f"(training) or hub_private: false (verify_rollouts.py)."
+            )
+        _refuse_foreign(api, repository, info.sha)
+        if branch != "main":
+            api.create_branch(**repository, branch=branch, exist_ok=True)
+            _refuse_foreign(api, repository, api.repo_info(**repository, revision=branch).sha)
+        return full
+
+    return _asking(prepare, f"{repo_id} ({repo_type})", "Then start the same command again.", token=token)
 
 
 def fetch_dataset(repo_id: str, *, revision: str | None = None) -> tuple[Path, str]:
@@ -233,9 +235,10 @@ def fetch_dataset(repo_id: str, *, revision: str | None = None) -> tuple[Path, s
         HubError: no such dataset or revision, or the Hub cannot be reached and the cache does not have it.
     """
     sha = resolve_revision(repo_id, repo_type="dataset", revision=revision)
-    wanted = ["*.parquet", "README.md"]
-    download = functools.partial(snapshot_download, repo_id, repo_type="dataset", revision=sha, allow_patterns=wanted)
-    return _downloaded(download, f"{repo_id} (dataset) at {sha}"), sha
+    download = functools.partial(
+        snapshot_download, repo_id, repo_type="dataset", revision=sha, allow_patterns=["*.parquet", "README.md"]
+    )
+    return Path(_asking(download, f"{repo_id} (dataset) at {sha}")), sha
 
 
 def fetch_file(repo_id: str, name: str, *, revision: str | None = None) -> tuple[Path, str]:
@@ -245,20 +248,9 @@ def fetch_file(repo_id: str, name: str, *, revision: str | None = None) -> tuple
     what = f"{repo_id} (dataset) at {sha}"
     download = functools.partial(hf_hub_download, repo_id, name, repo_type="dataset", revision=sha)
     try:
-        return _downloaded(download, what), sha
+        return Path(_asking(download, what)), sha
     except RemoteEntryNotFoundError:
         raise HubError(f"{what} holds no {name}. Name another dataset or revision.") from None
-
-
-def _downloaded(download, what: str) -> Path:
-    waits = list(RETRY_WAITS_S)
-    while True:
-        try:
-            return Path(download())
-        except RemoteEntryNotFoundError:
-            raise
-        except _CLIENT_ERRORS as error:
-            _wait_or_raise(error, waits, what, None, "Then start the same command again.")
 
 
 def resolve_revision(repo_id: str, *, repo_type: str, revision: str | None = None) -> str:
@@ -270,17 +262,19 @@ def resolve_revision(repo_id: str, *, repo_type: str, revision: str | None = Non
     if SHA.fullmatch(revision):
         return revision
     cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=repo_type) / "refs" / revision
-    waits = list(RETRY_WAITS_S)
-    while True:
+
+    def ask() -> str:
         try:
             return HfApi().repo_info(repo_id, repo_type=repo_type, revision=revision).sha
         except _CLIENT_ERRORS as error:
-            if not isinstance(error, HfHubHTTPError) and cache.is_file():
-                sha = cache.read_text().strip()
-                logger.warning("%s: the Hub was not reached; %s is taken to be %s, as cached.", repo_id, revision, sha)
-                return sha
-            hint = "Correct the name or the revision, or log in if it is private."
-            _wait_or_raise(error, waits, f"{repo_id} ({repo_type}) at {revision!r}", None, hint)
+            if isinstance(error, HfHubHTTPError) or not cache.is_file():
+                raise
+            sha = cache.read_text().strip()
+            logger.warning("%s: the Hub was not reached; %s is taken to be %s, as cached.", repo_id, revision, sha)
+            return sha
+
+    remedy = "Correct the name or the revision, or log in if it is private."
+    return _asking(ask, f"{repo_id} ({repo_type}) at {revision!r}", remedy)
 
 
 def input_revision(name_or_path: str, repo_type: str, revision: str | None = None) -> dict | None:
@@ -293,83 +287,27 @@ def input_revision(name_or_path: str, repo_type: str, revision: str | None = Non
     }
 
 
-def _full_id(api: HfApi, repo_id: str) -> str:
-    return repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
-
-
-def _repo(api: HfApi, repo_id: str, repo_type: str, private: bool, branch: str, *, ours: bool = False) -> tuple:
-    """(what the Hub says about the repository at the branch, the files it holds there); both are created where missing.
-
-    Raises HubError for a public one where `private` is asked for, and, unless it is known to be `ours`, for one that
-    holds what no push of ours made: before anything is sent.
-    """
-    try:
-        info = api.repo_info(repo_id, repo_type=repo_type)
-    except RepositoryNotFoundError:
-        api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
-        info = api.repo_info(repo_id, repo_type=repo_type)
-    if private and not info.private:
-        raise HubError(
-            f"{repo_id} ({repo_type}) is public, and the push is meant to be private: nothing was sent. Make it private "
-            f"in its settings on the Hub, or give another id. To push publicly, set hub_private_repo: false (training) "
-            f"or hub_private: false (verify_rollouts.py), or give the command --public."
-        )
-    held = _held(api, repo_id, repo_type, info.sha)
-    if not ours:
-        _refuse_foreign(api, repo_id, repo_type, info.sha, held)
-    if branch == "main":
-        return info, held
-    api.create_branch(repo_id, repo_type=repo_type, branch=branch, exist_ok=True)
-    info = api.repo_info(repo_id, repo_type=repo_type, revision=branch)
-    held = _held(api, repo_id, repo_type, info.sha)
-    if not ours:
-        _refuse_foreign(api, repo_id, repo_type, info.sha, held)
-    return info, held
-
-
-def _refuse_foreign(api: HfApi, repo_id: str, repo_type: str, sha: str, held: dict) -> None:
+def _refuse_foreign(api: HfApi, repository: dict, sha: str) -> None:
     """Raise HubError unless the repository is as empty as the Hub makes them, or its card has our tag: a push replaces
     the card and files of the same names, and removes others."""
     header, text = {}, ""
+    held = set(api.list_repo_files(**repository, revision=sha))
     if "README.md" in held:
-        file = api.hf_hub_download(repo_id, "README.md", repo_type=repo_type, revision=sha)
+        file = api.hf_hub_download(**repository, filename="README.md", revision=sha)
         header, text = read_card(Path(file).read_text(encoding="utf-8", errors="replace"))
-    others = sorted(set(held) - {"README.md", ".gitattributes", ".gitignore"})
+    others = sorted(held - {"README.md", ".gitattributes", ".gitignore"})
     if TAG in tags_of(header) or not (others or text.strip()):
         return
     shown = others or ["README.md"]
     more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
     raise HubError(
-        f"{repo_id} ({repo_type}) was not made by a push of veripo_trl (its README.md has no tag {TAG!r}) and holds "
-        f"{', '.join(shown[:5])}{more}, which a push could replace or remove. Nothing was sent. Give another id: a "
-        f"repository that is empty or does not exist."
+        f"{repository['repo_id']} ({repository['repo_type']}) was not made by a push of veripo_trl (its README.md has no "
+        f"tag {TAG!r}) and holds {', '.join(shown[:5])}{more}, which a push could replace or remove. Nothing was sent. "
+        f"Give another id: a repository that is empty or does not exist."
     )
 
 
-def _held(api: HfApi, repo_id: str, repo_type: str, sha: str) -> dict:
-    """{path: the Hub's record of the file} at a commit."""
-    tree = api.list_repo_tree(repo_id, repo_type=repo_type, revision=sha, recursive=True)
-    return {item.path: item for item in tree if hasattr(item, "size")}
-
-
-def _same(file: Path, held, digest) -> bool:
-    if held is None or held.size != file.stat().st_size:
-        return False
-    return digest(file, "sha256") == held.lfs.sha256 if held.lfs else digest(file, "sha1") == held.blob_id
-
-
-def _digest(file: Path, kind: str) -> str:
-    """SHA-256 of a file's content, or the SHA-1 under which git keeps it."""
-    digest = hashlib.new(kind)
-    if kind == "sha1":
-        digest.update(b"blob %d\0" % file.stat().st_size)
-    with file.open("rb") as content:
-        while block := content.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _stale(held: dict, local: dict[str, Path], patterns: list[str]) -> list[str]:
+def _stale(held: list[str], local: set[str], patterns: list[str]) -> list[str]:
     """Files of an earlier push that this folder has not: they would be read together with the new ones."""
     folders = {PurePosixPath(path).parent for path in local if path != "README.md"}
     kinds = [pattern.rsplit("/", 1)[-1] for pattern in patterns]
@@ -381,17 +319,26 @@ def _stale(held: dict, local: dict[str, Path], patterns: list[str]) -> list[str]
     )
 
 
-def _wait_or_raise(error: Exception, waits: list[float], what: str, token: str | None, remedy: str) -> None:
-    """Wait after a fault that may pass; otherwise raise HubError with what was said, secrets left out."""
-    reason = _reason(error)
-    for secret in filter(None, (token, get_token())):
-        reason = reason.replace(secret, "(token)")
-    if waits and _may_pass(error):
-        wait = waits.pop(0)
-        logger.warning("%s: %s. Trying again in %s s.", what, reason, wait)
-        time.sleep(wait)
-        return
-    raise HubError(f"{what}: {reason}. {remedy}") from None
+def _asking(call: Callable[[], T], what: str, remedy: str = _AGAIN, *, token: str | None = None) -> T:
+    """What `call` returns, tried again after faults that may pass and that the client does not retry by itself.
+
+    Raises:
+        HubError: what was said in the end, secrets left out. RemoteEntryNotFoundError: as it comes.
+    """
+    waits = list(RETRY_WAITS_S)
+    while True:
+        try:
+            return call()
+        except (HubError, RemoteEntryNotFoundError):
+            raise
+        except _CLIENT_ERRORS as error:
+            reason = _reason(error)
+            for secret in filter(None, (token, get_token())):
+                reason = reason.replace(secret, "(token)")
+            if not waits or not _may_pass(error):
+                raise HubError(f"{what}: {reason}. {remedy}") from None
+            logger.warning("%s: %s. Trying again in %s s.", what, reason, waits[0])
+            time.sleep(waits.pop(0))
 
 
 def _may_pass(error: Exception) -> bool:
@@ -418,43 +365,3 @@ def _reason(error: Exception) -> str:
         404: "no such repository or revision, or the token may not see it",
     }.get(status, "the Hub answered with an error")
     return f"{meaning} (HTTP {status}: {said.splitlines()[0]})"
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m veripo_trl.hub", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    push = commands.add_parser("push", help="push a folder, or finish a push that broke, and compare what arrived")
-    push.add_argument("folder", help="holds the files and the card, README.md")
-    push.add_argument("repo_id", help="owner/name on the Hub; created where missing")
-    push.add_argument("--type", choices=sorted(PATTERNS), required=True, help="what kind of repository")
-    push.add_argument("--path_in_repo", default="", help="folder in the repository for the files; the card is at its top")
-    push.add_argument("--pattern", action="append", help="files to push, relative to the folder; may be repeated. "
-                      "Default: parquet files of a dataset; weights, configuration and processor of a model")  # fmt: skip
-    push.add_argument("--card", help="another file than <folder>/README.md; it is copied there")
-    push.add_argument("--branch", default="main", help="created where missing")
-    push.add_argument("--public", action="store_true", help="create the repository as a public one; private otherwise")
-    fetch = commands.add_parser("fetch", help="download a dataset's parquet files and print their folder and commit")
-    fetch.add_argument("repo_id")
-    fetch.add_argument("--revision", help="branch, tag or commit; default main")
-    arguments = parser.parse_args(argv)
-    try:
-        if arguments.command == "fetch":
-            print(*fetch_dataset(arguments.repo_id, revision=arguments.revision), sep="\n")
-            return
-        card = Path(arguments.card or Path(arguments.folder) / "README.md")
-        if not card.is_file():
-            raise HubError(f"{card}: no such file. Write a card there, or name one with --card. Nothing was pushed.")
-        pushed = push_folder(
-            arguments.folder, arguments.repo_id, repo_type=arguments.type, card=card.read_text(encoding="utf-8"),
-            private=not arguments.public, patterns=arguments.pattern, path_in_repo=arguments.path_in_repo,
-            branch=arguments.branch,
-        )  # fmt: skip
-    except HubError as error:
-        sys.exit(str(error))
-    print(f"{pushed.url} holds all {len(pushed.files)} files at revision {pushed.revision}")
-
-
-if __name__ == "__main__":
-    main()

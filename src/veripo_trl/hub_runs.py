@@ -1,7 +1,6 @@
 """What a training run pushes: its model or adapter with processor and card, and a GRPO run's rollouts."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -71,10 +70,7 @@ def stage_model(source: Path, target: Path, results: dict) -> tuple[Path, dict]:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     for name in hub.find_files(source, hub.PATTERNS["model"]):
-        try:
-            os.link(source / name, target / name)
-        except OSError:  # not on this file system
-            shutil.copyfile(source / name, target / name)
+        hub.link(source / name, target / name)
     config = target / ADAPTER_CONFIG
     if not config.exists():
         origin = (results.get("inputs") or {}).get("model") or {}
