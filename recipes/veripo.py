@@ -541,9 +541,12 @@ def show(run: Run, stages: list[dict]) -> None:
         print(f"note: {', '.join(curating)} chose the pairs and reports too: read its inconsistency with care.")
     report = run.folder / "report.html"
     if not report.exists() or report.stat().st_mtime < run.file.stat().st_mtime:
+        from veripo_trl.plots import held_out_charts, save_charts
         from veripo_trl.report import write_report
+        from veripo_trl.report_page import milestones
 
-        plot(run.folder / "loop.png", entries, title=run.folder.name)
+        points = milestones([{"name": entry["name"], "results": entry.get("results") or {}} for entry in entries])
+        save_charts(run.folder / "loop.png", held_out_charts(points) if points else [], title=run.folder.name)
         write_report([run.folder], say=lambda line: print(f"report: {line}"))
     print(
         f"\nreport.html (open it in a browser), loop.png, run.json and logs/ are in {run.folder}\n"
@@ -555,47 +558,6 @@ def show(run: Run, stages: list[dict]) -> None:
 def latest_policy(entries: list[dict]) -> str:
     made = [entry["output_dir"] for entry in entries if entry["recipe"] in TRAINING and entry["status"] == "done"]
     return made[-1] if made else "none yet"
-
-
-def plot(path: Path, entries: list[dict], *, title: str) -> None:
-    """Accuracy, inconsistency and length of thinking, stage by stage."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    shown = [(entry["name"], entry["results"]["after"]) for entry in entries if (entry.get("results") or {}).get("after")]
-    if not shown:
-        return
-    names = [name for name, _ in shown]
-
-    def series(decoding: str, key: str) -> list[float]:
-        return [math.nan if after[decoding][key] is None else after[decoding][key] for _, after in shown]
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.4))
-    sampled = series("sampled", "accuracy")
-    error = [
-        [value - low for value, low in zip(sampled, series("sampled", "accuracy_low"), strict=True)],
-        [high - value for value, high in zip(sampled, series("sampled", "accuracy_high"), strict=True)],
-    ]
-    axes[0].errorbar(names, sampled, yerr=error, marker="o", capsize=3, label="sampled (95%)")
-    axes[0].plot(names, series("greedy", "accuracy"), marker="s", linestyle="--", label="greedy")
-    axes[0].plot(names, series("sampled", "accurate_and_consistent"), marker="^", label="accurate and consistent")
-    axes[0].set_title("accuracy")
-    axes[1].plot(names, [100 * v for v in series("sampled", "inconsistency")], marker="o", label="inconsistent")
-    axes[1].plot(names, [100 * v for v in series("sampled", "unknown")], marker="s", linestyle="--", label="unknown")
-    axes[1].set_title("thinking against answer, %")
-    axes[1].set_ylim(bottom=0)
-    axes[2].plot(names, series("sampled", "think_tokens"), marker="o", label="tokens of thinking")
-    axes[2].set_title("length")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-        axis.tick_params(axis="x", rotation=30)
-    figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """The report: what it reads, how it samples, and the page in a real browser."""
 
+import base64
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_video
 
-from veripo_trl import report_charts, report_page, report_read
+from veripo_trl import plots, report_page, report_read
 from veripo_trl.report import write_report
 from veripo_trl.report_read import ReportError
 from veripo_trl.rollouts import RolloutStore
@@ -199,7 +200,7 @@ def test_what_is_read(page):
     assert "Inconsistent (unknown –)" in text and "−21.0 points" in text  # 0.25 to 0.04; unknown is not known
     assert "its folder outputs/loop/search-2 is not there" in text
     assert "Stage align-2 was skipped: no pairs." in text
-    assert text.count("<svg") == 4 + 1  # the four measures, and the reward; a loss that is never a number has no curve
+    assert text.count("data:image/svg") == 4 + 1  # four measures and the reward; a loss that is no number has no curve
 
 
 def test_the_page_loads_nothing_and_names_its_scripts_by_hash(page):
@@ -357,8 +358,9 @@ def test_results_are_text_too(tmp_path):
     results = {"after": {"greedy": values, HOSTILE: values}, "minutes": HOSTILE, "history": history}
     write_stage(tmp_path / HOSTILE.replace("/", "|"), results)
     texts = [write_report([path], tmp_path / f"{n}.html").read_text() for n, path in enumerate(tmp_path.iterdir())]
-    tags = [{tag: len(re.findall(f"<{tag}[ >]", text)) for tag in ("script", "img", "b")} for text in texts]
-    assert tags[0] == tags[1] and tags[0]["img"] == 0, tags
+    tags = [{tag: len(re.findall(f"<{tag}[ >]", text)) for tag in ("script", "b")} for text in texts]
+    assert tags[0] == tags[1], tags
+    assert not [text for text in texts if re.search(r'<img (?!src="data:image/svg)', text)]
 
 
 def test_what_cannot_be_reported_is_an_error(tmp_path):
@@ -388,20 +390,22 @@ def test_the_recipe(workplace, tmp_path):
     assert wrong.returncode == 1 and wrong.stderr.startswith("report: gone: no such folder")
 
 
-def test_charts():
-    nan = float("nan")
-    drawn = report_charts.line_chart(
-        [{"name": "<one>", "points": [(0, 0.2), (1, nan), (2, None), (3, 0.4)]}, {"name": "none", "points": [(0, None)]}],
-        ticks=["a", "b & c", "d", "e"], percent=True, title="share",
-    )  # fmt: skip
-    assert drawn.count("<circle") == 2 and "<one>" not in drawn and "b &amp; c" in drawn and "none" not in drawn
-    assert 'aria-label="share: &lt;one&gt; from 20.0% to 40.0%"' in drawn
-    assert report_charts.line_chart([{"name": "x", "points": [(0, nan)]}]) == ""
-    many = report_charts.line_chart([{"name": "x", "points": [(step, step**2) for step in range(10_000)]}])
-    assert many.count("L") < 500 and len(many) < 20_000
-    for low, high in ((0.0, 0.0), (5, 5), (-1e-9, 1e-9), (0, 1e12), (0.48, 0.505)):
-        marks = report_charts.round_marks(low, high)
-        assert 2 <= len(marks) <= 8 and marks[0] <= low and marks[-1] >= high and sorted(marks) == marks
+def test_charts(tmp_path):
+    nan, ticks = float("nan"), ["a", "<b> & $c", "d", "e" * 30]
+    points = [{"label": tick, "sampled": {"accuracy": value, "accuracy_low": 0.1, "accuracy_high": 0.5}}
+              for tick, value in zip(ticks, [0.2, nan, None, 0.4], strict=True)]  # fmt: skip
+    chart = plots.held_out_charts(points)[0]
+    svg = base64.b64decode(plots.svg_uri(chart).split(",")[1]).decode()
+    assert svg == base64.b64decode(plots.svg_uri(chart).split(",")[1]).decode()  # equal runs, equal reports
+    assert "&lt;b&gt; &amp; $c" in svg and "e" * 15 + "…" in svg
+    history = [{"step": step, "reward": step**2, "rewards/my_own/mean": 0.5, "loss": nan} for step in range(10_000)]
+    own, reward = sorted(plots.training_charts(history), key=lambda chart: chart["title"])
+    assert (own["title"], reward["title"]) == ("my own", "reward")
+    assert len(reward["series"][0]["x"]) <= plots.MAX_POINTS and reward["series"][0]["x"][-1] == 9_999
+    plots.save_charts(tmp_path / "x.png", [own, reward], title="$x")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    plots.save_charts(tmp_path / "none.png", [], title="x")
+    assert not (tmp_path / "none.png").exists()
 
 
 # ---- in a browser ---------------------------------------------------------------------------------------------------
@@ -565,12 +569,29 @@ def test_names_and_accuracies_that_are_not_there(browser, tmp_path):
 
 
 @pytest.mark.browser
+def test_equal_rollouts_are_folded_and_any_accuracy_is_known(browser, tmp_path):
+    own = {"accuracy_relative_error_reward": 0.75, "brevity_reward": 0.1}
+    rows = [rollout("s", 0, place // 6, rewards=own, rollout_id=f"r{place}") for place in range(8)]
+    folder = tmp_path / "run"
+    folder.mkdir()
+    RolloutStore(folder / "rollouts").write(rows, step=0, part=0, rank=0, reward_names=list(own))
+    path = write_report([folder])
+    assert ">75.0%</td>" in path.read_text()
+    browser.get(path.as_uri())
+    assert count(browser) == "1 question, 8 rollouts match"
+    assert [text.split("accuracy")[0] for text in texts(browser, ".rollout .badges")] == ["× 6", "× 2"]
+    assert "brevity 0.1" in texts(browser, ".rollout .badges")[0]
+
+
+@pytest.mark.browser
 def test_narrow_and_dark(opened):
     narrow = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", narrow)
     dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
     opened.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
     try:
+        opened.execute_script("dispatchEvent(new Event('resize'))")
+        assert "scroll it sideways" in texts(opened, ".wide.shown")[0]
         assert opened.execute_script("return document.documentElement.scrollWidth") <= 390
         colour = opened.execute_script("return getComputedStyle(document.body).backgroundColor")
         assert max(map(int, re.findall(r"\d+", colour)[:3])) < 60

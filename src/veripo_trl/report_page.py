@@ -1,41 +1,15 @@
-"""The report's HTML, from what was read: the parts that need no script, and the data for those that do."""
+"""The report's HTML, from what was read: plain values here, their form in `report_template/page.html`."""
 
 import base64
 import hashlib
 import json
-import math
-from html import escape
 from importlib.resources import files
-from string import Template
 
-from .report_charts import line_chart
+from jinja2 import Environment, StrictUndefined
 
-MEASURES = (  # of the held-out evaluation: key, title, percent, better
-    ("accuracy", "Held-out accuracy", True, 1),
-    ("accurate_and_consistent", "Accurate and consistent", True, 1),
-    ("inconsistency", "Inconsistent", True, -1),
-    ("think_tokens", "Thinking length, tokens", False, 0),
-)
-TRAINING = {  # what a trainer logs: title
-    "reward": "reward",
-    "rewards/accuracy_reward/mean": "accuracy reward",
-    "rewards/format_reward/mean": "format reward",
-    "frac_reward_zero_std": "groups without a difference",
-    "completions/mean_length": "completion tokens",
-    "completions/clipped_ratio": "cut at the longest length",
-    "loss": "loss",
-    "rewards/accuracies": "chosen preferred (share)",
-    "rewards/margins": "reward margin",
-    "rewards/chosen": "reward of chosen",
-    "rewards/rejected": "reward of rejected",
-    "logps/chosen": "log-probability of chosen",
-    "logps/rejected": "log-probability of rejected",
-    "mean_token_accuracy": "token accuracy",
-    "entropy": "entropy",
-    "grad_norm": "gradient norm",
-    "learning_rate": "learning rate",
-}
-DECODINGS = ("sampled", "greedy")
+from .plots import DECODINGS, MEASURES, held_out_charts, is_number, svg_uri, training_charts
+from .tables import finite
+
 SCORES = {  # of a line of benchmark results: title
     "ours": "accuracy",
     "released": "accuracy, released script",
@@ -50,27 +24,28 @@ def render(*, title, stages, counts, benchmarks, questions, pairs, media, absent
     """The whole page as text. See `report.write_report` for what goes in."""
     folder = files("veripo_trl") / "report_template"
     page, style, script = ((folder / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     data = {
         "stages": [stage["name"] for stage in stages],
         "questions": [{key: value for key, value in question.items() if key != "stage"} for question in questions],
         "pairs": pairs,
         "media": media,
     }
-    return Template(page).substitute(
-        title=escape(title),
+    return environment.from_string(page).render(
+        title=title,
         style=style,
         script=script,
         style_hash=content_hash(style),
         script_hash=content_hash(script),
         facts=_facts(stages, counts),
-        loop=_loop_curves(stages),
+        cards=_cards(milestones(stages)),
         stages=_stage_table(stages, counts),
-        held_out=_held_out_table(stages),
-        benchmarks="".join(map(_benchmark_table, benchmarks)),
+        held_out=_held_out_table(milestones(stages)),
+        benchmarks=list(map(_benchmark_table, benchmarks)),
         training=_training(stages),
-        questions_note=escape(_questions_note(questions, media, counts, sample)),
-        pairs_note=escape(_pairs_note(pairs, sample)),
-        absent="".join(f"<li>{escape(line)}</li>" for line in absent) or "<li>Nothing is absent.</li>",
+        questions_note=_questions_note(questions, media, counts, sample),
+        pairs_note=_pairs_note(pairs, sample),
+        absent=absent or ["Nothing is absent."],
         data=embed(data),
     )
 
@@ -82,31 +57,22 @@ def content_hash(text: str) -> str:
 
 def embed(data) -> str:
     """JSON that may stand in a <script> element: nothing in it can end the element or begin a comment."""
-    text = json.dumps(_plain(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(finite(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in ("<", ">", "&", "\u2028", "\u2029"):
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
-def _plain(value):
-    """NaN and infinities have no JSON."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _facts(stages, counts) -> str:
-    numbers = [
-        (len(stages), "stage" if len(stages) == 1 else "stages"),
-        (sum(count["rollouts"] for count in counts), "rollouts"),
-        (sum(sum(count["verdicts"].values()) for count in counts), "verdicts"),
-        (sum(sum(count["pairs"].values()) for count in counts), "pairs"),
-    ]
-    minutes = sum(stage["minutes"] for stage in stages if _is_number(stage["minutes"]))
-    facts = [f"<li><b>{number:,}</b> {name}</li>" for number, name in numbers if number]
-    return "".join(facts) + (f"<li><b>{minutes:.1f}</b> minutes</li>" if minutes else "")
+def _facts(stages, counts) -> list[str]:
+    numbers = {
+        "stage" if len(stages) == 1 else "stages": len(stages),
+        "rollouts": sum(count["rollouts"] for count in counts),
+        "verdicts": sum(sum(count["verdicts"].values()) for count in counts),
+        "pairs": sum(sum(count["pairs"].values()) for count in counts),
+    }
+    minutes = sum(stage["minutes"] for stage in stages if is_number(stage["minutes"]))
+    facts = [(f"{number:,}", name) for name, number in numbers.items() if number]
+    return facts + ([(f"{minutes:.1f}", "minutes")] if minutes else [])
 
 
 def milestones(stages) -> list[dict]:
@@ -126,162 +92,115 @@ def _evaluated(results) -> bool:
     return isinstance(results, dict) and any(isinstance(results.get(decoding), dict) for decoding in DECODINGS)
 
 
-def _loop_curves(stages) -> str:
-    points = milestones(stages)
+def _cards(points: list[dict]) -> list[dict]:
+    """A chart with its title, its last value, and how far that is from the first, for each measure."""
     if not points:
-        return '<p class="empty">No held-out results yet: they come with the first stage that ends.</p>'
-    ticks = [point["label"] for point in points]
-    decodings = [decoding for decoding in DECODINGS if any(point.get(decoding) for point in points)]
+        return []
     cards = []
-    for key, title, percent, better in MEASURES:
-        series = [_line(points, key, decoding, decoding) for decoding in decodings]
+    for (key, title, percent, better), chart in zip(MEASURES, held_out_charts(points), strict=True):
+        decoding = chart["series"][0]["name"]
+        values = [value for value in chart["series"][0]["y"] if is_number(value)]
+        card = {"title": title, "chart": svg_uri(chart), "alt": _spoken(chart), "value": "–", "moved": "", "tone": ""}
         if key == "inconsistency":
-            series += [_line(points, "unknown", decoding, f"unknown, {decoding}") for decoding in decodings]
-        chart = line_chart(series, ticks=ticks, percent=percent, title=title)
-        headline = _headline(points, key, decodings[0], percent, better)
-        beside = ""
-        if key == "inconsistency":
-            beside = f" (unknown {_percent((points[-1].get(decodings[0]) or {}).get('unknown'))})"
-        names = "".join(f'<li class="s{number}">{escape(one["name"])}</li>' for number, one in enumerate(series))
-        cards.append(
-            f'<figure class="card"><figcaption><span>{title}{beside}</span>{headline}</figcaption>{chart}'
-            f'<ul class="legend">{names}</ul></figure>'
-        )
-    return f'<div class="charts">{"".join(cards)}</div>'
+            card["title"] += f" (unknown {_percent((points[-1].get(decoding) or {}).get('unknown'))})"
+        if values:
+            change = values[-1] - values[0]
+            card["value"] = f"{100 * values[-1]:.1f}%" if percent else f"{values[-1]:.1f}"
+            if len(values) > 1:
+                card["moved"] = (f"{100 * change:+.1f} points" if percent else f"{change:+.1f}").replace("-", "−")
+                card["tone"] = "" if not better or abs(change) < 1e-9 else "good" if change * better > 0 else "bad"
+        cards.append(card)
+    return cards
 
 
-def _line(points, key, decoding, name) -> dict:
-    values = [point.get(decoding) or {} for point in points]
-    line = {"name": name, "points": [(place, value.get(key)) for place, value in enumerate(values)]}
-    if key == "accuracy":
-        line |= {end: [value.get(f"accuracy_{end}") for value in values] for end in ("low", "high")}
-    return line
+def _spoken(chart: dict) -> str:
+    """A chart in words, for those who do not see it."""
+    show = _percent if chart["percent"] else lambda value: f"{value:.4g}"
+    series = [(one["name"], [value for value in one["y"] if is_number(value)]) for one in chart["series"]]
+    return f"{chart['title']}: " + "; ".join(
+        f"{name} from {show(values[0])} to {show(values[-1])}" for name, values in series if values
+    )
 
 
-def _headline(points, key, decoding, percent, better) -> str:
-    """The last value, and how far it is from the first."""
-    values = [point[decoding][key] for point in points if _is_number((point.get(decoding) or {}).get(key))]
-    if not values:
-        return '<strong class="value">–</strong>'
-    last, change = values[-1], values[-1] - values[0]
-    text = f"{100 * last:.1f}%" if percent else f"{last:.1f}"
-    moved = ""
-    if len(values) > 1:
-        tone = "" if better == 0 or abs(change) < 1e-9 else " good" if change * better > 0 else " bad"
-        amount = f"{100 * change:+.1f} points" if percent else f"{change:+.1f}"
-        moved = f' <small class="change{tone}">{amount.replace("-", "−")}</small>'
-    return f'<strong class="value">{text}{moved}</strong>'
-
-
-def _stage_table(stages, counts) -> str:
-    head = ("stage", "status", "minutes", "rollouts", "questions", "accuracy", "tokens", "cut", "verdicts", "pairs")
+def _stage_table(stages, counts) -> dict:
     rows = []
     for stage, count in zip(stages, counts, strict=True):
         verdicts = count["verdicts"]
         known = verdicts.get("consistent", 0) + verdicts.get("inconsistent", 0)
         judged = "–"
         if total := sum(verdicts.values()):
-            share = f"{100 * verdicts.get('inconsistent', 0) / known:.1f}%" if known else "–"
-            judged = f"{total:,}: {share} inconsistent, {100 * verdicts.get('unknown', 0) / total:.1f}% unknown"
+            share = _percent(verdicts.get("inconsistent", 0) / known) if known else "–"
+            judged = f"{total:,}: {share} inconsistent, {_percent(verdicts.get('unknown', 0) / total)} unknown"
         kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(count["pairs"].items(), key=str))
-        recipe = f'<br><small>{escape(str(stage["recipe"]))}</small>' if stage["recipe"] else ""
+        tokens, minutes = count["completion_tokens"], stage["minutes"]
         rows.append(
             [
-                f"{escape(str(stage['name']))}{recipe}",
-                escape(str(stage["status"] or "–")),
-                f"{stage['minutes']:.1f}" if _is_number(stage["minutes"]) else "–",
+                f"{stage['name']} ({stage['recipe']})" if stage["recipe"] else stage["name"],
+                stage["status"] or "–",
+                f"{minutes:.1f}" if is_number(minutes) else "–",
                 f"{count['rollouts']:,}" if count["rollouts"] else "–",
                 f"{count['questions']:,}" if count["questions"] else "–",
                 _percent(count["accuracy"]),
-                f"{count['completion_tokens']:.0f}" if count["completion_tokens"] is not None else "–",
+                "–" if tokens is None else f"{tokens:.0f}",
                 _percent(count["truncated"]),
-                escape(judged),
-                escape(kinds) or "–",
+                judged,
+                kinds or "–",
             ]
         )
-    return _table(head, rows, numbers=range(2, 8))
+    head = ["stage", "status", "minutes", "rollouts", "questions", "accuracy", "tokens", "cut", "verdicts", "pairs"]
+    return {"head": head, "rows": rows, "numbers": (2, 8)}
 
 
-def _held_out_table(stages) -> str:
-    points = milestones(stages)
+def _held_out_table(points: list[dict]) -> dict:
     keys = {key for point in points for decoding in DECODINGS for key in point.get(decoding) or {}}
     kinds = sorted(key for key in keys if key.startswith("accuracy: "))
     head = ["policy after", "decoding", "accuracy", "95% interval", "accurate and consistent", "inconsistent", "unknown"]
     head += ["format", "think tokens", "cut", "questions", *(key.removeprefix("accuracy: ") for key in kinds)]
-    rows = []
-    for point in points:
-        for decoding in DECODINGS:
-            values = point.get(decoding)
-            if not values:
-                continue
-            low, high = values.get("accuracy_low"), values.get("accuracy_high")
-            interval = f"{100 * low:.1f}–{100 * high:.1f}%" if _is_number(low) and _is_number(high) else "–"
-            shares = ("accurate_and_consistent", "inconsistency", "unknown", "format")
-            rows.append(
-                [escape(point["label"]), decoding, _percent(values.get("accuracy")), interval]
-                + [_percent(values.get(key)) for key in shares]
-                + [f"{values['think_tokens']:.1f}" if _is_number(values.get("think_tokens")) else "–"]
-                + [_percent(values.get("truncated")), escape(str(values.get("questions", "–")))]
-                + [_percent(values.get(key)) for key in kinds]
-            )
-    if not rows:
-        return '<p class="empty">No held-out results.</p>'
-    return _table([escape(name) for name in head], rows, numbers=range(2, len(head)))
+    shares = ("accurate_and_consistent", "inconsistency", "unknown", "format")
+    rows = [
+        [point["label"], decoding, _percent(values.get("accuracy")), _interval(values, "accuracy")]
+        + [_percent(values.get(key)) for key in shares]
+        + [f"{values['think_tokens']:.1f}" if is_number(values.get("think_tokens")) else "–"]
+        + [_percent(values.get("truncated")), values.get("questions", "–")]
+        + [_percent(values.get(key)) for key in kinds]
+        for point in points
+        for decoding in DECODINGS
+        if (values := point.get(decoding))
+    ]
+    return {"head": head, "rows": rows, "numbers": (2, len(head))}
 
 
-def _benchmark_table(scores: dict) -> str:
+def _benchmark_table(scores: dict) -> dict:
     """The lines of one file of scores: a benchmark, then its categories."""
+    head = [scores["name"], "rows", "accuracy", "95% interval", *list(SCORES.values())[1:], "thinking"]
     rows = []
     for line in scores["lines"]:
-        category = f"· {line['category']}: {line.get('value')}" if line.get("category") else str(line.get("benchmark"))
-        low, high = line.get("ours_low"), line.get("ours_high")
-        interval = f"{100 * low:.1f}–{100 * high:.1f}%" if _is_number(low) and _is_number(high) else "–"
         length = line.get("think_length")
         rows.append(
-            [escape(category), escape(str(line.get("rows", "–"))), _percent(line.get("ours")), interval]
+            [f"· {line['category']}: {line.get('value')}" if line.get("category") else line.get("benchmark")]
+            + [line.get("rows", "–"), _percent(line.get("ours")), _interval(line, "ours")]
             + [_percent(line.get(key)) for key in list(SCORES)[1:]]
-            + [f"{length:.0f}" if _is_number(length) else "–"]
+            + [f"{length:.0f}" if is_number(length) else "–"]
         )
-    head = [escape(scores["name"]), "rows", "accuracy", "95% interval", *list(SCORES.values())[1:], "thinking"]
-    notes = "".join(f"<li>{escape(str(note))}</li>" for note in scores["notes"])
-    table = _table(head, rows, numbers=range(1, len(head)))
-    return f'<h3>Benchmark: {escape(scores["name"])}</h3>{table}<ul class="note">{notes}</ul>'
+    return {"name": scores["name"], "notes": scores["notes"], "head": head, "rows": rows, "numbers": (1, len(head))}
 
 
 def _percent(value) -> str:
-    return f"{100 * value:.1f}%" if _is_number(value) else "–"
+    return f"{100 * value:.1f}%" if is_number(value) else "–"
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _interval(values: dict, key: str) -> str:
+    low, high = values.get(f"{key}_low"), values.get(f"{key}_high")
+    return f"{100 * low:.1f}–{100 * high:.1f}%" if is_number(low) and is_number(high) else "–"
 
 
-def _table(head, rows, *, numbers) -> str:
-    """A table of cells that are HTML already."""
-
-    def line(cells, tag):
-        classes = ['class="n"' if place in numbers else "" for place in range(len(cells))]
-        return "<tr>" + "".join(f"<{tag} {c}>{cell}</{tag}>" for c, cell in zip(classes, cells, strict=True)) + "</tr>"
-
-    table = f"<thead>{line(head, 'th')}</thead><tbody>{''.join(line(row, 'td') for row in rows)}</tbody>"
-    return f'<div class="scroll" tabindex="0"><table>{table}</table></div>'
-
-
-def _training(stages) -> str:
-    parts = []
-    for stage in stages:
-        charts = []
-        for key, title in TRAINING.items():
-            logged = [entry for entry in stage["history"] if key in entry and _is_number(entry.get("step"))]
-            points = [(entry["step"], entry[key]) for entry in logged]
-            chart = line_chart([{"name": title, "points": points}], title=title) if len(points) > 1 else ""
-            if chart:
-                charts.append(f'<figure class="card"><figcaption><span>{title}</span></figcaption>{chart}</figure>')
-        if charts:
-            opened = "" if parts else " open"
-            summary = f"<summary>{escape(str(stage['name']))}</summary>"
-            parts.append(f'<details{opened}>{summary}<div class="charts">{"".join(charts)}</div></details>')
-    return "".join(parts) or '<p class="empty">No training log was found.</p>'
+def _training(stages) -> list[dict]:
+    found = [(stage["name"], training_charts(stage["history"])) for stage in stages]
+    return [
+        {"name": name, "cards": [{"title": c["title"], "chart": svg_uri(c), "alt": _spoken(c)} for c in charts]}
+        for name, charts in found
+        if charts
+    ]
 
 
 def _questions_note(questions, media, counts, sample) -> str:

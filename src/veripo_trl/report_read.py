@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -199,7 +200,13 @@ def _read(path: Path, columns: list[str] | None = None) -> pa.Table:
 
 def _accuracies(table: pa.Table):
     names = [table["rewards"].type.field(place).name for place in range(table["rewards"].type.num_fields)]
-    return pc.struct_field(table["rewards"], "accuracy_reward") if "accuracy_reward" in names else None
+    name = accuracy_name(names)
+    return None if name is None else pc.struct_field(table["rewards"], name)
+
+
+def accuracy_name(names: Iterable[str]) -> str | None:
+    """Which reward is the accuracy: `accuracy_reward`, or the first whose name begins like it; None without one."""
+    return next((name for name in sorted(names, key=len) if name.startswith("accuracy")), None)
 
 
 def choose_questions(sizes: dict[str, int], *, seed: int, budget: int) -> list[str]:
@@ -276,7 +283,7 @@ def _question(row: dict, place: int) -> dict:
 
 def _rollout(row: dict, place: int, verdict: dict | None) -> dict:
     rewards = {name.removesuffix("_reward"): value for name, value in (row["rewards"] or {}).items()}
-    accuracy = rewards.get("accuracy")
+    accuracy = rewards.get(accuracy_name(rewards))
     if verdict is not None and verdict.get("accuracy") is not None:
         accuracy = verdict["accuracy"]
     return {

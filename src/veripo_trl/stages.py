@@ -27,6 +27,7 @@ from .encoding import PromptEncoder, PromptTooLongError
 from .evaluate import generate, summarize
 from .hub import HUB_ID, SHA, HubError, fetch_file, input_revision
 from .hub_runs import push_run
+from .plots import save_charts, training_charts
 from .policy import LANGUAGE_MODEL_LINEAR, load_policy
 from .prompts import PromptError, load_template
 from .rows import SUFFIXES, RowError, check_media, load_rows
@@ -536,7 +537,7 @@ def finish(
                 [{"part": part, "seconds": seconds / steps} for part, seconds in extra["seconds"].items()],
             )
         history = trainer.state.log_history
-        plot_curves(folder / "curves.png", history, title=folder.name)
+        save_charts(folder / "curves.png", training_charts(history), title=folder.name)
         results = {
             "stage": trainer._name,
             "model": trainer.model.config._name_or_path,
@@ -576,43 +577,3 @@ def push_trained(training_args, push: PushArguments | None = None) -> bool:
         write_json(folder / RESULTS, results)
         (folder / TRAINED).unlink()
     return trained
-
-
-CURVES = {
-    "reward": "reward",
-    "rewards/accuracy_reward/mean": "accuracy reward",
-    "loss": "loss",
-    "mean_token_accuracy": "token accuracy",
-    "completions/mean_length": "completion tokens",
-    "frac_reward_zero_std": "groups without variance",
-    "rewards/margins": "DPO margin",
-    "length/chosen": "chosen tokens",
-    "logps/drift_chosen": "drift of chosen (nats)",
-    "entropy": "entropy",
-}
-
-
-def plot_curves(path: Path, history: list[dict], *, title: str) -> None:
-    """Plot what a trainer logged, one panel per quantity, over its steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    series = {
-        label: [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
-        for key, label in CURVES.items()
-    }
-    series = {label: points for label, points in series.items() if points}
-    if not series:
-        return
-    figure, axes = pyplot.subplots(1, len(series), figsize=(3.2 * len(series), 2.8), squeeze=False)
-    for axis, (label, points) in zip(axes[0], series.items(), strict=True):
-        axis.plot(*zip(*points, strict=True))
-        axis.set_title(label, fontsize=10)
-        axis.set_xlabel("step", fontsize=9)
-        axis.grid(alpha=0.3)
-    figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

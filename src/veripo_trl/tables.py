@@ -12,15 +12,16 @@ def write_json(path: str | Path, content) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n")
+    temporary.write_text(json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
     os.replace(temporary, path)
 
 
-def _finite(value):
+def finite(value):
+    """The value with null for what JSON has no form of: NaN and infinities, anywhere in it."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -77,11 +77,22 @@ function accuracyTone(value) {
   return value >= 0.999 ? "good" : value < 0.5 ? "bad" : "warn";
 }
 
-function rolloutView(rollout) {
-  const badges = [];
+// A policy often says the same again: equal completions of a stage are shown once, with their number.
+function folded(rollouts) {
+  const groups = new Map();
+  for (const rollout of rollouts) {
+    const key = `${rollout.stage}\n${rollout.text}`;
+    if (!groups.has(key)) groups.set(key, []);
+    groups.get(key).push(rollout);
+  }
+  return [...groups.values()];
+}
+
+function rolloutView([rollout, ...others]) {
+  const badges = others.length ? [badge("", `× ${number(others.length + 1)}`)] : [];
   if (rollout.accuracy !== null) badges.push(badge(accuracyTone(rollout.accuracy), `accuracy ${rollout.accuracy}`));
   for (const [name, value] of Object.entries(rollout.rewards)) {
-    if (name !== "accuracy") badges.push(badge("", `${name} ${value}`));
+    if (!name.startsWith("accuracy") || value !== rollout.accuracy) badges.push(badge("", `${name} ${value}`));
   }
   badges.push(...verdictBadges(rollout.verdict));
   if (rollout.cut) badges.push(badge("warn", "cut at the longest length"));
@@ -89,7 +100,7 @@ function rolloutView(rollout) {
   if (rollout.advantage !== null) badges.push(badge("", `advantage ${rollout.advantage < 0 ? "−" : "+"}${Math.abs(rollout.advantage).toFixed(2)}`));
   const place = `${data.stages[rollout.stage]}, step ${rollout.step}`;
   const view = make("article", "rollout", make("div", "badges", ...badges, make("span", "", place)), completion(rollout.text), verdictReason(rollout.verdict));
-  view.title = rollout.id;
+  view.title = [rollout, ...others].map(item => item.id).join(", ");
   return view;
 }
 
@@ -128,17 +139,17 @@ function film(name) {
 function questionView({question, rollouts}) {
   const files = [...question.videos, ...question.images];
   const list = make("div", "rollouts");
-  const shown = 4;
-  list.append(...rollouts.slice(0, shown).map(rolloutView));
+  const shown = 4, groups = folded(rollouts);
+  list.append(...groups.slice(0, shown).map(rolloutView));
   const of = question.total > question.rollouts.length ? ` (${number(question.total)} in the run)` : "";
   const matched = `${number(rollouts.length)} of ${plural(question.rollouts.length, "rollout")}${of}`;
   const card = make("article", "question",
     make("div", "meta", make("span", "", question.id), badge("", question.type), badge("", question.source), make("span", "", matched)),
     make("p", "problem", question.problem), ...options(question), ...files.map(film), list);
-  if (rollouts.length > shown) {
-    const more = make("button", "", `Show ${number(rollouts.length - shown)} more`);
+  if (groups.length > shown) {
+    const more = make("button", "", `Show ${number(groups.length - shown)} more`);
     more.type = "button";
-    more.addEventListener("click", () => { list.append(...rollouts.slice(shown).map(rolloutView)); more.remove(); });
+    more.addEventListener("click", () => { list.append(...groups.slice(shown).map(rolloutView)); more.remove(); });
     card.append(more);
   }
   return card;
@@ -351,3 +362,12 @@ document.addEventListener("keydown", event => {
   if (event.key === "n") used.turn(1);
   if (event.key === "p") used.turn(-1);
 });
+
+// A table that is cut at the side says so.
+function hint() {
+  for (const box of document.querySelectorAll(".scroll")) {
+    box.previousElementSibling.classList.toggle("shown", box.scrollWidth > box.clientWidth);
+  }
+}
+addEventListener("resize", hint);
+hint();
