@@ -91,7 +91,7 @@ def read_loop(arguments: argparse.Namespace) -> dict:
 
 
 def check_judge(stage: dict, path: Path) -> None:
-    """Refuse a judge's command that is not one, or that holds a secret."""
+    """Refuse a judge's command that is not one, that holds a secret, or whose server all the network would reach."""
     command = stage.get("judge_command")
     if command is None:
         return
@@ -99,8 +99,15 @@ def check_judge(stage: dict, path: Path) -> None:
         raise SystemExit(f"{path}: stage {stage['name']!r}: judge_command: expected a list of words, got {command!r}.")
     if any(str(word).startswith("--api-key") for word in command):
         raise SystemExit(
-            f"{path}: stage {stage['name']!r}: judge_command holds a key, which run.json would show. Leave it out: the "
-            f"judge listens on this machine; or let the command read it from an environment variable."
+            f"{path}: stage {stage['name']!r}: judge_command holds a key, which run.json would show. Leave it out: with "
+            f"--host 127.0.0.1 only this machine reaches the judge; or let the command read it from an environment "
+            f"variable."
+        )
+    vllm = any(Path(str(word)).name == "vllm" or str(word).startswith("vllm.") for word in command)
+    if vllm and not any(str(word).startswith("--host") for word in command):
+        raise SystemExit(
+            f"{path}: stage {stage['name']!r}: judge_command: without --host vLLM listens on every interface of this "
+            f"machine. Add --host, 127.0.0.1."
         )
 
 

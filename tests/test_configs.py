@@ -144,6 +144,14 @@ def test_recipe_parses_it(name, parsed):
         assert values["save_steps"] * values["gradient_accumulation_steps"] % values["steps_per_generation"] == 0
 
 
+def test_servers_listen_on_this_machine_alone():
+    """Each `vllm serve` that is written down anywhere, in a configuration, a document or a message."""
+    files = [file for kind in ("*.md", "*.yaml", "*.py") for file in ROOT.rglob(kind) if ".venv" not in str(file)]
+    commands = [c for file in files for c in re.findall(r"vllm,? serve,? [A-Z{].{50}", file.read_text(), re.DOTALL)]
+    assert len(commands) > 6
+    assert [command for command in commands if not re.search(r"--host,? 127\.0\.0\.1", command)] == []
+
+
 @pytest.mark.parametrize(("name", "key", "mistyped"), [
     *((n, "save_steps", "save_step") for n in TRAINING), *((n, "judge", "jugde") for n in VERIFY)
 ])  # fmt: skip

@@ -279,7 +279,8 @@ def test_dry_run_writes_nothing(tmp_path):
         ({"iteration": [{**GRPO, "overrides": {"env": {"WANDB_API_KEY": "x"}}}]}, "env WANDB_API_KEY would be written"),
         ({"iteration": [{**GRPO, "judge_command": "vllm serve x"}]}, "expected a list of words"),
         ({"iteration": [{**GRPO, "judge_command": ["no-such-program", "x"]}]}, "no program 'no-such-program'"),
-        ({"iteration": [{**GRPO, "judge_command": ["python3", "--api-key", "sk-1"]}]}, "holds a key"),
+        ({"iteration": [{**GRPO, "judge_command": ["python3", "--api-key", "sk-1"]}]}, "--host 127.0.0.1 only this"),
+        ({"iteration": [{**GRPO, "judge_command": ["vllm", "serve", "x"]}]}, "listens on every interface"),
     ],
 )
 def test_loops_that_cannot_run(change, message, tmp_path):

@@ -174,7 +174,7 @@ def check_server(info: dict, options: dict, url: str) -> int:
     if wrong:
         raise EngineMismatchError(
             f"The vLLM server at {url} runs with {wrong}; expected {expected}. Start it with: VLLM_SERVER_DEV_MODE=1 "
-            f"vllm serve MODEL --dtype {options['dtype']} --logprobs-mode processed_logprobs "
+            f"vllm serve MODEL --host 127.0.0.1 --dtype {options['dtype']} --logprobs-mode processed_logprobs "
             f"--no-mm-device-do-normalize --enable-scale-out --mm-processor-cache-gb 0 "
             """--weight-transfer-config '{"backend": "nccl"}'"""
         )
