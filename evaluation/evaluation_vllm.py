@@ -29,7 +29,7 @@ from veripo_trl import stages
 from veripo_trl.evaluate import Decoding, TransformersEngine
 from veripo_trl.hub import PATTERNS, HubError, input_revision
 from veripo_trl.journal import Journal, JournalError, OutputFiles, answer_questions, lock_output, write_outputs
-from veripo_trl.policy import adapter_config, load_policy, looks_local
+from veripo_trl.policy import SEEING, adapter_config, check_base, load_policy, looks_local, weights_hash
 from veripo_trl.prompts import PromptError
 from veripo_trl.questions import read_questions
 from veripo_trl.rows import RowError
@@ -38,6 +38,7 @@ from veripo_trl.video import VideoSettings
 RANK = "VERIPO_EVALUATION_RANK"  # set for the processes of a data-parallel run
 BATCH_SIZES = {"transformers": 8, "vllm": 64}
 SHOWN = 10
+DEFAULTS = {**SEEING, "max_pixels": 256 * 28 * 28}  # VerIPO's, where they have one
 MODEL_FILES = [*PATTERNS["model"], "*model*.bin", "*.jinja"]
 
 
@@ -56,9 +57,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     released.add_argument("--output_path", required=True, help="a .json file; what belongs to it is written beside it")
     released.add_argument("--prompt_path", required=True, help="the questions: .json (a list) or .jsonl")
     released.add_argument("--video_dir", default="", help="what video paths start from (default: the file's folder)")
-    released.add_argument("--video_fps", type=float, default=2.0)
-    released.add_argument("--video_max_pixels", type=int, default=256 * 28 * 28, help="per frame")
-    released.add_argument("--video_max_frames", type=int, default=128)
+    trained = "default: as the policy was trained, else"
+    released.add_argument("--video_fps", type=float, help=f"{trained} {DEFAULTS['fps']}")
+    released.add_argument("--video_max_pixels", type=int, help=f"per frame; {trained} {DEFAULTS['max_pixels']}")
+    released.add_argument("--video_max_frames", type=int, help=f"{trained} {DEFAULTS['max_frames']}")
     released.add_argument("--max_new_tokens", type=int, default=4096)
     released.add_argument("--temperature", type=float, default=1e-6, help="below 1e-5: greedy")
     released.add_argument("--top_p", type=float, default=1.0)
@@ -77,10 +79,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     ours.add_argument("--num_workers", type=int, help="most processes that decode ahead, per engine (default: cores)")
     ours.add_argument("--seed", type=int, default=0, help="of the sampling")
     ours.add_argument("--limit", type=int, help="the first n questions")
-    ours.add_argument("--prompt_template", default="default", help="default, tiny, or a YAML file with wording of yours")
-    ours.add_argument("--video_min_pixels", type=int, default=16 * 28 * 28, help="per frame")
-    ours.add_argument("--video_min_frames", type=int, default=4)
-    ours.add_argument("--max_image_pixels", type=int, default=1280 * 28 * 28, help="of an image (default: 1003520)")
+    ours.add_argument("--prompt_template", help=f"default, tiny, or a YAML file with wording of yours; {trained} default")
+    ours.add_argument("--video_min_pixels", type=int, help=f"per frame; {trained} {DEFAULTS['min_pixels']}")
+    ours.add_argument("--video_min_frames", type=int, help=f"{trained} {DEFAULTS['min_frames']}")
+    ours.add_argument("--max_image_pixels", type=int, help=f"of an image; {trained} {DEFAULTS['max_image_pixels']}")
     ours.add_argument("--max_prompt_tokens", type=int, help="a longer prompt is an error of its row")
     ours.add_argument("--decode_timeout_s", type=float, default=60.0)
     ours.add_argument("--frame_cache", help="folder for sampled frames, shared by runs")
@@ -93,8 +95,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("expected --decode_timeout_s above 0, and --gpu_memory_utilization above 0 and at most 1")
     try:
         decoding_of(args)
-        video = data_arguments(args)
-        VideoSettings(video.fps, video.min_frames, video.max_frames, video.min_pixels, video.max_pixels)
     except ValueError as error:
         parser.error(str(error))
     args.engine = args.engine or ("vllm" if importlib.util.find_spec("vllm") else "transformers")
@@ -145,6 +145,8 @@ def pin_revisions(args) -> dict:
         args.adapter_revision = commit_of(args.adapter, args.adapter_revision)
         if adapter_config(args.adapter, args.adapter_revision) is None:
             raise Refusal(f"--adapter {args.adapter}: it has no adapter_config.json. Name the folder of a saved adapter.")
+        weights = weights_hash(args.model_path, args.model_revision)
+        check_base(args.adapter, args.adapter_revision, args.model_path, weights)
     return {
         "model": args.model_path,
         "model_revision": args.model_revision or fingerprint(args.model_path),
@@ -175,7 +177,7 @@ def settings_of(args, weights: dict, questions: list[dict], encoder) -> dict:
         "batch_size": args.batch_size,
         "decoding": asdict(decoding_of(args)),
         "video": video,
-        "max_image_pixels": args.max_image_pixels,
+        "max_image_pixels": encoder.max_image_pixels,
         "max_prompt_tokens": args.max_prompt_tokens,
         "prompt_template": encoder.template.hash,
         "rows": len(questions),
@@ -189,18 +191,24 @@ def decoding_of(args) -> Decoding:
 
 
 def data_arguments(args) -> stages.DataArguments:
-    return stages.DataArguments(
+    """How prompts are made: as the options say, else as the policy was trained, else by default."""
+    video = stages.DataArguments(
         prompt_template=args.prompt_template,
         fps=args.video_fps,
         min_frames=args.video_min_frames,
         max_frames=args.video_max_frames,
-        min_pixels=min(args.video_min_pixels, args.video_max_pixels),
+        min_pixels=args.video_min_pixels,
         max_pixels=args.video_max_pixels,
         max_image_pixels=args.max_image_pixels,
         max_prompt_tokens=args.max_prompt_tokens,
         decode_timeout_s=args.decode_timeout_s,
         frame_cache=args.frame_cache,
     )
+    policy = (args.adapter, args.adapter_revision) if args.adapter else (args.model_path, args.model_revision)
+    stages.see_as_trained(video, *policy, defaults=DEFAULTS)
+    video.min_pixels = min(video.min_pixels, video.max_pixels)
+    VideoSettings(video.fps, video.min_frames, video.max_frames, video.min_pixels, video.max_pixels)
+    return video
 
 
 def load_model(args, *, weights: bool):
@@ -338,11 +346,10 @@ def main(argv: list[str] | None = None) -> int:
     weights = args.engine == "transformers" and (args.data_parallel_size == 1 or rank is not None)
     try:
         origin = pin_revisions(args)
+        video = data_arguments(args)
         model, processor = load_model(args, weights=weights)
         config = model.config if weights else model
-        encoder = stages.encoder_from_config(
-            config, processor, data_arguments(args), pixel_dtype=getattr(torch, args.dtype)
-        )
+        encoder = stages.encoder_from_config(config, processor, video, pixel_dtype=getattr(torch, args.dtype))
     except PromptError:
         raise
     except (OSError, ValueError, ImportError, HubError, HTTPError) as error:

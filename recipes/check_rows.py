@@ -112,6 +112,7 @@ def make_encoder(model_args: ModelConfig, data_args: stages.DataArguments) -> Pr
     """The training stage's encoder, of the config and processor of a model, or of an adapter's base, alone."""
     name = model_args.model_name_or_path
     revision = None if model_args.model_revision == "main" else model_args.model_revision
+    stages.see_as_trained(data_args, name, revision)
     if (adapter := adapter_config(name, revision)) is not None:
         name, revision = adapter["base_model_name_or_path"], adapter.get("revision")
     config = AutoConfig.from_pretrained(name, revision=revision)

@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     if stages.push_trained(training_args, push):
         return
     stages.make_tiny_world(data_args, training_args)
+    stages.see_as_trained(data_args, model_args.model_name_or_path, model_args.model_revision)
     try:
         pairs = load_pairs(
             pair_args.pairs, template=load_template(data_args.prompt_template), allow_urls=data_args.allow_urls

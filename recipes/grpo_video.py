@@ -99,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     if grpo_args.cold_start:
         cold_start(grpo_args.cold_start, model_args.model_name_or_path, training_args.seed)
     set_seed(training_args.seed)
+    stages.see_as_trained(data_args, model_args.model_name_or_path, model_args.model_revision)
     model, processor = stages.make_policy(model_args, data_args)
     checkpoint = stages.open_run(training_args.output_dir, accelerator=PartialState())
     store = RolloutStore(Path(training_args.output_dir) / "rollouts")

@@ -85,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     dataset = stages.load_training_rows(data_args, seed=training_args.seed)
     heldout = stages.load_eval_rows(data_args)
     set_seed(training_args.seed)
+    stages.see_as_trained(data_args, model_args.model_name_or_path, model_args.model_revision)
     model, processor = stages.make_policy(model_args, data_args)
     trainer = VideoSFTTrainer(
         model=model,

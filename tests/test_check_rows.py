@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from conftest import make_row, write_video
 
 from veripo_trl.encoding import PromptEncoder
+from veripo_trl.policy import save_settings
 from veripo_trl.rows import COLUMNS, RowError, load_rows, read_manifest
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -107,6 +109,17 @@ def mixed(media):
     rows += [make_row("text", media), make_row("long", media, problem="Which colour is first? " * 200)]
     rows += [make_row("unsolved", media, solution=""), make_row("twice", media), make_row("twice", media)]
     return rows + [make_row(None, media), make_row(" ", media)]
+
+
+def test_rows_are_checked_as_the_policy_was_trained_to_see(check_rows, run, load, model_paths, tmp_path):
+    shutil.copytree(model_paths["qwen2_5_vl"], tmp_path / "policy")
+    save_settings(tmp_path / "policy", load(max_frames=6)[1], None)
+    unsaid = dict.fromkeys(("prompt_template", "max_frames", "min_pixels", "max_pixels"))
+    config = run(clip_rows(tmp_path / "media", 1), model_name_or_path=str(tmp_path / "policy"), **unsaid)
+    manifest = tmp_path / "manifest.jsonl"
+    assert check_rows.main(["--config", str(config), "--output", str(manifest), "--num_workers", "0"]) == 0
+    header = json.loads(manifest.read_text().splitlines()[0])
+    assert (header["max_frames"], header["max_pixels"], header["prompt_template"]["name"]) == (6, 112 * 56, "tiny")
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from hub_server import HubServer, Repo
 from veripo_trl import evaluate
 from veripo_trl.evaluate import Decoding, TransformersEngine, Waiting, encoded_batches
 from veripo_trl.journal import Journal, JournalError, OutputFiles, answer_questions, lock_output, write_outputs
+from veripo_trl.policy import load_policy
 from veripo_trl.prompts import load_template
 from veripo_trl.questions import read_questions
 from veripo_trl.rows import rows_to_dataset
@@ -94,11 +95,15 @@ def test_the_output_is_the_released_form_and_the_record_says_how(script, model_p
     assert contents(alone)["output"] == contents(output)["output"]
 
 
-def test_released_defaults(script):
-    args = script.parse_arguments(["--model_path", "m", "--output_path", "o.json", "--prompt_path", "p.json"])
-    expected = {"video_fps": 2.0, "video_max_pixels": 200704, "video_max_frames": 128, "max_new_tokens": 4096,
-                "temperature": 1e-6, "top_p": 1.0, "repetition_penalty": 1.05, "tensor_parallel_size": 1}  # fmt: skip
+def test_released_defaults(script, model_paths):
+    """Of a model that does not say how it was trained to see."""
+    model = str(model_paths["qwen2_5_vl"])
+    args = script.parse_arguments(["--model_path", model, "--output_path", "o.json", "--prompt_path", "p.json"])
+    expected = {"max_new_tokens": 4096, "temperature": 1e-6, "top_p": 1.0, "repetition_penalty": 1.05,
+                "tensor_parallel_size": 1}  # fmt: skip
     assert {name: getattr(args, name) for name in expected} == expected
+    video, expected = script.data_arguments(args), {"fps": 2.0, "max_pixels": 200704, "max_frames": 128}
+    assert {name: getattr(video, name) for name in expected} == expected
     assert args.engine == ("vllm" if importlib.util.find_spec("vllm") else "transformers")
 
 
@@ -262,8 +267,8 @@ def test_commits_of_the_hub_are_recorded_and_compared(
         with pytest.raises(JournalError, match=f"model_revision: .{first}. → .{second}."):
             run("a.json", model_path="tester/tiny")
         assert run("b.json", model_path="tester/tiny", model_revision="main")["model_revision"] == second
-        on_top = run("c.json", adapter="tester/lora")
-        assert on_top["adapter_revision"] == tuned and len(on_top["model_revision"]) == 16
+        on_top = run("c.json", model_path="tester/tiny", adapter="tester/lora")
+        assert (on_top["adapter_revision"], on_top["model_revision"]) == (tuned, second)
         alone = run("d.json", model_path="tester/lora")
         assert (alone["model_revision"], alone["base"], alone["base_revision"]) == (tuned, "tester/tiny", second)
         model.add("main", "third", files(model_paths["qwen2_5_vl"]))
@@ -275,8 +280,7 @@ def test_commits_of_the_hub_are_recorded_and_compared(
 
 # options of the command line, and what is said about them before anything is loaded
 BAD = [
-    ({"temperature": -1}, "temperature >= 0"), ({"video_fps": 0}, "fps must be above 0"), ({"top_p": 0}, "0 < top_p"),
-    ({"video_max_frames": 1}, "min_frames <= max_frames"), ({"video_max_pixels": 100}, "size_factor"),
+    ({"temperature": -1}, "temperature >= 0"), ({"top_p": 0}, "0 < top_p"),
     ({"batch_size": 0}, "--batch_size: expected 1"), ({"num_workers": -1}, "--num_workers: expected 0"),
     ({"decode_timeout_s": 0}, "--decode_timeout_s above 0"), ({"max_new_tokens": 0}, "max_new_tokens >= 1"),
 ]  # fmt: skip
@@ -297,6 +301,9 @@ def test_what_cannot_be_loaded_is_refused(script, model_paths, media_root, promp
         ({"adapter": tmp_path}, "no adapter_config.json"),
         ({"model_path": adapter, "adapter": adapter}, "an adapter itself"),
         ({"attn_implementation": "quick"}, "quick"),
+        ({"video_fps": 0}, "fps must be above 0"),
+        ({"video_max_frames": 1}, "min_frames <= max_frames"),
+        ({"video_max_pixels": 100}, "size_factor"),
     ]
     for change, told in changes:
         with pytest.raises(script.Refusal, match=told):
@@ -470,6 +477,11 @@ def test_an_adapter_on_top_of_a_model(script, model_paths, media_root, prompts, 
         script.main(command(model_paths, media_root, prompts, outputs[name], **options, **change))
     texts = {name: [item["model_output"] for item in json.loads(file.read_text())] for name, file in outputs.items()}
     assert texts["on top"] == texts["as model"] != texts["base"]
+    load_policy(str(adapter))[0].merge_and_unload().save_pretrained(tmp_path / "merged")
+    shutil.copy(Path(model_paths["qwen2_5_vl"]) / "processor_config.json", tmp_path / "merged")
+    argv = command({"qwen2_5_vl": tmp_path / "merged"}, media_root, prompts, tmp_path / "twice.json", adapter=adapter)
+    with pytest.raises(script.Refusal, match="was trained on other weights than those of '.*merged'"):
+        script.main(argv)
     assert json.loads(OutputFiles(outputs["on top"]).record.read_text())["settings"]["adapter_revision"]
 
 

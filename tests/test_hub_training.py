@@ -90,6 +90,8 @@ def test_cold_start_then_search_each_pushed_once(place):
     assert "library_name: transformers" in held["README.md"].decode() and "cold start" in held["README.md"].decode()
 
     settings = {**GRPO, "model_name_or_path": "tester/sft", "use_peft": True, "lora_r": 4}
+    for name in ("prompt_template", "min_frames", "max_frames", "min_pixels", "max_pixels"):
+        del settings[name]  # as the policy on the Hub was trained
     hub.fail("commit", status=503, times=4)
     said = run(place, "grpo_video.py", settings, fails=True)
     assert "tester/grpo (model): push not finished" in said and "Start the same command again" in said
@@ -108,6 +110,9 @@ def test_cold_start_then_search_each_pushed_once(place):
         assert hub.repos[repo].private
     card = hub.files("models/tester/grpo")["README.md"].decode()
     assert "base_model: tester/sft" in card and sft["revision"] in card and "library_name: peft" in card
+    seen = json.loads(hub.files("models/tester/grpo")["veripo_trl.json"])
+    assert seen.pop("base_weights") and seen == {key: json.loads(held["veripo_trl.json"])[key] for key in seen}
+    assert (seen["prompt_template"]["name"], seen["max_frames"], seen["max_pixels"]) == ("tiny", 8, 3136)
     rollouts = hub.files("datasets/tester/grpo-rollouts")
     assert len([name for name in rollouts if name.endswith(".parquet")]) == 2
     assert "| rollouts | 8 |" in rollouts["README.md"].decode()

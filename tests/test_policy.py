@@ -1,16 +1,28 @@
 """Which models and adapters are loaded, how, and what is said of those that are not."""
 
+import importlib.util
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from conftest import make_row
 from peft import LoraConfig, PeftModel
+from test_sft import make_trainer
 from transformers import PreTrainedConfig
 from trl import ModelConfig
 
 from veripo_trl import policy, stages
-from veripo_trl.policy import LANGUAGE_MODEL_LINEAR, adapter_config, load_policy, looks_local
+from veripo_trl.chat import Chat
+from veripo_trl.policy import (
+    LANGUAGE_MODEL_LINEAR, SEEING, SETTINGS_FILE, adapter_config, check_base, load_policy, looks_local, read_settings,
+    weights_hash,
+)  # fmt: skip
+from veripo_trl.prompts import load_template
+
+EVALUATION = Path(__file__).resolve().parent.parent / "evaluation" / "evaluation_vllm.py"
 
 
 def lora(**changes):
@@ -167,3 +179,142 @@ def test_revisions_reach_what_they_belong_to(model_paths, tmp_path, monkeypatch)
     asked.clear()
     stages.make_policy(ModelConfig(model_name_or_path=base), stages.DataArguments())
     assert asked[0] == (base, None)  # "main", TRL's default, is left to the Hub
+
+
+# ------------------------------------------------------------------------------- what a policy says of its own training
+
+SEEN = {"fps": 1.0, "min_frames": 2, "max_frames": 6, "min_pixels": 3136, "max_pixels": 6272, "max_image_pixels": 5000}
+
+
+def trained(base, folder, media_root, *, own_words: Path | None = None, **options):
+    """A policy after one step of SFT with a checkpoint, as a recipe ends: its trainer."""
+    seen = stages.DataArguments(prompt_template=str(own_words or "tiny"), **SEEN)
+    model, processor = load_policy(str(base), **options)
+    rows = [make_row("one", media_root, videos=["wide.mp4"])]
+    changes = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None, "learning_rate": 1e-2}
+    trainer = make_trainer(model, stages.make_encoder(model, processor, seen), rows, folder, **changes)
+    trainer.train()
+    assert not (Path(folder) / "README.md").exists()  # TRL's, as a killed run would leave it
+    stages.finish(trainer, None, title="", started=0.0, extra={}, push=stages.PushArguments(hub_license="mit"))
+    return trainer
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_policy_carries_how_it_was_trained_to_see(adapter, model_paths, media_root, tmp_path, capfd):
+    """A user's own template too, whose file is gone by then; read by the next stage, by chat and by evaluation."""
+    words = tmp_path / "mine.yaml"
+    words.write_text(yaml.safe_dump({
+        "layout": "{problem} {options} {instruction}",
+        "instructions": dict.fromkeys(load_template("tiny").instructions, "Say it."),
+    }))  # fmt: skip
+    base, run = model_paths["qwen2_5_vl"], tmp_path / "run"
+    trainer = trained(base, run, media_root, own_words=words, lora=lora() if adapter else None)
+    template = load_template(str(words))
+    words.unlink()
+    spec = importlib.util.spec_from_file_location("evaluation_vllm", EVALUATION)
+    evaluation = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(evaluation)
+    given = ["--output_path", "o.json", "--prompt_path", "p.json", "--engine", "transformers"]
+    for folder in (run, run / "checkpoint-1"):
+        settings = json.loads((folder / SETTINGS_FILE).read_text())
+        assert settings.pop("prompt_template")["layout"] == template.layout
+        assert settings == {**SEEN, "base_weights": weights_hash(str(base)) if adapter else None}
+        capfd.readouterr()
+        data = stages.DataArguments()
+        stages.see_as_trained(data, str(folder))
+        taken = [data, evaluation.data_arguments(evaluation.parse_arguments(["--model_path", str(folder), *given]))]
+        if adapter:
+            argv = ["--model_path", str(base), "--adapter", str(folder), *given]
+            taken.append(evaluation.data_arguments(evaluation.parse_arguments(argv)))
+        for data in taken:
+            assert {name: getattr(data, name) for name in SEEN} == SEEN
+            assert load_template(data.prompt_template) == template
+        said = capfd.readouterr().err
+        assert said.count(f"{folder}: as it was trained: prompt_template mine, fps 1.0, min_frames 2") == len(taken)
+    chat = Chat(str(run), device="cpu")
+    assert chat.encoder.template == template and chat.encoder.max_image_pixels == 5000
+    assert chat.encoder.loader.settings == trainer.encoder.loader.settings
+
+
+def test_settings_that_differ_from_the_trained_ones_are_warned_of(model_paths, media_root, tmp_path, caplog, capsys):
+    trained(model_paths["qwen2_5_vl"], tmp_path, media_root)
+    capsys.readouterr()
+    data = stages.DataArguments(prompt_template="default", **{**SEEN, "max_frames": 8})
+    stages.see_as_trained(data, str(tmp_path))
+    assert "was trained with prompt_template tiny (here default), max_frames 6 (here 8)" in caplog.text
+    assert data.max_frames == 8 and data.prompt_template == "default" and not capsys.readouterr().err
+    caplog.clear()
+    stages.see_as_trained(stages.DataArguments(prompt_template="tiny", **SEEN), str(tmp_path))
+    assert not caplog.text and not capsys.readouterr().err
+
+
+def test_a_model_that_says_nothing_gets_the_defaults(model_paths, adapter_path, caplog, capsys):
+    for folder in (model_paths["qwen2_5_vl"], adapter_path):
+        data = stages.DataArguments(fps=3.0)
+        stages.see_as_trained(data, str(folder))
+        assert {name: getattr(data, name) for name in SEEING} == {**SEEING, "fps": 3.0}
+    assert not caplog.text and not capsys.readouterr().err
+
+
+def test_an_adapter_that_says_nothing_sees_as_its_base(model_paths, media_root, tmp_path):
+    trained(model_paths["qwen2_5_vl"], tmp_path / "base", media_root)
+    load_policy(str(tmp_path / "base"), lora=lora())[0].save_pretrained(tmp_path / "adapter")
+    settings = read_settings(str(tmp_path / "adapter"))
+    assert {name: settings[name] for name in SEEN} == SEEN
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda s: s.pop("fps"), "KeyError: 'fps'"),
+        (lambda s: s.update(fps="2"), "veripo_trl.json is not what this version writes"),
+        (lambda s: s.update(later=1), "veripo_trl.json is not what this version writes"),
+        (lambda s: s.update(prompt_template=None), "veripo_trl.json is not what this version writes"),
+        (lambda s: s["prompt_template"].update(layout="{problem} {options}!"), "expected the hash .* came"),
+        (lambda s: s["prompt_template"].pop("instructions"), "expected the keys layout"),
+    ],
+)
+def test_settings_that_were_changed_are_refused(change, told, load, tmp_path):
+    policy.save_settings(tmp_path, load()[1], None)
+    (tmp_path / "config.json").write_text("{}")
+    settings = json.loads((tmp_path / SETTINGS_FILE).read_text())
+    change(settings)
+    (tmp_path / SETTINGS_FILE).write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=told) as raised:
+        read_settings(str(tmp_path))
+    assert str(tmp_path) in str(raised.value)
+    (tmp_path / SETTINGS_FILE).write_text('{"fps": 2')
+    with pytest.raises(ValueError, match="is not what this version writes"):
+        read_settings(str(tmp_path))
+
+
+def test_an_adapter_on_weights_that_are_not_its_base(model_paths, media_root, adapter_path, tmp_path):
+    """Its base by another name is; what it was merged into is not, nor a base that was trained again."""
+    shutil.copytree(model_paths["qwen2_5_vl"], tmp_path / "base")
+    base, run = str(tmp_path / "base"), str(tmp_path / "run")
+    trained(base, run, media_root, lora=lora())
+    model, processor = load_policy(run)
+    model.merge_and_unload().save_pretrained(tmp_path / "merged", max_shard_size="2MB")
+    processor.save_pretrained(tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors.index.json").exists()
+    copy = str(model_paths["qwen2_5_vl"])
+    assert weights_hash(copy) == weights_hash(base) != weights_hash(str(tmp_path / "merged"))
+    check_base(run, None, copy, weights_hash(copy))
+    with pytest.raises(ValueError, match=f"adapter '{run}' was trained on other weights than those of '.*merged'"):
+        check_base(run, None, str(tmp_path / "merged"), weights_hash(str(tmp_path / "merged")))
+    check_base(str(adapter_path), None, copy, weights_hash(copy))  # says nothing: known by its base's name
+    with pytest.raises(ValueError, match="other weights than those of '.*base'"):
+        check_base(str(adapter_path), None, base, weights_hash(base))
+    shutil.rmtree(base)
+    (tmp_path / "merged").rename(base)
+    with pytest.raises(ValueError, match=f"other weights than those of '{base}'"):
+        load_policy(run)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_card_is_the_true_one_and_checkpoints_have_none(adapter, model_paths, media_root, tmp_path):
+    trained(model_paths["qwen2_5_vl"], tmp_path / "run", media_root, lora=lora() if adapter else None)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert ("A LoRA adapter for" if adapter else "Full weights, trained from") + " qwen2_5_vl (a local folder" in card
+    assert "license: mit" in card and "cold start" in card and "| optimizer steps | 1 |" in card
+    assert [file.parent.name for file in tmp_path.rglob("README.md")] == ["run"]

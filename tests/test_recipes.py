@@ -52,6 +52,8 @@ def test_main_job_and_its_second_start(workplace):
     assert "development accuracy" in first
     assert "→ 16 tokens" in first  # what the first rows became
     assert "Held-out questions" in first and "Seconds per step" in first
+    assert "Full weights, trained from outputs/tiny_sft" in (run / "README.md").read_text()
+    assert not list(run.glob("checkpoint-*/README.md")) and len(list(run.glob("checkpoint-*/veripo_trl.json"))) == 3
     for place in ("results.json", "curves.png", "config.json", "model.safetensors", "_arguments.json"):
         assert (run / place).stat().st_size > 0, place
     results = json.loads((run / "results.json").read_text())

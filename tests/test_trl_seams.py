@@ -40,6 +40,10 @@ SEAMS = {
     (Trainer, "_push_from_checkpoint"): "self checkpoint_folder",
     (Trainer, "_finish_current_push"): "self",
     (Trainer, "save_model"): "self output_dir _internal_call",
+    (Trainer, "_save"): "self output_dir state_dict",
+    (Trainer, "create_model_card"): (
+        "self language license tags model_name finetuned_from tasks dataset_tags dataset dataset_args"
+    ),
     (VLLMGeneration, "generate"): "self prompts images num_generations profiler",
     (VLLMClient, "image_features"): "self images max_concurrent_requests",
     (VLLMClient, "generate"): (

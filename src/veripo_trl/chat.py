@@ -29,7 +29,7 @@ from .answers import PROBLEM_TYPES, split_completion
 from .encoding import PromptTooLongError, vision_token_ids
 from .evaluate import end_ids
 from .generation import cut_at_end, sample_completions
-from .policy import load_policy
+from .policy import SEEING, load_policy
 from .prompts import PromptError
 from .rows import RowError
 from .video import MediaError
@@ -71,7 +71,8 @@ class Chat:
             on a CPU.
         load_in_4bit: quantize the weights while loading (needs bitsandbytes).
         encoding: fields of `stages.DataArguments` that say how prompts are made: `fps, min_frames, max_frames,
-            min_pixels, max_pixels, max_image_pixels, prompt_template, max_prompt_tokens, frame_cache, …`.
+            min_pixels, max_pixels, max_image_pixels, prompt_template`, by default as the policy was trained;
+            `max_prompt_tokens, frame_cache, …`.
 
     Raises:
         FileNotFoundError: no such model. ValueError: a model of another family, or a limit that makes no sense.
@@ -99,6 +100,9 @@ class Chat:
             quantization = BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
             )
+        # Whoever asks names the media, so that a URL is meant.
+        arguments = stages.DataArguments(**{"allow_urls": True, **encoding})
+        stages.see_as_trained(arguments, model, revision)
         self.model, self.processor = load_policy(
             model,
             revision=revision,
@@ -109,8 +113,6 @@ class Chat:
             trainable=False,
         )
         self.model.eval()
-        # Whoever asks names the media, so that a URL is meant.
-        arguments = stages.DataArguments(**{"allow_urls": True, **encoding})
         self.encoder = stages.make_encoder(self.model, self.processor, arguments)
 
     def ask(
@@ -333,7 +335,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     ):  # fmt: skip
         described = stages.DataArguments.__dataclass_fields__[name].metadata["help"]
         default = getattr(defaults, name)
-        encoding.add_argument(f"--{name}", type=kind, default=default, help=f"{described} (default: {default})")
+        described += "" if name in SEEING else f" (default: {default})"
+        encoding.add_argument(f"--{name}", type=kind, default=default, help=described)
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--max_new_tokens", type=int, default=4096, help="(default: 4096)")
     sampling.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding (the default).")

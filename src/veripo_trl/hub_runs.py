@@ -21,12 +21,9 @@ def push_run(folder: str | Path, args, results: dict, *, rollouts_id: str | None
         {"model", "rollouts"}: each {"repo_id", "revision", "url"}, as the Hub says. Raises `hub.HubError`.
     """
     folder, model_id = Path(folder), model_repo(args)
-    staged, base = stage_model(folder, folder / "_hub_model", results)
+    staged, _ = stage_model(folder, folder / "_hub_model", results)
     private = args.hub_private_repo is not False
-    card = model_card(
-        repo_id=model_id, stage=results["stage"], counts=_run_counts(results),
-        inputs={**(results.get("inputs") or {}), **local_pairs(folder)}, license=license, **base,
-    )  # fmt: skip
+    card = run_card(folder, results, repo_id=model_id, license=license)
     pushed = {
         "model": hub.push_folder(
             staged, model_id, repo_type="model", card=card, message=f"Model after {results['steps']} steps",
@@ -53,6 +50,15 @@ def push_run(folder: str | Path, args, results: dict, *, rollouts_id: str | None
     return {name: {**_record(item), "url": item.url} for name, item in pushed.items()}
 
 
+def run_card(folder: Path, results: dict, *, repo_id: str, license: str) -> str:
+    """The card of the model or adapter that a run saved in its folder."""
+    inputs = {**(results.get("inputs") or {}), **local_pairs(folder)}
+    return model_card(
+        repo_id=repo_id, stage=results["stage"], counts=_run_counts(results), inputs=inputs, license=license,
+        **base_of(folder, results),
+    )  # fmt: skip
+
+
 def model_repo(args) -> str:
     """Where a run's model goes: `hub_model_id`, or the name of its folder as transformers has it."""
     return args.hub_model_id or Path(args.output_dir).absolute().name
@@ -71,17 +77,24 @@ def stage_model(source: Path, target: Path, results: dict) -> tuple[Path, dict]:
     target.mkdir(parents=True)
     for name in hub.find_files(source, hub.PATTERNS["model"]):
         hub.link(source / name, target / name)
-    config = target / ADAPTER_CONFIG
+    base = base_of(source, results)
+    if base["adapter"]:
+        config = target / ADAPTER_CONFIG
+        name = base["base"] if base["base_on_hub"] else shown_name(base["base"])
+        content = _read(config) | {"base_model_name_or_path": name, "revision": base["base_revision"]}
+        config.unlink()  # a link: the run's own file keeps what it says
+        config.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
+    return target, base
+
+
+def base_of(folder: Path, results: dict) -> dict:
+    """What `model_card` needs to know of what a saved adapter is for, or full weights were trained from."""
+    config = folder / ADAPTER_CONFIG
     if not config.exists():
         origin = (results.get("inputs") or {}).get("model") or {}
-        return target, {"adapter": False, **_base(results["model"], origin.get("revision"))}
-    content = json.loads(config.read_text(encoding="utf-8"))
-    base = _base(content["base_model_name_or_path"], content.get("revision"))
-    name = base["base"] if base["base_on_hub"] else shown_name(base["base"])
-    content |= {"base_model_name_or_path": name, "revision": base["base_revision"]}
-    config.unlink()  # a link: the run's own file keeps what it says
-    config.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
-    return target, {"adapter": True, **base}
+        return {"adapter": False, **_base(results["model"], origin.get("revision"))}
+    content = _read(config)
+    return {"adapter": True, **_base(content["base_model_name_or_path"], content.get("revision"))}
 
 
 def local_pairs(folder: Path) -> dict[str, dict | str]:

@@ -1,19 +1,39 @@
-"""Load the model that a stage trains: full weights, a new LoRA adapter, or the adapter of the stage before."""
+"""Load the model that a stage trains: full weights, a new LoRA adapter, or the adapter of the stage before; and what a
+saved policy says of itself: how it was trained to see, and on which base."""
 
+import hashlib
 import json
 import logging
 import re
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import AutoProcessor, PreTrainedConfig
-from transformers.utils import find_adapter_config_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
+
+from .prompts import PromptError, read_template
+from .tables import write_json
 
 logger = logging.getLogger(__name__)
 
 # The language model's linear layers. The vision tower has layers of the same names, which stay untouched.
 LANGUAGE_MODEL_LINEAR = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+SETTINGS_FILE = "veripo_trl.json"  # in a policy's folder
+# What it says of how the policy was trained to see, and what holds where a policy says nothing. Pixels are per frame.
+SEEING = {
+    "prompt_template": "default",
+    "fps": 2.0,
+    "min_frames": 4,
+    "max_frames": 128,
+    "min_pixels": 16 * 28 * 28,
+    "max_pixels": 128 * 28 * 28,
+    "max_image_pixels": 1280 * 28 * 28,
+}
 
 SUPPORTED = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
@@ -52,9 +72,10 @@ def load_policy(
 
     Raises:
         FileNotFoundError: no such model, adapter or base of an adapter.
-        ValueError: a model family whose video path this project does not know, or options that exclude each other.
+        ValueError: a model family whose video path this project does not know, options that exclude each other, or a
+            base whose weights are not those that the adapter was trained on.
     """
-    adapter = adapter_config(model_name_or_path, revision)
+    adapter, base, base_revision, model_type = find_base(model_name_or_path, revision)
     with_adapter = adapter is not None or lora is not None
     if train_vision_tower and with_adapter:
         raise ValueError(
@@ -67,12 +88,9 @@ def load_policy(
             f"{model_name_or_path!r} is to be loaded in 4 or 8 bits without an adapter, and quantized weights cannot "
             f"be trained. Set use_peft: true, or load_in_4bit and load_in_8bit: false."
         )
-    base, base_revision, model_type = _base_model(model_name_or_path, revision, adapter)
-    if model_type not in SUPPORTED:
-        raise ValueError(
-            f"{base!r} is a model of type {model_type!r}. Expected one of {sorted(SUPPORTED)}: positions and "
-            f"video inputs are known for these only."
-        )
+    base_weights = weights_hash(base, base_revision) if with_adapter else None
+    if adapter is not None:
+        check_base(model_name_or_path, revision, base, base_weights)
     architecture = getattr(transformers, SUPPORTED[model_type])
     model = architecture.from_pretrained(
         base,
@@ -102,7 +120,84 @@ def load_policy(
 
         # The adapter records the revision, so that the next stage loads the same base.
         model = get_peft_model(model, lora, revision=revision)
+    if with_adapter:
+        model.base_weights = base_weights  # what `save_settings` records
     return model, processor
+
+
+def save_settings(folder: str | Path, encoder, model) -> None:
+    """Write beside a saved policy how it was trained to see, and what an adapter's base is."""
+    settings = {**asdict(encoder.loader.settings), "max_image_pixels": encoder.max_image_pixels}
+    settings = {name: settings.get(name) for name in SEEING} | {"prompt_template": asdict(encoder.template)}
+    write_json(Path(folder) / SETTINGS_FILE, {**settings, "base_weights": getattr(model, "base_weights", None)})
+
+
+def read_settings(model_name_or_path: str, revision: str | None = None) -> dict:
+    """What `save_settings` wrote of a folder or a repository on the Hub: the keys of `SEEING`, the template a
+    `PromptTemplate`, and `base_weights`. An adapter that says nothing sees as its base does; {} where that says nothing
+    either.
+
+    Raises:
+        FileNotFoundError: no such folder. ValueError: the file is not what `save_settings` writes. OSError: the Hub.
+    """
+    adapter = adapter_config(model_name_or_path, revision)
+    file = cached_file(
+        model_name_or_path, SETTINGS_FILE, revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    if file is None:
+        base = adapter and adapter.get("base_model_name_or_path")
+        return {**read_settings(base, adapter.get("revision")), "base_weights": None} if base else {}
+    shown = f"{model_name_or_path}/{SETTINGS_FILE}"
+    try:
+        settings = json.loads(Path(file).read_text(encoding="utf-8"))
+        numbers = [settings[name] for name in SEEING if name != "prompt_template"]
+        if settings.keys() - SEEING.keys() != {"base_weights"} or any(type(n) not in (int, float) for n in numbers):
+            raise ValueError(f"it has {settings}")
+        return settings | {"prompt_template": read_template(settings["prompt_template"], shown)}
+    except PromptError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{shown} is not what this version writes beside a policy ({', '.join(SEEING)}, base_weights): "
+            f"{type(error).__name__}: {error}. Put it right, or remove it and give the settings."
+        ) from error
+
+
+def check_base(adapter: str, revision: str | None, base: str, base_weights: str | None) -> None:
+    """Raise ValueError unless a base model is the one that an adapter was trained on: by the `weights_hash` that our
+    adapters record, else by its name."""
+    recorded = read_settings(adapter, revision).get("base_weights")
+    own = str((adapter_config(adapter, revision) or {}).get("base_model_name_or_path"))
+    if recorded is None:
+        same = own == base or Path(own).is_dir() and Path(own).resolve() == Path(base).resolve()
+    else:
+        same = recorded == base_weights
+    if not same:
+        raise ValueError(
+            f"The adapter {adapter!r} was trained on other weights than those of {base!r}: its base is {own!r}, as it "
+            f"was then. A merged model, or one that was trained again since, is another. Give the adapter alone as the "
+            f"model; where its base lies is base_model_name_or_path in its adapter_config.json."
+        )
+
+
+def weights_hash(model_name_or_path: str, revision: str | None = None) -> str | None:
+    """16 hex digits over the first row of every tensor of a saved model, whatever files they lie in: training and merging
+    change those. None where there are no safetensors."""
+    find = partial(
+        cached_file, model_name_or_path, revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    index = None if find(SAFE_WEIGHTS_NAME) else find(SAFE_WEIGHTS_INDEX_NAME)
+    names = set(json.loads(Path(index).read_text())["weight_map"].values()) if index else {SAFE_WEIGHTS_NAME}
+    rows = {}
+    for file in map(find, sorted(names)):
+        if file is None:
+            return None
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():
+                part = tensors.get_slice(key)
+                row = (part[:1] if part.get_shape() else tensors.get_tensor(key)).reshape(-1).contiguous()
+                rows[key] = hashlib.sha256(row.view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def adapter_config(model_name_or_path: str, revision: str | None = None) -> dict | None:
@@ -127,6 +222,19 @@ def adapter_config(model_name_or_path: str, revision: str | None = None) -> dict
 def looks_local(name: str) -> bool:
     """Whether a name can only mean a folder: it is no Hub id (`name` or `owner/name`), or lies in `outputs/`."""
     return re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) is None or name.startswith("outputs/")
+
+
+def find_base(model_name_or_path: str, revision: str | None = None) -> tuple:
+    """(an adapter's config or None; name, revision and type of the model that is loaded first: itself, or the adapter's
+    base), without looking at weights. Raises as `load_policy` does."""
+    adapter = adapter_config(model_name_or_path, revision)
+    base, base_revision, model_type = _base_model(model_name_or_path, revision, adapter)
+    if model_type not in SUPPORTED:
+        raise ValueError(
+            f"{base!r} is a model of type {model_type!r}. Expected one of {sorted(SUPPORTED)}: positions and "
+            f"video inputs are known for these only."
+        )
+    return adapter, base, base_revision, model_type
 
 
 def _base_model(model_name_or_path: str, revision: str | None, adapter: dict | None):

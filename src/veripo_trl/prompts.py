@@ -45,8 +45,11 @@ class PromptTemplate:
     hash: str
 
 
-def load_template(name_or_path: str) -> PromptTemplate:
-    """A template of the package by its name ("default", "tiny"), or any .yaml or .yml file by its path."""
+def load_template(name_or_path: str | PromptTemplate) -> PromptTemplate:
+    """A template of the package by its name ("default", "tiny"), or any .yaml or .yml file by its path; the one that a
+    policy carries is there already."""
+    if isinstance(name_or_path, PromptTemplate):
+        return name_or_path
     shipped = files("veripo_trl") / "prompt_templates"
     if str(name_or_path).endswith((".yaml", ".yml")):
         file = Path(name_or_path).expanduser()
@@ -106,6 +109,18 @@ def _fill(layout: str, values: dict[str, str]) -> str:
         if not names or any(values[name] for name in names):
             lines.append(_PLACEHOLDER.sub(lambda match: values[match[1]], line))
     return "\n".join(lines).strip()
+
+
+def read_template(record: dict[str, Any], file: str) -> PromptTemplate:
+    """A template from its own fields, as `dataclasses.asdict` gives them."""
+    content = {key: text for key, text in record.items() if key not in ("name", "hash")}
+    template = _parse(content, str(record.get("name")), file)
+    if template.hash != record.get("hash"):
+        raise PromptError(
+            f"prompt template in {file}: expected the hash {template.hash}, came {record.get('hash')!r}: it was changed, "
+            f"or other code wrote it. Give prompt_template."
+        )
+    return template
 
 
 def _parse(content: Any, name: str, file: str) -> PromptTemplate:

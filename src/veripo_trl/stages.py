@@ -1,5 +1,6 @@
 """What the recipes share: arguments, the run folder, resuming, the end table."""
 
+import hashlib
 import json
 import logging
 import math
@@ -26,9 +27,9 @@ from .answers import SolutionError
 from .encoding import PromptEncoder, PromptTooLongError
 from .evaluate import generate, summarize
 from .hub import HUB_ID, SHA, HubError, fetch_file, input_revision
-from .hub_runs import push_run
+from .hub_runs import push_run, run_card
 from .plots import save_charts, training_charts
-from .policy import LANGUAGE_MODEL_LINEAR, load_policy
+from .policy import LANGUAGE_MODEL_LINEAR, SEEING, load_policy, read_settings
 from .prompts import PromptError, load_template
 from .rows import SUFFIXES, RowError, check_media, load_rows
 from .tables import print_table, write_json
@@ -44,9 +45,13 @@ TRAINED = "_trained.json"  # its content, before the push
 REPORT_JUDGES = {"rules": judge_by_rules, "tiny": judge_by_templates}
 
 
+def _as_trained(name: str, text: str):
+    return field(default=None, metadata={"help": f"{text} Default: as the policy was trained, else {SEEING[name]}."})
+
+
 @dataclass
 class DataArguments:
-    """Which rows a stage reads, and how their media are read."""
+    """Which rows a stage reads, and how their media are read. `see_as_trained` fills in what `policy.SEEING` names."""
 
     datasets: list[str] | None = field(
         default=None,
@@ -54,6 +59,13 @@ class DataArguments:
     )
     eval_datasets: list[str] | None = field(
         default=None, metadata={"help": "Held-out rows, in the same form, for the table at the end."}
+    )
+    holdout: int = field(
+        default=0,
+        metadata={
+            "help": "Hold this many rows of `datasets` out of training, for that table: chosen by a hash of their ids, "
+            "so that they are the same under every seed, on resume, and in every stage with the same `datasets`."
+        },
     )
     manifest: str | None = field(
         default=None, metadata={"help": "Written by recipes/check_rows.py: rows it marks bad are left out."}
@@ -66,15 +78,13 @@ class DataArguments:
         },
     )
     allow_urls: bool = field(default=False, metadata={"help": "Let rows name media by URL."})
-    prompt_template: str = field(
-        default="default", metadata={"help": "A template of the package (default, tiny) or a YAML file."}
-    )
-    fps: float = field(default=2.0, metadata={"help": "Frames sampled per second of video."})
-    min_frames: int = field(default=4, metadata={"help": "Fewest frames per video."})
-    max_frames: int = field(default=128, metadata={"help": "Most frames per video."})
-    min_pixels: int = field(default=16 * 28 * 28, metadata={"help": "Smallest area of one frame, in pixels."})
-    max_pixels: int = field(default=128 * 28 * 28, metadata={"help": "Largest area of one frame, in pixels."})
-    max_image_pixels: int = field(default=1280 * 28 * 28, metadata={"help": "Largest area of one image, in pixels."})
+    prompt_template: str | None = _as_trained("prompt_template", "A template of the package or a YAML file.")
+    fps: float | None = _as_trained("fps", "Frames sampled per second of video.")
+    min_frames: int | None = _as_trained("min_frames", "Fewest frames per video.")
+    max_frames: int | None = _as_trained("max_frames", "Most frames per video.")
+    min_pixels: int | None = _as_trained("min_pixels", "Smallest area of one frame, in pixels.")
+    max_pixels: int | None = _as_trained("max_pixels", "Largest area of one frame, in pixels.")
+    max_image_pixels: int | None = _as_trained("max_image_pixels", "Largest area of one image, in pixels.")
     max_prompt_tokens: int | None = field(
         default=None, metadata={"help": "A longer prompt, vision tokens included, is refused. Never cut."}
     )
@@ -93,6 +103,11 @@ class DataArguments:
             sources = getattr(self, name)
             if sources is not None:
                 setattr(self, name, [json.loads(item) if isinstance(item, str) else item for item in sources])
+        if self.holdout < 0 or (self.holdout and (self.eval_datasets or not self.datasets)):
+            raise SystemExit(
+                f"holdout: expected a number of rows to hold out of `datasets`, or 0 with eval_datasets; came "
+                f"{self.holdout}, datasets {self.datasets} and eval_datasets {self.eval_datasets}."
+            )
 
 
 @dataclass
@@ -242,6 +257,32 @@ def hub_inputs(data_args: DataArguments, model_args: ModelConfig) -> dict[str, d
     }
 
 
+def see_as_trained(
+    data_args: DataArguments, name: str, revision: str | None = None, *, defaults: dict = SEEING
+) -> None:
+    """Fill in the template and the frame settings that are not given: as the policy was trained, else the defaults.
+
+    Says what it took from the policy, and warns of what is given and differs.
+    """
+    trained = read_settings(name, None if revision == "main" else revision)
+    taken, differing = [], []
+    for key, default in defaults.items():
+        given, own = getattr(data_args, key), trained.get(key)
+        if given is None:
+            setattr(data_args, key, default if own is None else own)
+        template = key == "prompt_template" and own is not None
+        shown = f"{key} {own.name if template else own}"
+        if own is not None and given is None:
+            taken.append(shown)
+        elif own is not None and (load_template(given).hash != own.hash if template else given != own):
+            differing.append(f"{shown} (here {given})")
+    if int(os.environ.get("RANK", "0")) == 0:
+        if taken:
+            print(f"{name}: as it was trained: {', '.join(taken)}", file=sys.stderr, flush=True)
+        if differing:
+            logger.warning("%s was trained with %s: it does not see here as it did there.", name, ", ".join(differing))
+
+
 def make_encoder(model, processor, data_args: DataArguments) -> PromptEncoder:
     """The encoder of a stage: template, frame sampling and limits from its arguments, sizes from its model."""
     return encoder_from_config(model.config, processor, data_args, pixel_dtype=model.dtype)
@@ -250,15 +291,10 @@ def make_encoder(model, processor, data_args: DataArguments) -> PromptEncoder:
 def encoder_from_config(config, processor, data_args: DataArguments, *, pixel_dtype=torch.float32) -> PromptEncoder:
     """As `make_encoder`, where no weights are loaded."""
     vision = config.vision_config
+    seeing = SEEING | {key: value for key in SEEING if (value := getattr(data_args, key)) is not None}
+    template, max_image_pixels = seeing.pop("prompt_template"), seeing.pop("max_image_pixels")
     loader = VideoLoader(
-        VideoSettings(
-            fps=data_args.fps,
-            min_frames=data_args.min_frames,
-            max_frames=data_args.max_frames,
-            min_pixels=data_args.min_pixels,
-            max_pixels=data_args.max_pixels,
-            size_factor=vision.patch_size * vision.spatial_merge_size,
-        ),
+        VideoSettings(**seeing, size_factor=vision.patch_size * vision.spatial_merge_size),
         cache_dir=data_args.frame_cache,
         cache_max_bytes=int(data_args.frame_cache_gb * 1e9),
         timeout_s=data_args.decode_timeout_s,
@@ -268,9 +304,9 @@ def encoder_from_config(config, processor, data_args: DataArguments, *, pixel_dt
     return PromptEncoder(
         processor,
         config,
-        template=load_template(data_args.prompt_template),
+        template=load_template(template),
         loader=loader,
-        max_image_pixels=data_args.max_image_pixels,
+        max_image_pixels=max_image_pixels,
         max_prompt_tokens=data_args.max_prompt_tokens,
         pixel_dtype=pixel_dtype,
         allow_urls=data_args.allow_urls,
@@ -298,6 +334,8 @@ def load_training_rows(data_args: DataArguments, *, seed: int):
     dataset = load_rows(
         data_args.datasets, seed=seed, allow_urls=data_args.allow_urls, manifest=data_args.manifest, unique_ids=True
     )
+    if data_args.holdout:
+        dataset = split_holdout(dataset, data_args.holdout)[1]
     if dropped:
         dataset = _without(dataset, dropped)
     check_media(dataset, allow_urls=data_args.allow_urls)
@@ -349,12 +387,33 @@ def _dropped_questions(entry: str) -> tuple[str, list[str]]:
     return broadcast_object_list(found)[0]
 
 
+def split_holdout(dataset, count: int):
+    """(the rows of the `count` ids whose hashes are smallest, the others), in their order.
+
+    By nothing but the ids, so that a smaller set of rows never trains on what a larger one with them holds out.
+    """
+    ids = list(dataset["question_id"])
+    if count >= len(ids):
+        raise SystemExit(f"holdout: {count} of {len(ids)} rows of `datasets` leave none to train on. Give fewer.")
+    held = set(sorted(ids, key=lambda name: hashlib.sha256(name.encode()).digest())[:count])
+    places = {side: [place for place, name in enumerate(ids) if (name in held) is side] for side in (True, False)}
+    return dataset.select(places[True]), dataset.select(places[False])
+
+
 def load_eval_rows(data_args: DataArguments):
     """The held-out rows in file order, or None where the recipe names none."""
-    if not data_args.eval_datasets:
+    sources, held_out = data_args.eval_datasets, data_args.holdout > 0
+    if held_out:
+        sources = data_args.datasets
+    if not sources:
         return None
-    _pin(data_args.eval_datasets)
-    dataset = load_rows(data_args.eval_datasets, shuffle=False, allow_urls=data_args.allow_urls, unique_ids=False)
+    _pin(sources)
+    dataset = load_rows(
+        sources, shuffle=False, allow_urls=data_args.allow_urls, unique_ids=held_out,
+        manifest=data_args.manifest if held_out else None,
+    )  # fmt: skip
+    if held_out:
+        dataset = split_holdout(dataset, data_args.holdout)[0]
     check_media(dataset, allow_urls=data_args.allow_urls)
     return dataset
 
@@ -548,6 +607,9 @@ def finish(
             "history": history,
             **extra,
         }
+        license = (push or PushArguments()).hub_license
+        card = run_card(folder, results, repo_id=folder.absolute().name, license=license)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         print(f"\nmodel, {RESULTS} and curves.png are in {folder} ({results['minutes']:.1f} minutes)", flush=True)
         write_json(folder / (TRAINED if trainer.args.push_to_hub else RESULTS), results)
     trainer.accelerator.wait_for_everyone()

@@ -10,6 +10,7 @@ from transformers.utils import PushInProgress
 
 from .. import hub, hub_runs
 from ..hub_cards import model_card
+from ..policy import save_settings
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,17 @@ class CheckpointMixin:
             return
         saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
         model.load_state_dict(saved.state_dict(), strict=True)
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        """With what the policy says of itself, and without peft's card: ours is written when the run is finished."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            save_settings(folder, self.encoder, self.model)
+            (folder / "README.md").unlink(missing_ok=True)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """None of TRL's, which knows neither base nor data ("fine-tuned version of None")."""
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None):
         """Create the run's repository, or say in one error why that cannot be, before hours are spent on training."""
