@@ -80,6 +80,12 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(str(error)) from error
     check_media(pairs.dataset, allow_urls=data_args.allow_urls)
     heldout = stages.load_eval_rows(data_args)
+    if data_args.holdout and (seen := set(heldout["question_id"]) & set(pairs.dataset["question_id"])):
+        raise SystemExit(
+            f"holdout: {len(seen)} of the {data_args.holdout} questions have pairs ({', '.join(sorted(seen)[:3])}, …): "
+            f"the GRPO run trained on them. Give that run the same datasets, manifest and holdout, or give this one "
+            f"eval_datasets."
+        )
     set_seed(training_args.seed)
     model, processor = stages.make_policy(model_args, data_args)
     reference = None if isinstance(model, PeftModel) else stages.make_policy(model_args, data_args)[0]

@@ -12,6 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from trl import ModelConfig
 
 from veripo_trl import stages
+from veripo_trl.policy import SEEING
 from veripo_trl.preferences import PairSource
 from veripo_trl.rows import DatasetSource
 from veripo_trl.trainers.dpo import VideoDPOConfig
@@ -96,7 +97,7 @@ def parsed():
 
 def test_every_promised_file_is_there():
     promised = {*GRPO_7B, "tiny/sft.yaml", "tiny/grpo.yaml", "video_r1_7b/sft.yaml", "video_r1_7b/grpo.yaml"}
-    promised |= {"qwen2_5_vl_3b_lora/grpo.yaml"} | {
+    promised |= {"qwen2_5_vl_3b_lora/sft.yaml", "qwen2_5_vl_3b_lora/grpo.yaml"} | {
         f"accelerate/{n}.yaml" for n in ("single", "ddp", "zero2", "zero3")
     }
     promised |= {f"qwen2_5_vl_7b/{n}.yaml" for n in ("3_verify", "4_align", "5_search", "veripo")}
@@ -124,7 +125,8 @@ def test_header_and_launch_command(name):
 @pytest.mark.parametrize("name", TRAINING)
 def test_recipe_parses_it(name, parsed):
     values, written = parsed[name], yaml.safe_load(ALL[name].read_text())
-    VideoSettings(**{key: values[key] for key in ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels")})
+    seeing = {key: default if values[key] is None else values[key] for key, default in SEEING.items()}
+    VideoSettings(**{key: seeing[key] for key in ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels")})
     for source in (values["datasets"] or []) + (values["eval_datasets"] or []):
         DatasetSource(**source)  # a mistyped key of an entry is an error here
     for source in values.get("pairs", []):
@@ -353,9 +355,13 @@ def test_each_stage_starts_from_what_the_one_before_saved(parsed):
         assert judged["rollouts"] == [f"{search['output_dir']}/rollouts"]
         assert [source["path"] for source in align["pairs"]] == [f"{judged['output_dir']}/pairs"]
         assert align["model_name_or_path"] == search["output_dir"]
-        for key in ("prompt_template", "fps", "max_frames", "max_pixels"):
-            assert align[key] == search[key], (folder, key)
+        assert {align[key] for key in SEEING} == {None}  # as the search's policy was trained
+        assert align["holdout"] == search["holdout"]
+        assert not align["holdout"] or align["datasets"] == search["datasets"]
         assert judged["prompt_template"] == search["prompt_template"]
+    start, search = parsed["qwen2_5_vl_3b_lora/sft.yaml"], parsed["qwen2_5_vl_3b_lora/grpo.yaml"]
+    for key in (*SEEING, "model_name_or_path", "use_peft", "lora_r", "lora_alpha"):
+        assert start[key] == search[key], key
     later = parsed["qwen2_5_vl_7b/5_search.yaml"]
     assert later["model_name_or_path"] == parsed["qwen2_5_vl_7b/4_align.yaml"]["output_dir"]
     assert later["leave_out"] == ["outputs/qwen2_5_vl_7b/3_verify/solved.json"]

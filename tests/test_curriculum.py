@@ -1,9 +1,16 @@
-"""Which solved questions the next iteration leaves out."""
+"""Which solved questions the next iteration leaves out, and which are never trained on."""
 
+import importlib.util
+import json
 import random
+from pathlib import Path
 
 import pytest
+import yaml
+from conftest import make_row
+from test_dpo import stored_pair, write_pairs
 
+from veripo_trl import stages
 from veripo_trl.verifier.curriculum import choose_solved
 
 
@@ -49,3 +56,54 @@ def test_nothing_and_a_wrong_share():
     assert choose_solved([])["zero_variance"] is None
     with pytest.raises(ValueError, match="drop_solved_share"):
         choose_solved([], share=80)
+
+
+def rows_file(path, names) -> list[dict]:
+    """A file of questions without media, as an entry of `datasets`."""
+    rows = [make_row(name, path.parent, problem=f"{name}?") for name in names]
+    path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "media_root"}) + "\n" for row in rows))
+    return [{"path": str(path)}]
+
+
+def sides(datasets, *, seed=0, **options) -> tuple[set, list]:
+    """(ids trained on, ids held out) of a stage."""
+    data = stages.DataArguments(datasets=datasets, **{"holdout": 8, **options})
+    train, held = stages.load_training_rows(data, seed=seed)["question_id"], stages.load_eval_rows(data)["question_id"]
+    return set(train), list(held)
+
+
+def test_held_out_rows_are_taken_by_id(tmp_path):
+    """The same in every order, under every seed, with solved questions left out; a part of the rows trains on none."""
+    names = [f"q{number}" for number in range(60)]
+    train, held = sides(rows_file(tmp_path / "a.jsonl", names))
+    assert len(held) == 8 and train == set(names) - set(held)
+    (tmp_path / "solved.json").write_text(json.dumps({"dropped": names[:20]}))
+    random.Random(1).shuffle(names)
+    later, again = sides(rows_file(tmp_path / "b.jsonl", names), seed=7, leave_out=[str(tmp_path / "solved.json")])
+    assert sorted(again) == sorted(held) and later == train - {f"q{number}" for number in range(20)}
+    part, _ = sides(rows_file(tmp_path / "c.jsonl", names[:30]))
+    assert len(part) == 22 and not part & set(held)
+
+
+def test_held_out_rows_that_cannot_be(tmp_path):
+    datasets = rows_file(tmp_path / "a.jsonl", ["q1", "q2"])
+    with pytest.raises(SystemExit, match="8 of 2 rows of `datasets` leave none to train on"):
+        sides(datasets)
+    for options in ({"eval_datasets": datasets}, {"holdout": -1}):
+        with pytest.raises(SystemExit, match="holdout: expected a number of rows"):
+            sides(datasets, **options)
+
+
+def test_pairs_of_held_out_questions_are_refused(model_paths, tmp_path):
+    recipe = Path(__file__).resolve().parent.parent / "recipes" / "dpo_video.py"
+    spec = importlib.util.spec_from_file_location("dpo_video", recipe)
+    dpo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(dpo)
+    datasets = rows_file(tmp_path / "a.jsonl", ["q1", "q2", "q3"])
+    pairs = write_pairs(tmp_path / "pairs", [stored_pair(make_row(name, tmp_path)) for name in ("q1", "q2", "q3")])
+    (tmp_path / "dpo.yaml").write_text(yaml.safe_dump({
+        "model_name_or_path": str(model_paths["qwen2_5_vl"]), "output_dir": str(tmp_path / "run"), "use_cpu": True,
+        "bf16": False, "pairs": [{"path": pairs}], "datasets": datasets, "holdout": 1, "prompt_template": "tiny",
+    }))  # fmt: skip
+    with pytest.raises(SystemExit, match=r"1 of the 1 questions have pairs \(q[123], …\): the GRPO run trained on them"):
+        dpo.main(["--config", str(tmp_path / "dpo.yaml")])
