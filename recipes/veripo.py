@@ -230,6 +230,39 @@ def check_settings(stages: list[dict]) -> None:
             raise SystemExit(f"stage {stage['name']}: {recipe} knows no {', '.join(unknown)}. Nothing was run.")
 
 
+def look_at_inputs(stage: dict, made: list[str]) -> None:
+    """Raise what would stop a training stage at its start: rows and their media, held-out rows, pairs, the policy; of
+    those what is not below `made`, the folders that the stages before it write."""
+    from dataclasses import fields
+
+    from veripo_trl import stages as shared
+    from veripo_trl.policy import find_base
+    from veripo_trl.preferences import PairSource, pair_files
+
+    settings = stage["settings"]
+    names = {item.name for item in fields(shared.DataArguments)}
+    data = shared.DataArguments(**{name: value for name, value in settings.items() if name in names})
+    if data.tiny_world and not Path(data.tiny_world).exists():
+        made = [*made, data.tiny_world]
+
+    def to_find(path: str) -> bool:
+        return not any(Path(folder) in (Path(path), *Path(path).parents) for folder in made)
+
+    data.datasets = [source for source in data.datasets or [] if to_find(source["path"])]
+    data.eval_datasets = [source for source in data.eval_datasets or [] if to_find(source["path"])]
+    data.leave_out = [entry for entry in data.leave_out or [] if to_find(entry)]
+    if data.datasets and stage["recipe"] != "dpo_video.py":
+        shared.load_training_rows(data, seed=0)
+    shared.load_eval_rows(data)
+    for source in settings.get("pairs") or []:
+        source = PairSource(**(json.loads(source) if isinstance(source, str) else source))
+        if to_find(source.path):
+            pair_files(source)
+    model, revision = settings["model_name_or_path"], settings.get("model_revision", "main")
+    if to_find(model) and (Path(model).exists() or not settings.get("cold_start")):
+        find_base(model, None if revision == "main" else revision)
+
+
 # ---- the run's state ----------------------------------------------------------------------------------------------
 
 
@@ -567,6 +600,31 @@ def latest_policy(entries: list[dict]) -> str:
     return made[-1] if made else "none yet"
 
 
+def dry_run(run: Run, stages: list[dict], first: int | None) -> None:
+    """Print what would run, and then what would stop it: all that can be found without running it."""
+    problems: dict[str, str] = {}  # each with the first stage that has it
+    try:
+        check_settings(stages)
+    except SystemExit as error:
+        problems[str(error)] = ""
+    for place, stage in enumerate(stages):
+        entry = run.entry(stage["name"])
+        state = "to do" if entry is None or (first is not None and place >= first) else entry["status"]
+        if state == "skipped":
+            skip_policies(stages, place)
+        command = command_of(stage, run.folder / "configs" / f"{stage['name']}.yaml", run.content["loop"]["accelerate"])
+        print(f"{stage['name']} ({state}): {' '.join(command)}")
+        for key, value in stage["settings"].items():
+            print(f"    {key}: {json.dumps(value, ensure_ascii=False)}")
+        if stage["recipe"] in TRAINING and state not in ("done", "skipped"):
+            try:
+                look_at_inputs(stage, [before["output_dir"] for before in stages[:place]])
+            except (SystemExit, RuntimeError, ValueError, OSError, TypeError) as error:
+                problems.setdefault(str(error), f"stage {stage['name']}: ")
+    if problems:
+        raise SystemExit("\n".join(["\nThis would not run:", *(name + what for what, name in problems.items())]))
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     loop = read_loop(arguments)
@@ -574,17 +632,7 @@ def main(argv: list[str] | None = None) -> None:
     first, last = chosen(stages, arguments.first, arguments.last)
     folder = Path(loop["output_dir"])
     if arguments.dry_run:
-        run = Run(folder, loop)
-        for place, stage in enumerate(stages[: last + 1]):
-            entry = run.entry(stage["name"])
-            redone = arguments.first is not None and place >= first
-            state = "to do" if entry is None or redone else entry["status"]
-            if state == "skipped":
-                skip_policies(stages, place)
-            command = command_of(stage, folder / "configs" / f"{stage['name']}.yaml", loop["accelerate"])
-            print(f"{stage['name']} ({state}): {' '.join(command)}")
-            for key, value in stage["settings"].items():
-                print(f"    {key}: {json.dumps(value, ensure_ascii=False)}")
+        dry_run(Run(folder, loop), stages[: last + 1], first if arguments.first else None)
         return
     if not (folder / "run.json").exists():
         check_settings(stages)

@@ -265,6 +265,40 @@ def test_dry_run_writes_nothing(tmp_path):
     assert 'leave_out: ["outputs/veripo/verify-1/solved.json"]' in result.stdout
 
 
+def test_dry_run_finds_what_the_stages_would_stop_at(tmp_path, capsys, monkeypatch):
+    """Clips, held-out rows, models, other pairs, the judge's program: all of it at once, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    row = {"question_id": "q1", "problem": "?", "problem_type": "free-form", "solution": "x", "videos": ["gone.mp4"]}
+    Path("rows.jsonl").write_text(json.dumps(row) + "\n")
+    Path("held.jsonl").write_text(json.dumps(row | {"videos": [], "problem_type": "odd"}) + "\n")
+    bare = {"tiny_world": None, "eval_datasets": None}
+    iteration = [
+        {"name": "a", "recipe": "grpo_video.py", "config": "tiny/grpo.yaml",
+         "overrides": {**bare, "cold_start": None, "datasets": [{"path": "rows.jsonl"}]}},
+        {"name": "b", "recipe": "sft_video.py", "config": "tiny/sft.yaml",
+         "overrides": {**bare, "datasets": [{"path": "held.jsonl"}]}},
+        {"name": "c", "recipe": "grpo_video.py", "config": "tiny/grpo.yaml",
+         "overrides": {**bare, "cold_start": None, "datasets": [{"path": "outputs/loop/a-1/rows.jsonl"}],
+                       "model_name_or_path": "outputs/none"}},
+        {"name": "d", "recipe": "verify_rollouts.py", "config": "tiny/verify.yaml", "judge_command": ["no-such"]},
+        {"name": "e", "recipe": "dpo_video.py", "config": "dpo.yaml"},
+    ]  # fmt: skip
+    Path("dpo.yaml").write_text(yaml.safe_dump({"pairs": [{"path": "own"}, {"path": "./none/pairs"}]}))
+    Path("loop.yaml").write_text(yaml.safe_dump({"output_dir": "outputs/loop", "iterations": 2, "iteration": iteration}))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as ended:
+        loop_module().main(["--config", "loop.yaml", "--dry-run"])
+    assert "e-2 (to do)" in capsys.readouterr().out  # the plan is shown whatever is missing
+    lines = str(ended.value).strip().splitlines()
+    assert lines[0] == "This would not run:" and sorted(tmp_path.rglob("*")) == before
+    for told in (
+        "judge_command: no program 'no-such'", "stage a-1: .*gone.mp4", "stage b-1: .*'odd'",
+        "stage c-1: 'outputs/none': no such folder", "stage e-1: pairs ./none/pairs: expected a folder",
+    ):  # fmt: skip
+        assert len(re.findall(told, str(ended.value), re.DOTALL)) == 1, (told, lines)
+    assert "-2: " not in str(ended.value)  # said once, and what stages make is not looked for
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -69,7 +69,7 @@ def load_pairs(sources: list[dict], *, template: PromptTemplate, allow_urls: boo
     rows, extra, inputs = [], [], {}
     for given in sources:
         source = _source(given)
-        files, origin = _files(source)
+        files, origin = pair_files(source)
         if origin is not None:
             inputs[source.path] = origin
         before = len(rows)
@@ -131,7 +131,7 @@ def _source(given: dict) -> PairSource:
     return source
 
 
-def _files(source: PairSource) -> tuple[list[Path], dict | None]:
+def pair_files(source: PairSource) -> tuple[list[Path], dict | None]:
     """The parquet files of a source, in order, and where on the Hub they came from."""
     path, origin = Path(source.path).expanduser(), _hub_origin(source)
     if origin is not None:
