@@ -373,8 +373,12 @@ def test_what_cannot_be_reported_is_an_error(tmp_path):
     (file,) = (tmp_path / "run" / "rollouts").iterdir()
     with pytest.raises(ReportError, match="no such folder"):
         write_report([tmp_path / "run"], media_root=str(tmp_path / "gone"))
-    file.write_bytes(b"PAR1 no more")
-    with pytest.raises(ReportError, match=f"{file.name}.*Remove it"):
+    for content in (b"PAR1 no more", file.read_bytes().replace(b"I see", b"\xff see"), file.read_bytes()[:-50]):
+        file.write_bytes(content)
+        with pytest.raises(ReportError, match=f"{file.name}: not a readable Parquet file .*remove it"):
+            write_report([tmp_path / "run"])
+    pq.write_table(pa.table({"question_id": ["q000"]}), file)
+    with pytest.raises(ReportError, match=f"{file.name}: no column completion, .*remove it"):
         write_report([tmp_path / "run"])
     assert not (tmp_path / "run" / "report.html").exists()
 

@@ -1,14 +1,18 @@
+import gzip
 import json
 import logging
 import os
 import pickle
+from pathlib import Path
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hub_server import HubServer
 
 from veripo_trl import rows as rows_module
+from veripo_trl.hub import push_folder
 from veripo_trl.rows import COLUMNS, DatasetSource, RowError, check_media, load_rows, read_rows, resolve_media
 
 CHOICE = {
@@ -41,7 +45,12 @@ def numbers(count, first=0):
 
 def write(file, rows):
     file.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix == ".jsonl":
+    if file.suffix in rows_module.COMPRESSED:
+        plain = Path(write(file.with_suffix(""), rows))
+        with pyarrow.output_stream(file, compression=rows_module.COMPRESSED[file.suffix]) as stream:
+            stream.write(plain.read_bytes())
+        plain.unlink()
+    elif file.suffix == ".jsonl":
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif file.suffix == ".json":
         file.write_text(json.dumps(rows))
@@ -61,7 +70,7 @@ def load(path, **source):
 # ---- reading
 
 
-@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.parquet"])
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.parquet", "rows.jsonl.gz", "rows.json.zst"])
 def test_every_format_gives_the_same_rows(tmp_path, name):
     dataset = load(write(tmp_path / name, [CHOICE, NUMBER]))
     defaults = {"options": [], "process": None, "videos": [], "images": [], "data_source": "rows"}
@@ -268,6 +277,12 @@ def test_sources_must_be_a_list_of_dicts(sources):
         ("a.json", b'[{"question_id": "q1"},\n  {"question_id": }]', r"a.json, line 2: not JSON"),
         ("a.jsonl", json.dumps(NUMBER).encode() + b'\n\n{"question_id"', r"a.jsonl, line 3: not JSON"),
         ("a.jsonl", b'{"question_id": "\xff"}', "not UTF-8"),
+        ("a.json", b'[1,\n' + b"[" * 100_000, "a.json, line 2: .*nested hundreds deep. Correct or remove it"),
+        ("a.jsonl", b"{}\n" + b'{"a":' * 1000 + b"1" + b"}" * 1000, "a.jsonl, line 2: .*nested"),
+        ("a.json", b'[{"question_id": 1},\n{"solution": ' + b"7" * 5000 + b"}]", "line 2: a number of over 4,300 digits"),
+        ("a.jsonl.gz", gzip.compress(json.dumps(NUMBER).encode())[:40], "not a readable file"),
+        ("a.jsonl.zst", b'{"question_id": 1}', "not a readable file"),
+        ("a.csv", b"question_id,problem", "expected a .parquet, .jsonl, .json file"),
         ("a.parquet", b"PAR1 but not really", "not a readable Parquet file"),
         ("a.parquet", b"", "not a readable Parquet file"),
         (
@@ -287,6 +302,54 @@ def test_a_bad_file_is_named(tmp_path, name, content, message):
     with pytest.raises(RowError, match=message) as caught:
         load(str(tmp_path / name))
     assert str(tmp_path / name) in str(caught.value)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-200])
+
+
+def scramble(file):
+    """Other bytes where the texts are, which are then no UTF-8."""
+    content = file.read_bytes()
+    assert b"How many?" in content
+    file.write_bytes(content.replace(b"How many?", b"How \xff\xfe\xff\xfd?"))
+
+
+def exchange(file):
+    """Another text, which only a checksum tells."""
+    file.write_bytes(file.read_bytes().replace(b"How many?", b"Who many?"))
+
+
+DAMAGE = {
+    "a.parquet": [cut, scramble, exchange],
+    "saved/data-00000-of-00001.arrow": [cut, scramble, Path.unlink],
+    "saved/state.json": [cut, lambda file: file.write_text("{}")],
+    "saved/dataset_info.json": [cut, lambda file: file.write_text('{"features": {"a": "b"}}')],
+}
+
+
+@pytest.mark.parametrize("name, damage", [(name, damage) for name, kinds in DAMAGE.items() for damage in kinds])
+def test_damaged_tables_are_named(tmp_path, name, damage):
+    table = pyarrow.Table.from_pylist(numbers(30))
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="none", write_page_checksum=True)
+    datasets.Dataset.from_list(numbers(30)).save_to_disk(str(tmp_path / "saved"))
+    path = str((tmp_path / name.split("/")[0]))
+    assert len(load(path)) == 30
+    damage(tmp_path / name)
+    with pytest.raises(RowError, match=f"{path}: not a readable .* Copy it again"):
+        load(path)
+
+
+def test_a_hub_dataset_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    with HubServer() as hub:
+        hub.use_in_this_process(monkeypatch, tmp_path / "hf_home")
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        (tmp_path / "rows.py").write_text("raise SystemExit('run')")
+        push_folder(tmp_path, "tester/rows", repo_type="dataset", card="# x\n", patterns=["*.py"])
+        with pytest.raises(RowError, match="tester/rows: .*scripts.*Nothing of it is run: convert it to Parquet"):
+            load("tester/rows")
 
 
 BAD_ROWS = [
@@ -407,6 +470,7 @@ def media(tmp_path):
     (root / "v" / "1.mp4").write_bytes(b"1")
     (root / "empty.mp4").touch()
     (root / "folder.mp4").mkdir()
+    os.mkfifo(root / "pipe.mp4")
     (tmp_path / "root-secret").mkdir()
     (tmp_path / "root-secret" / "s.mp4").write_bytes(b"s")
     (root / "inside.mp4").symlink_to(root / "v" / "1.mp4")
@@ -420,7 +484,9 @@ def media(tmp_path):
 BAD_MEDIA = [
     ("none.mp4", "none.mp4, which does not exist"),
     ("dangling.mp4", "dangling.mp4, which does not exist"),
-    ("folder.mp4", "which does not exist|a file"),
+    ("folder.mp4", "folder.mp4, which is a directory"),
+    ("pipe.mp4", "pipe.mp4, which is a pipe"),
+    ("no\x1b[2J\u202e.mp4", r"no\\x1b\[2J\\u202e.mp4, which does not exist"),
     ("empty.mp4", "empty.mp4, which is empty"),
     ("out.mp4", "inside of media_root .*out.mp4 -> .*root-secret"),
     ("out/s.mp4", "inside of media_root .*out/s.mp4 -> .*root-secret"),
@@ -469,9 +535,11 @@ def test_urls_pass_when_allowed_and_only_http(tmp_path):
     check_media(dataset, allow_urls=True)
     with pytest.raises(RowError, match="the URL"):
         check_media(dataset)
-    for other in ("file:///etc/passwd", "data:video/mp4;base64,AA", "ftp://example.org/1.mp4", "HLS://x"):
-        with pytest.raises(RowError, match="the URL"):
+    others = ["https://me:word@example.org/1.mp4", "file:///etc/passwd", "data:video/mp4;base64,AA", "HLS://x"]
+    for other in (*others, "ftp://example.org/1.mp4"):
+        with pytest.raises(RowError, match="the URL|a URL without") as caught:
             resolve_media(media_row(tmp_path, videos=[other]), allow_urls=True)
+        assert "word@" not in str(caught.value)
 
 
 def test_check_media_looks_at_each_file_once_and_names_every_row(media, monkeypatch):
@@ -484,7 +552,7 @@ def test_check_media_looks_at_each_file_once_and_names_every_row(media, monkeypa
         check_media(rows_module.rows_to_dataset(rows))
     assert calls == ["v/1.mp4", "none.mp4"]
     assert [problem["question_id"] for problem in caught.value.problems] == [f"q{i}" for i in range(30)]
-    assert "30 rows have media" in str(caught.value) and "… and 20 more." in str(caught.value)
+    assert "30 rows cannot be used" in str(caught.value) and "… and 20 more." in str(caught.value)
     check_media(rows_module.rows_to_dataset([media_row(media), media_row("", videos=[])]))
 
 

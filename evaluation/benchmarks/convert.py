@@ -14,27 +14,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import BENCHMARKS  # noqa: E402  (found only after the line above)
 
-from veripo_trl.questions import read_questions  # noqa: E402
-from veripo_trl.rows import SUFFIXES, RowError  # noqa: E402
+from veripo_trl.questions import read_questions, read_records  # noqa: E402
+from veripo_trl.rows import SUFFIXES, RowError, is_data_file, read_json, uncompressed  # noqa: E402
 
 
 def read_official(path: Path) -> list[dict]:
     """Records of an official file: a Parquet table, lines of JSON, a list, or a dict of records by id."""
-    if path.suffix == ".parquet":
-        from pyarrow import parquet
-
-        return parquet.read_table(path).to_pylist()
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    content = json.loads(text)
-    return list(content.values()) if isinstance(content, dict) else content
+    if uncompressed(path).suffix == ".json" and isinstance(content := read_json(path), dict):
+        return list(content.values())
+    return read_records(path)
 
 
 def find_files(inputs: list[Path]) -> list[Path]:
     files = []
     for path in inputs:
-        found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES) if path.is_dir() else [path]
+        found = sorted(file for file in path.rglob("*") if is_data_file(file)) if path.is_dir() else [path]
         if not found or not found[0].is_file():
             raise SystemExit(f"{path}: expected a {', '.join(SUFFIXES)} file or a folder with some.")
         files += found

@@ -4,14 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from .hub import fetch_dataset, input_revision
 from .policy import looks_local
 from .prompts import PromptTemplate
-from .rows import RowError, read_rows, rows_to_dataset
+from .rows import RowError, read_parquet, read_rows, rows_to_dataset
 from .verifier.pairs import KINDS
 
 # What a pair has beside its question's columns.
@@ -74,7 +73,7 @@ def load_pairs(sources: list[dict], *, template: PromptTemplate, allow_urls: boo
             inputs[source.path] = origin
         before = len(rows)
         for file in files:
-            table = pq.read_table(file)
+            table = read_parquet(file)
             if missing := [column for column in PAIR_COLUMNS if column not in table.column_names]:
                 raise RowError(
                     f"{file}: no column {', '.join(missing)}. Expected pairs written by recipes/verify_rollouts.py."

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .answers import SolutionError, check_solution, read_number
-from .rows import RowError, _FieldError, _message, _row, _show, resolve_media
+from .rows import RowError, _FieldError, _message, _read_file, _row, _show, resolve_media, uncompressed
 
 RELEASED_TAIL = "\nAnswer with the option's letter from the given choices directly."
 RELEASED_COLUMNS = ("question_id", "video_path", "answer", "processed_question")
@@ -25,7 +25,7 @@ _OPTION = re.compile(r"\s*(\(?([A-Z])[.)]\s*)(?=\S)(.*)")
 
 
 def read_questions(path: str | Path, *, video_dir: str | Path | None = None, limit: int | None = None) -> list[dict]:
-    """The questions of a .json (a list) or .jsonl file, released rows or our own.
+    """The questions of a file that `rows` reads, released rows or our own.
 
     Args:
         video_dir: what video paths are relative to; the file's folder by default. limit: the first n rows.
@@ -50,7 +50,7 @@ def read_questions(path: str | Path, *, video_dir: str | Path | None = None, lim
     questions, problems = [], []
     for position, raw in enumerate(records):
         try:
-            ours = from_released(raw, stem=path.stem) if released else raw
+            ours = from_released(raw, stem=uncompressed(path).stem) if released else raw
             question_id = None if ours.get("question_id") in (None, "") else str(ours["question_id"])
             row = _row(ours, question_id, "question_id", file=str(path), allow_urls=False)
             check_truths(raw)
@@ -102,18 +102,10 @@ def _check_prediction(prediction: dict) -> None:
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a .json list or of a .jsonl file. Raises RowError for anything else."""
-    path = Path(path)
-    if not path.is_file():
-        raise RowError(f"{path}: no such file (looked from {Path.cwd()}).")
-    try:
-        text = path.read_text(encoding="utf-8")
-        records = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else (
-            json.loads(text))  # fmt: skip
-    except ValueError as error:
-        raise RowError(f"{path}: not readable JSON: {error}") from error
-    if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
-        raise RowError(f"{path}: expected a JSON list of rows, each an object, and at least one of them.")
+    """The objects of a file. Raises RowError for anything else."""
+    records = [record for _, _, record in _read_file(Path(path))]
+    if not all(isinstance(record, dict) for record in records):
+        raise RowError(f"{path}: expected rows, each an object with columns.")
     return records
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from .rollouts import RolloutStore
+from .rows import RowError, read_parquet
 
 MAX_ROLLOUTS = 64  # of one question on the page
 MAX_PAIRS = 400
@@ -113,7 +113,7 @@ def _read_json(path: Path, absent: list[str]) -> dict | None:
     """A JSON object, or None where a file is broken: the report then says so and goes on without it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         absent.append(f"{path.parent.name}/{path.name} cannot be read: {error}")
         return None
     if not isinstance(content, dict):
@@ -193,9 +193,9 @@ def survey(stages: list[dict], *, progress: bool) -> tuple[list[dict], dict[str,
 
 def _read(path: Path, columns: list[str] | None = None) -> pa.Table:
     try:
-        return pq.ParquetFile(path).read(columns=columns)  # one file: no partitions are read out of folder names
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ReportError(f"{path}: not a readable Parquet file ({error}). Remove it, or make it again.") from error
+        return read_parquet(path, columns)
+    except RowError as error:
+        raise ReportError(f"{error} Without it: remove it.") from None
 
 
 def _accuracies(table: pa.Table):

@@ -4,18 +4,20 @@ A row is one question (see ``COLUMNS``). Everything that can be known to be wron
 loads, with the file, the row, the question id and the field; what needs the media files is said by `check_media`.
 """
 
+import contextlib
 import json
 import logging
 import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import answers
+from .tables import printable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,6 +39,7 @@ COLUMNS = (
 _LISTS = ("options", "videos", "images")
 REQUIRED = ("question_id", "problem", "problem_type", "solution")
 SUFFIXES = (".parquet", ".jsonl", ".json")
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # JSON and JSONL may be
 SHOWN = 10  # problems spelled out in one error; the rest are counted
 
 # Columns that mean media but are not ours. Dropping one with the other unknown columns would train without the video.
@@ -47,6 +50,19 @@ _TAG = re.compile(r"</?(?:think|answer)>")
 # Written in a question, these become control or vision tokens of Qwen's tokenizers and break the prompt.
 _CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext|(?:vision|image|video|object_ref|box|quad)_\w+)\|>")
 _HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
+# What JSON allows and Python does not read: numbers of over 4,300 digits, and values nested hundreds deep.
+_TOO_MUCH = re.compile(rb"\d{4301,}|(?:[\[{][^\[\]{}]*){500}")
+
+
+def uncompressed(path: str | Path) -> Path:
+    """The name that a file would have without its compression."""
+    path = Path(path)
+    return path.with_suffix("") if path.suffix in COMPRESSED else path
+
+
+def is_data_file(path: str | Path) -> bool:
+    """Whether rows are read from files of such a name."""
+    return Path(path).suffix in SUFFIXES or uncompressed(path).suffix in (".jsonl", ".json")
 
 
 class RowError(ValueError):
@@ -54,7 +70,7 @@ class RowError(ValueError):
     remedy), complete, though the message spells out the first ten only."""
 
     def __init__(self, message: str, problems: Iterable[dict[str, Any]] = ()):
-        super().__init__(message)
+        super().__init__(printable(message))
         self.problems = list(problems)
 
     def __reduce__(self):  # loader workers send their errors to the main process by pickle
@@ -71,9 +87,9 @@ class _FieldError(ValueError):
 class DatasetSource:
     """One entry of a recipe's ``datasets:``.
 
-    path: a .json (list of objects), .jsonl or .parquet file; a directory (saved by `datasets`, or with files named
-        ``<split>.*`` or ``<split>-*``, also under ``data/``); or a Hub dataset id, with `name` (its configuration)
-        and `revision`.
+    path: a .json (list of objects), .jsonl or .parquet file, also .json.gz, .jsonl.zst and so on; a directory (saved by
+        `datasets`, or with files named ``<split>.*`` or ``<split>-*``, also under ``data/``); or a Hub dataset id,
+        with `name` (its configuration) and `revision`.
     where: {raw column: value or list of values}; rows that equal none of the values are left out.
     limit: the first n rows in file order after `where`: the same rows under every seed. A file sorted by source
         gives a one-sided sample, so list such a file once per source, each with its own `limit`.
@@ -211,7 +227,7 @@ def check_media(dataset: "Dataset", *, allow_urls: bool = False) -> None:
                     problem = {"file": os.path.join(root, path), "row": None, "question_id": question_id}
                     problems.append(problem | seen[root, path] | {"field": field, "data_source": data_source})
     if problems:
-        raise RowError(_message(problems, "have media that cannot be used"), problems)
+        raise RowError(_message(problems, "cannot be used"), problems)
 
 
 def resolve_media(row: dict[str, Any], *, allow_urls: bool = False) -> tuple[list[str], list[str]]:
@@ -255,7 +271,7 @@ def _report_manifest(manifest: str, unknown: list, dropped: Counter, kept: int) 
         raise RowError(f"{manifest} does not know {len(unknown)} rows ({ids}, …). Run the check command again.")
     if dropped:
         reasons = "; ".join(f"{count} × {reason}" for reason, count in dropped.most_common(SHOWN))
-        logger.warning("%s: kept %d rows, dropped %d (%s)", manifest, kept, dropped.total(), reasons)
+        logger.warning("%s: kept %d rows, dropped %d (%s)", manifest, kept, dropped.total(), printable(reasons))
     else:
         logger.info("%s: kept all %d rows", manifest, kept)
 
@@ -275,7 +291,7 @@ def _source_fields(source: dict | DatasetSource) -> dict[str, Any]:
 def _read(source: DatasetSource) -> tuple[list[tuple[str, int, Any]], str | None]:
     """(records, the directory that media are relative to by default)."""
     path = Path(source.path).expanduser()
-    if path.is_dir() or path.suffix in SUFFIXES:
+    if path.exists() or is_data_file(path):
         if source.name or source.revision:
             raise RowError(f"{source.path} is local: `name` and `revision` are for Hub datasets; leave them out.")
         if path.is_dir():
@@ -292,8 +308,13 @@ def _read(source: DatasetSource) -> tuple[list[tuple[str, int, Any]], str | None
         raise RowError(f"{source.path}: no such directory, no {'/'.join(SUFFIXES)} file, and not a Hub dataset id.")
     try:
         dataset = datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
-    except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
-        raise RowError(f"{source.path}: no such directory here, and not reached as a Hub dataset: {error}") from error
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        reason = str(error).rstrip(".")
+        if isinstance(error, datasets.exceptions.DatasetGenerationError):
+            reason += f": {error.__cause__}"
+        if "scripts" in reason:
+            reason += ". Nothing of it is run: convert it to Parquet, or give a revision that holds Parquet files"
+        raise RowError(f"{source.path}: no such directory here, and not read as a Hub dataset: {reason}.") from error
     return _records(source.path, dataset.with_format("arrow")[:]), None
 
 
@@ -301,17 +322,21 @@ def _read_directory(directory: Path, split: str) -> list[tuple[str, int, Any]]:
     if (directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file():
         from datasets import DatasetDict, load_from_disk
 
-        saved = load_from_disk(str(directory))
+        with _named_where_damaged(directory, "dataset saved by `datasets`"):
+            saved = load_from_disk(str(directory))
         splits = saved if isinstance(saved, DatasetDict) else {str(saved.split or "train"): saved}
         if split not in splits:
             raise RowError(f"{directory}: no split {split!r}; it has {', '.join(splits)}.")
-        return _records(str(directory), splits[split].with_format("arrow")[:])
+        with _named_where_damaged(directory, "dataset saved by `datasets`"):
+            table = splits[split].with_format("arrow")[:]
+            table.validate(full=True)  # a damaged offset would point outside of the file
+        return _records(str(directory), table)
     folders = [folder for folder in (directory, directory / "data") if folder.is_dir()]
-    files = sorted(file for folder in folders for file in folder.iterdir() if file.suffix in SUFFIXES)
-    chosen = [file for file in files if file.stem == split or file.stem.startswith(split + "-")]
+    files = sorted(file for folder in folders for file in folder.iterdir() if is_data_file(file))
+    chosen = [file for file in files if uncompressed(file).stem == split or file.name.startswith(split + "-")]
     if not chosen and split == "train" and len(files) == 1:
         chosen = files
-    if len({file.suffix for file in chosen}) != 1:
+    if len({uncompressed(file).suffix for file in chosen}) != 1:
         names = ", ".join(file.name for file in files) or "none"
         raise RowError(
             f"{directory}: expected files of one kind named {split}.* or {split}-*; data files here: {names}."
@@ -322,19 +347,15 @@ def _read_directory(directory: Path, split: str) -> list[tuple[str, int, Any]]:
 def _read_file(file: Path) -> list[tuple[str, int, Any]]:
     if not file.is_file():
         raise RowError(f"{file}: no such file. Check `path` (working directory: {os.getcwd()}).")
+    if not is_data_file(file):
+        raise RowError(f"{file}: expected a {', '.join(SUFFIXES)} file (JSON also as {' or '.join(COMPRESSED)}).")
     if file.suffix == ".parquet":
-        import pyarrow
-        from pyarrow import parquet
-
-        try:
-            return _records(str(file), parquet.read_table(file))
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise RowError(f"{file}: not a readable Parquet file: {error}") from error
-    if file.suffix == ".jsonl":
-        lines = enumerate(file.read_bytes().splitlines(), start=1)
+        return _records(str(file), read_parquet(file))
+    if uncompressed(file).suffix == ".jsonl":
+        lines = enumerate(_content(file).splitlines(), start=1)
         records = [(str(file), number, _parse(line, file, number)) for number, line in lines if line.strip()]
     else:
-        content = _parse(file.read_bytes(), file, 1)
+        content = read_json(file)
         if not isinstance(content, list):
             raise RowError(f"{file}: expected a JSON list of rows, came {_show(content)}. One row a line is .jsonl.")
         records = [(str(file), number, record) for number, record in enumerate(content, start=1)]
@@ -343,13 +364,55 @@ def _read_file(file: Path) -> list[tuple[str, int, Any]]:
     return records
 
 
+def read_json(file: Path) -> Any:
+    """What a JSON file holds. Raises RowError with the line."""
+    return _parse(_content(file), file, 1)
+
+
+def _content(file: Path) -> bytes:
+    import pyarrow
+
+    with _named_where_damaged(file, "file"):
+        return pyarrow.input_stream(str(file), compression=COMPRESSED.get(file.suffix)).read()
+
+
 def _parse(content: bytes, file: Path, line: int) -> Any:
     try:
         return json.loads(content)
     except json.JSONDecodeError as error:
-        raise RowError(f"{file}, line {line + error.lineno - 1}: not JSON: {error.msg}.") from error
+        line, reason = line + error.lineno - 1, f"not JSON: {error.msg}."
     except UnicodeDecodeError as error:
-        raise RowError(f"{file}, line {line}: not UTF-8 text: {error}.") from error
+        line, reason = line + content.count(b"\n", 0, error.start), f"not UTF-8 text: {error}."
+    except (RecursionError, ValueError):
+        found = _TOO_MUCH.search(content)
+        line += content.count(b"\n", 0, found.end() if found else 0)
+        reason = "a number of over 4,300 digits, or a value nested hundreds deep. Correct or remove it."
+    raise RowError(f"{file}, line {line}: {reason}")
+
+
+def read_parquet(file: str | Path, columns: list[str] | None = None):
+    """A Parquet file's pyarrow.Table, its pages' checksums compared where it has some. Raises RowError."""
+    from pyarrow import parquet
+
+    with _named_where_damaged(file, "Parquet file"):
+        # ParquetFile, which reads no partitions out of folders' names
+        with parquet.ParquetFile(file, page_checksum_verification=True) as opened:
+            table = opened.read(columns=columns)
+        table.validate(full=True)  # UTF-8, which reading does not look at
+    if missing := sorted(set(columns or ()) - set(table.column_names)):
+        raise RowError(f"{file}: no column {', '.join(missing)}; it has {', '.join(table.column_names)}.")
+    return table
+
+
+@contextlib.contextmanager
+def _named_where_damaged(file: str | Path, kind: str) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0].rstrip('.')}"
+        raise RowError(f"{file}: not a readable {kind} ({reason}). Copy it again, or make it anew.") from error
 
 
 def _records(file: str, table) -> list[tuple[str, int, Any]]:
@@ -401,7 +464,7 @@ def _check_columns(path: str, columns: Iterable[str], is_video_r1: bool) -> None
         if column in columns and ours not in columns:
             raise RowError(f"{path}: column {column!r} would be ignored; rename it to {ours!r}, a list of paths.")
     if extra := [column for column in columns if column not in COLUMNS[:-1]]:
-        logger.warning("%s: columns not in the schema are ignored: %s", path, ", ".join(extra))
+        logger.warning("%s: columns not in the schema are ignored: %s", path, printable(", ".join(extra)))
 
 
 # ---- one row: raw columns in, a checked row out; _FieldError on the first thing wrong -----------------------------
@@ -424,7 +487,7 @@ def _row(record: Any, question_id: str | None, id_column: str, *, file: str, all
         "process": _process(record.get("process")),
         "videos": _media(record, "videos", allow_urls),
         "images": _media(record, "images", allow_urls),
-        "data_source": Path(file).stem if record.get("data_source") is None else _text(record, "data_source"),
+        "data_source": uncompressed(file).stem if record.get("data_source") is None else _text(record, "data_source"),
     }
     if row["problem_type"] not in answers.PROBLEM_TYPES:
         known = "one of " + ", ".join(answers.PROBLEM_TYPES)
@@ -527,6 +590,9 @@ def _media(record: dict[str, Any], field: str, allow_urls: bool) -> list[str]:
 def _check_path(path: str, field: str, allow_urls: bool) -> bool:
     """Whether the path is an allowed URL; raises for what is neither that nor a path that stays below its root."""
     if _URL.match(path):
+        if re.match("[^/]*//[^/?#]*@", path):
+            remedy = "Take them out and put them into ~/.netrc: a row's URLs are written to rollouts and logs."
+            raise _FieldError(field, "a URL without user name and password", "one with them", remedy)
         if allow_urls and path.lower().startswith(("https://", "http://")):
             return True
         remedy = "Download the file, or allow URLs (allow_urls: http and https only)."
@@ -547,6 +613,9 @@ def _resolve(root: str, path: str, field: str, allow_urls: bool) -> str:
         raise _FieldError(field, f"a file inside of media_root {root!r}", f"{path} -> {real}", remedy)
     if not os.path.isfile(real):
         remedy = "Put the file there, correct media_root, or remove the row."
+        if os.path.exists(real):
+            what = "a directory" if os.path.isdir(real) else "a pipe, socket or device"
+            raise _FieldError(field, "a regular file", f"{os.path.join(root, path)}, which is {what}", remedy)
         raise _FieldError(field, "a file", f"{os.path.join(root, path)}, which does not exist", remedy)
     if not os.path.getsize(real):
         raise _FieldError(field, "a media file", f"{os.path.join(root, path)}, which is empty", "Fetch it again.")

@@ -3,8 +3,22 @@
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
+
+# All but line ends and tabs: a terminal would obey what a file's name, a row or a model brings along.
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+# What a URL may hold of a secret: a login, and the signature or token of its query.
+_LOGIN, _QUERY = re.compile(r"(?<=://)[^/?#\s]*@"), re.compile(r"(https?://[^\s?'\"]*\?)[^\s'\"]+", re.IGNORECASE)
+
+
+def printable(text: str) -> str:
+    """A text for the screen: control characters spelled out, as `\\x1b`, and the secrets of URLs left out."""
+    text = _QUERY.sub(r"\1…", _LOGIN.sub("…@", text))
+    return CONTROL_CHARACTERS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def write_json(path: str | Path, content) -> None:
@@ -12,7 +26,7 @@ def write_json(path: str | Path, content) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
+    temporary.write_text(json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -42,4 +56,4 @@ def print_table(title: str, rows: list[dict]) -> None:
 def _cell(value) -> str:
     if isinstance(value, float):
         return "–" if math.isnan(value) else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-    return str(value)
+    return printable(str(value))

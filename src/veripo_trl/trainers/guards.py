@@ -6,6 +6,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from ..encoding import EncodedPrompt, PromptEncoder, model_inputs
+from ..tables import printable
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def show_resolved_media(encoder: PromptEncoder, dataset) -> None:
     for index in range(min(ROWS_SHOWN, len(dataset))):
         prompt = encoder.encode(dataset[index])
         media = "; ".join(prompt.media) or "text only"
-        print(f"row {prompt.question_id}: {media}; prompt of {len(prompt)} tokens", flush=True)
+        print(f"row {printable(prompt.question_id)}: {media}; prompt of {len(prompt)} tokens", flush=True)
 
 
 def check_frames_matter(model, encoder: PromptEncoder, dataset, *, accelerator, autocast) -> None:
