@@ -1,24 +1,36 @@
 """Media named by URL, for users who allow that: fetched once, kept in a folder."""
 
+import asyncio
 import hashlib
-import http.client
 import os
-import shutil
-import urllib.error
-import urllib.request
+import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .video import MediaError
+import aiohttp
+
+from .containers import BadFile, check_file, recognise_container
+from .video import MediaError, read_image
 
 DEFAULT_FOLDER = Path.home() / ".cache" / "veripo_trl" / "downloads"
-MAX_BYTES = 20 * 1024**3
+MAX_BYTES = 4 * 1024**3
 
 
-def fetch(url: str, *, row_id: str, folder: str | Path = DEFAULT_FOLDER, timeout_s: float = 60.0) -> str:
-    """The local copy of an http or https file, downloaded whole or not at all.
+def fetch(
+    url: str,
+    *,
+    row_id: str,
+    kind: str,
+    folder: str | Path = DEFAULT_FOLDER,
+    timeout_s: float = 600.0,
+    max_bytes: int = MAX_BYTES,
+) -> str:
+    """The local copy of an http or https file, downloaded whole or not at all. Proxies and logins are those of the
+    environment (`https_proxy`, `~/.netrc`).
 
     Args:
-        timeout_s: longest wait for the server at any one time.
+        kind: "video" or "image": what does not begin as one (an error page, nothing) is not kept.
+        timeout_s: of the whole transfer.
 
     Raises:
         MediaError: names `row_id` and the URL.
@@ -28,21 +40,49 @@ def fetch(url: str, *, row_id: str, folder: str | Path = DEFAULT_FOLDER, timeout
     if path.is_file():
         return str(path)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
-        with urllib.request.urlopen(url, timeout=timeout_s) as answer, open(temporary, "wb") as file:
-            size = int(answer.headers.get("Content-Length") or 0)
-            if size > MAX_BYTES:
-                raise MediaError(f"row {row_id!r}, {url}: {size} bytes, over the limit of {MAX_BYTES}.")
-            shutil.copyfileobj(answer, file)
-            if size and file.tell() != size:
-                raise MediaError(f"row {row_id!r}, {url}: broke off after {file.tell()} of {size} bytes. Try again.")
+        _run(_download(url, temporary, timeout_s=timeout_s, max_bytes=max_bytes))
+        if kind == "image":
+            read_image(temporary, None)
+        else:
+            check_file(temporary)
+            recognise_container(temporary)
         os.replace(temporary, path)
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+    except BadFile as error:
+        raise MediaError(f"row {row_id!r}, {kind} {url!r}: {error}") from None
+    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+        reason = f"not done in {timeout_s:g} s" if isinstance(error, TimeoutError) else str(error) or repr(error)
         raise MediaError(
-            f"row {row_id!r}, {url}: cannot be downloaded ({error}). Download it yourself and name the file, or leave "
-            f"the row out."
+            f"row {row_id!r}, {kind} {url!r}: cannot be downloaded ({reason}). Download it yourself and name the file, "
+            "or leave the row out."
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
     return str(path)
+
+
+async def _download(url: str, path: Path, *, timeout_s: float, max_bytes: int) -> None:
+    # aiohttp follows redirects to http and https only, and raises where a body ends early
+    limit, headers = aiohttp.ClientTimeout(total=timeout_s), {"Accept-Encoding": "identity"}
+    async with (
+        aiohttp.ClientSession(timeout=limit, trust_env=True) as session,
+        session.get(url, headers=headers, raise_for_status=True) as answer,
+    ):
+        with open(path, "wb") as file:
+            if (answer.content_length or 0) > max_bytes:
+                raise BadFile(f"{answer.content_length} bytes, over the limit of {max_bytes}; make it smaller")
+            async for part in answer.content.iter_any():
+                file.write(part)
+                if file.tell() > max_bytes:
+                    raise BadFile(f"over the limit of {max_bytes} bytes; make it smaller")
+
+
+def _run(coroutine) -> None:
+    """`asyncio.run`; where a loop runs already, as in a notebook, in a thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()

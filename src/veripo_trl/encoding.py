@@ -5,7 +5,6 @@ Everything downstream (rollout, old and reference log-probabilities, update, SFT
 """
 
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from .features import held_features, tower_is_frozen
 from .positions import mrope_positions
 from .prompts import PromptTemplate, build_messages
 from .rows import resolve_media
+from .tables import printable
 from .video import VideoLoader, load_image
 
 
@@ -23,6 +23,9 @@ JOINT_BYTES = 32 * 1024**2  # of frames in one call of the processor, beyond whi
 
 class PromptTooLongError(ValueError):
     """A prompt has more tokens than the run allows."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 class EncodedPrompt:
@@ -169,16 +172,18 @@ class PromptEncoder:
     def _load(self, row: dict, shuffle_seed: int | None = None) -> dict:
         """A row's clips and images, and the seconds that reading them took."""
         started = time.perf_counter()
-        video_paths, image_paths = (
-            [fetch(path, row_id=row["question_id"]) if "://" in path else path for path in paths]
-            for paths in resolve_media(row, allow_urls=self.allow_urls)
-        )
-        clips = [self.loader.load(path, row_id=row["question_id"]) for path in video_paths]
-        images = [load_image(path, row_id=row["question_id"]) for path in image_paths]
+        videos, images = resolve_media(row, allow_urls=self.allow_urls)
+        clips = [self._read(self.loader.load, path, row, "video") for path in videos]
+        images = [self._read(load_image, path, row, "image") for path in images]
         if shuffle_seed is not None:
             for clip in clips:
                 clip.frames = clip.frames[np.random.default_rng(shuffle_seed).permutation(len(clip.frames))]
         return {"row": row, "clips": clips, "images": images, "load_s": time.perf_counter() - started}
+
+    def _read(self, load, path: str, row: dict, kind: str):
+        """`load` of a file, or of the copy of a URL, which errors go on to call by its URL."""
+        local = fetch(path, row_id=row["question_id"], kind=kind) if "://" in path else path
+        return load(local, row_id=row["question_id"], name=path)
 
     def _process(self, loaded: list[dict]) -> list[EncodedPrompt]:
         """One call of the processor for several loaded rows, taken apart again."""
@@ -248,14 +253,16 @@ class PromptEncoder:
         lines = []
         for path, clip, grid in zip(row["videos"], clips, video_grid if clips else [], strict=True):
             t, h, w, _ = clip.frames.shape
+            name = printable(path).rpartition("/")[2]
             lines.append(
-                f"{Path(path).name}: {t} frames × {h} × {w} of {clip.total_num_frames} at {clip.fps:g} fps "
+                f"{name}: {t} frames × {h} × {w} of {clip.total_num_frames} at {clip.fps:g} fps "
                 f"({clip.backend}) → {int(grid.prod()) // merge} tokens"
             )
         for path, grid in zip(row["images"], image_grid if row["images"] else [], strict=True):
             patch = self.config.vision_config.patch_size
             h, w = int(grid[1]) * patch, int(grid[2]) * patch
-            lines.append(f"{Path(path).name}: image {h} × {w} → {int(grid.prod()) // merge} tokens")
+            name = printable(path).rpartition("/")[2]
+            lines.append(f"{name}: image {h} × {w} → {int(grid.prod()) // merge} tokens")
         return lines
 
 
