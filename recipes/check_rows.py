@@ -29,6 +29,7 @@ from veripo_trl import stages
 from veripo_trl.encoding import PromptEncoder, PromptTooLongError
 from veripo_trl.policy import SUPPORTED, adapter_config
 from veripo_trl.rows import RowError, read_rows, rows_to_dataset
+from veripo_trl.tables import printable
 from veripo_trl.trainers.grpo import VideoGRPOConfig
 from veripo_trl.trainers.sft import VideoSFTConfig
 from veripo_trl.video import MediaError
@@ -100,13 +101,13 @@ def reason_of(problem: dict) -> str:
         return f"{name}: used twice"
     if name not in ("videos", "images") or expected == "a list of paths":
         return f"{name}: malformed"
-    kinds = {"a file": "missing", "a media file": "empty"}
+    kinds = {"a file": "missing", "a regular file": "no file", "a media file": "empty"}
     return f"{name}: {kinds.get(expected, 'outside of media_root')}"
 
 
 def describe(problem: dict) -> str:
     place = f"{problem['file']} row {problem['row']}, {problem['field']}"
-    return f"{place}: expected {problem['expected']}; came {problem['came']}. {problem['remedy']}"
+    return printable(f"{place}: expected {problem['expected']}; came {problem['came']}. {problem['remedy']}")
 
 
 def make_encoder(model_args: ModelConfig, data_args: stages.DataArguments) -> PromptEncoder:
@@ -144,7 +145,7 @@ def read_partial(path: Path, header: dict) -> dict[str, dict]:
         )
     if not whole:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(header) + "\n")
+        path.write_text(json.dumps(header) + "\n", encoding="utf-8")
     elif whole != content:
         os.truncate(path, len(whole))
     if lines:
@@ -225,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         check(rows, encoder, partial, done, num_workers=num_workers)
     lines = malformed + [done[row["question_id"]] for row in rows]
     whole = Path(f"{arguments.output}.{os.getpid()}")
-    whole.write_text("".join(json.dumps(line) + "\n" for line in [header, *lines]))
+    whole.write_text("".join(json.dumps(line) + "\n" for line in [header, *lines]), encoding="utf-8")
     os.replace(whole, arguments.output)
     partial.unlink()
     report(lines, nameless, arguments.output)

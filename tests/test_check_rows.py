@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import make_row, write_video
 
+from veripo_trl import stages
 from veripo_trl.encoding import PromptEncoder
 from veripo_trl.policy import save_settings
 from veripo_trl.rows import COLUMNS, RowError, load_rows, read_manifest
@@ -22,6 +23,7 @@ REASONS = {
     "text": None,
     "missing": "videos: missing",
     "empty": "videos: empty",
+    "folder": "videos: no file",
     "outside": "videos: outside of media_root",
     "truncated": "video: is a truncated mp4",
     "cut": "video: is a truncated mp4",
@@ -96,6 +98,7 @@ def mixed(media):
     (media / "truncated.mp4").write_bytes(data[: len(data) // 2])
     (media / "cut.mp4").write_bytes(data[:-100])
     (media / "empty.mp4").touch()
+    (media / "folder.mp4").mkdir()
     (media / "words.mp4").write_text("no video\n" * 100)
     (media / "playlist.mp4").write_text("#EXTM3U\n#EXTINF:4,\ngood.mp4\n#EXT-X-ENDLIST\n")
     (media / "picture.png").write_text("no picture")
@@ -103,7 +106,7 @@ def mixed(media):
     (media / "outside.mp4").symlink_to(media.parent / "secret.mp4")
     Image.new("RGB", (56, 56)).save(media / "image.png")
     Image.new("RGB", (3000, 2)).save(media / "strip.png")
-    names = ("good", "missing", "empty", "outside", "truncated", "cut", "words", "playlist")
+    names = ("good", "missing", "empty", "folder", "outside", "truncated", "cut", "words", "playlist")
     rows = [make_row(name, media, videos=[f"{name}.mp4"]) for name in names]
     rows += [make_row(name, media, images=[f"{name}.png"]) for name in ("image", "picture", "strip")]
     rows += [make_row("text", media), make_row("long", media, problem="Which colour is first? " * 200)]
@@ -142,8 +145,8 @@ def test_the_real_script(run, tmp_path):
     assert "truncated.mp4" in by_id["truncated"]["detail"] and "again" in by_id["truncated"]["detail"]
     assert "raise the limit" in by_id["long"]["detail"].lower()
     assert by_id["good"]["prompt_tokens"] > by_id["text"]["prompt_tokens"]
-    assert re.search(r"^18 +3 +15 ", done.stdout, re.MULTILINE), done.stdout
-    for text in ("2 rows have no usable id", "rows.jsonl row 17", f"--manifest {manifest}", "tokens median"):
+    assert re.search(r"^19 +3 +16 ", done.stdout, re.MULTILINE), done.stdout
+    for text in ("2 rows have no usable id", "rows.jsonl row 18", f"--manifest {manifest}", "tokens median"):
         assert text in done.stdout, done.stdout
     assert "rows: 100%" in done.stderr
     assert sorted(path.name for path in manifest.parent.iterdir()) == ["manifest.jsonl"]
@@ -231,6 +234,17 @@ def test_what_no_row_is_to_blame_for_stops_the_check(check_rows, run, tmp_path, 
     with pytest.raises(ZeroDivisionError):
         check_rows.main(["--config", str(config), "--output", str(tmp_path / "m.jsonl"), "--num_workers", "0"])
     assert not (tmp_path / "m.jsonl").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_decoder_that_cannot_start_is_no_fault_of_the_rows(check_rows, run, tmp_path, monkeypatch, workers):
+    (tmp_path / "av.py").write_text("raise ImportError('no decoder here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    arguments = ["--config", str(run(clip_rows(tmp_path / "media", 2))), "--output", str(tmp_path / "m.jsonl")]
+    with pytest.raises(SystemExit, match="^DecoderError: the process that decodes .*: no decoder here.*") as caught:
+        stages.run(lambda: check_rows.main([*arguments, "--num_workers", workers]))
+    assert "Traceback" not in str(caught.value)
+    assert len((tmp_path / "m.jsonl.partial").read_text().splitlines()) == 1 and not (tmp_path / "m.jsonl").exists()
 
 
 def test_no_good_rows(check_rows, run, tmp_path, capsys):

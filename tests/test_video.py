@@ -25,7 +25,7 @@ from veripo_trl import video_worker
 from veripo_trl.containers import BadFile, recognise_container
 from veripo_trl.frame_cache import FrameCache
 from veripo_trl.video import Clip, MediaError, VideoError, VideoLoader, VideoSettings, load_image, plan_frames
-from veripo_trl.video_process import DecodeProcess
+from veripo_trl.video_process import DecodeProcess, DecoderError
 
 SMALL = VideoSettings(fps=2.0, min_frames=4, max_frames=8, min_pixels=28 * 28, max_pixels=56 * 56)
 
@@ -328,9 +328,17 @@ def playlist(text):
     return write
 
 
+def heic(path):
+    Image.new("RGB", (64, 64)).save(path, format="AVIF")
+    path.write_bytes(path.read_bytes().replace(b"avif", b"heic"))
+
+
 BAD_FILES = {
     "missing": (lambda path: None, "No such file"),
     "empty": (lambda path: path.write_bytes(b""), "empty file"),
+    "AVIF": (lambda path: Image.new("RGB", (64, 64)).save(path, format="AVIF"), "is a still image .HEIC or AVIF"),
+    "HEIC": (heic, "is a still image .HEIC or AVIF"),
+    "PNG": (lambda path: Image.new("RGB", (64, 64)).save(path, format="PNG"), "is an image"),
     "directory": (lambda path: path.mkdir(), "directory"),
     "named pipe": (lambda path: os.mkfifo(path), "not a regular file"),
     "truncated": (truncated, "truncated"),
@@ -404,18 +412,45 @@ def test_a_hang_is_killed_and_the_next_row_is_fine(tmp_path):
     loader.close()
 
 
-def test_a_crash_names_the_signal_and_the_next_row_is_fine(tmp_path):
+class Killed(DecodeProcess):
+    """Its first `kills` processes are killed when they are asked for something."""
+
+    kills = 0
+
+    def start(self):
+        super().start()
+        if self.kills:
+            self.kills -= 1
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def test_a_process_killed_once_costs_no_row_and_killed_twice_one(tmp_path):
     path = make_clip(tmp_path / "clip.mp4")
     loader = VideoLoader(SMALL)
-    loader.load(path, row_id="q1")
-    os.kill(loader.worker_pid, signal.SIGSTOP)  # so that the crash falls into the request
-    threading.Timer(0.5, os.kill, (loader.worker_pid, signal.SIGSEGV)).start()
-    threading.Timer(0.6, os.kill, (loader.worker_pid, signal.SIGCONT)).start()
-    with pytest.raises(VideoError, match=r"'q2'.*clip\.mp4.*SIGSEGV"):
+    loader._process = Killed()
+    loader._process.kills = 1
+    assert len(loader.load(path, row_id="q1").frames) == 8
+    loader._process.kills = 2
+    with pytest.raises(VideoError, match=r"'q2'.*clip\.mp4.*ended \(signal SIGKILL\), twice"):
         loader.load(path, row_id="q2")
     assert len(loader.load(path, row_id="q3").frames) == 8
-    assert loader.stats["restarts"] == 1
+    assert loader.stats["restarts"] == 3
     loader.close()
+
+
+def test_the_process_imports_nothing_from_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "av.py").write_text("raise SystemExit('not the real one')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep)  # empty entries mean the working directory too
+    loader = VideoLoader(SMALL)
+    loader._process.start()
+    loader.close()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(DecoderError, match="cannot be started .*exit code 1: not the real one"):
+        loader._process.start()
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "none"))
+    with pytest.raises(DecoderError, match="cannot be started .*No such file"):
+        loader._process.start()
 
 
 def test_a_process_that_died_while_idle_costs_no_row(tmp_path):
@@ -525,6 +560,8 @@ def test_a_cached_clip_needs_no_decoding_process(tmp_path):
     first = VideoLoader(SMALL, cache_dir=cache)
     clip = first.load(path, row_id="q1")
     first.close()
+    (entry,) = cache.glob("*/*.frames")
+    assert entry.stat().st_mode == path.stat().st_mode  # others may use it too
     second = VideoLoader(SMALL, cache_dir=cache)
     again = second.load(path, row_id="q1")
     assert second.worker_pid is None
@@ -681,6 +718,12 @@ def test_images(tmp_path):
         Image.new(mode, (4, 4), color).save(tmp_path / "picture.png")
         image = load_image(tmp_path / "picture.png", row_id="q1")
         assert (image.mode, image.getpixel((0, 0))) == ("RGB", (255, 255, 255)), mode
+    depth = Image.fromarray(np.uint16([[0, 257, 300, 25700, 65535]]))
+    for options in ({}, {"transparency": 0}, {"transparency": 300}):
+        depth.save(tmp_path / "depth.png", **options)
+        greys = [255 if value == options.get("transparency") else value // 257 for value in (0, 257, 300, 25700, 65535)]
+        image = load_image(tmp_path / "depth.png", row_id="q1")
+        assert [image.getpixel((x, 0)) for x in range(5)] == [(grey,) * 3 for grey in greys], options
 
 
 def image_bomb(path, side=100_000):

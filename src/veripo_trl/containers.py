@@ -45,7 +45,9 @@ def recognise_container(path: str) -> str:
         if len(head) > offset + 2 * packet_bytes and set(head[offset::packet_bytes]) == {0x47}:
             return "mpegts"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if text.startswith((b"#EXTM3U", b"ffconcat")):
+    if head.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8")) or head[8:12] == b"WEBP":
+        kind = "an image"
+    elif text.startswith((b"#EXTM3U", b"ffconcat")):
         kind = "a playlist, which could make a decoder open other files"
     elif not set(head) & set(range(9)):  # text has no such bytes
         kind = "a text file"
@@ -74,6 +76,8 @@ def check_mp4(file):
             )
         seen.add(kind)
         position += size
+    if b"meta" in seen and b"moov" not in seen:
+        raise BadFile("is a still image (HEIC or AVIF); expected a video: convert it, and name it in `images`")
     if b"moov" not in seen:
         raise BadFile("is a truncated or unfinished mp4: it has no moov box; copy or download it again")
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from .containers import BadFile, check_file, open_media, recognise_container
 from .frame_cache import FrameCache, cache_key
-from .video_process import DecodeProcess, WorkerLost
+from .tables import printable
+from .video_process import DecodeProcess, WorkerHung, WorkerLost
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)  # what Pillow's decoders raise
@@ -26,6 +27,9 @@ MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own bound for a decompression bomb
 
 class MediaError(RuntimeError):
     """A video or image that cannot be used; the text names row, file, reason and remedy."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 class VideoError(MediaError):
@@ -129,15 +133,15 @@ class VideoLoader:
         if self._pid == os.getpid():
             self._process.close()
 
-    def load(self, path, *, row_id) -> Clip:
-        """The clip at `path`, sampled by the settings. Raises VideoError that names `row_id` and the file."""
+    def load(self, path, *, row_id, name=None) -> Clip:
+        """The clip at `path`, sampled by the settings. Raises VideoError that names `row_id` and `name` or the file."""
         if self._pid != os.getpid():  # forked: the process on the other end of the pipe is the parent's
             self._process.abandon()
             self._begin()
         try:
             return self._load(os.path.realpath(path), row_id)
         except BadFile as error:
-            raise VideoError(f"row {row_id!r}, video {os.fspath(path)!r}: {error}") from None
+            raise VideoError(f"row {row_id!r}, video {os.fspath(name or path)!r}: {error}") from None
 
     def _load(self, path, row_id):
         status = check_file(path)
@@ -162,27 +166,32 @@ class VideoLoader:
         return clip
 
     def _decode(self, path, container):
+        for last in (False, True):  # the first may have been killed for memory that others took
+            try:
+                return self._ask(path, container)
+            except WorkerLost as error:
+                if last or isinstance(error, WorkerHung):
+                    raise BadFile(
+                        f"the decoding process {error}{', twice' * last} (limit {self.timeout_s:g} s): the file is "
+                        "damaged, or needs a higher timeout_s or more memory; leave the row out if it happens again"
+                    ) from None
+
+    def _ask(self, path, container):
         probe = {"op": "probe", "path": path, "container": container, "threads": self.decode_threads}
         backends = ("decord", "pyav") if self.backend == "decord" else ("pyav",)
         errors = []
-        try:
-            self._process.start()
-            deadline = time.monotonic() + self.timeout_s
-            for backend in backends:
-                reply, _ = self._process.request({**probe, "backend": backend}, deadline=deadline)
+        self._process.start()
+        deadline = time.monotonic() + self.timeout_s
+        for backend in backends:
+            reply, _ = self._process.request({**probe, "backend": backend}, deadline=deadline)
+            if reply["ok"]:
+                source = reply
+                indices, height, width = plan_frames(source, self.settings)
+                decode = {"op": "decode", "indices": indices, "height": height, "width": width}
+                reply, frames = self._process.request(decode, deadline=deadline)
                 if reply["ok"]:
-                    source = reply
-                    indices, height, width = plan_frames(source, self.settings)
-                    decode = {"op": "decode", "indices": indices, "height": height, "width": width}
-                    reply, frames = self._process.request(decode, deadline=deadline)
-                    if reply["ok"]:
-                        return Clip(frames, source["fps"], source["total_num_frames"], indices, source["backend"])
-                errors.append(f"{reply['backend']}: {reply['error']}")
-        except WorkerLost as error:
-            raise BadFile(
-                f"the decoding process {error} (limit {self.timeout_s:g} s): the file is damaged, or needs a higher "
-                "timeout_s or more memory; leave the row out if it happens again"
-            ) from None
+                    return Clip(frames, source["fps"], source["total_num_frames"], indices, source["backend"])
+            errors.append(f"{reply['backend']}: {reply['error']}")
         raise BadFile(f"cannot be decoded ({'; '.join(errors)}); re-encode the file or leave the row out")
 
 
@@ -218,16 +227,16 @@ def plan_size(height: int, width: int, settings: VideoSettings) -> tuple[int, in
     return max(sides[0], factor), max(sides[1], factor)
 
 
-def load_image(path, *, row_id, settings: VideoSettings | None = None):
+def load_image(path, *, row_id, settings: VideoSettings | None = None, name=None):
     """The image at `path` as an RGB PIL.Image, upright by its EXIF, transparency on white.
 
     With `settings` it is resized as a frame would be, within their pixel limits. Raises MediaError that names `row_id`
-    and the file.
+    and `name` or the file.
     """
     try:
         return read_image(os.path.realpath(path), settings)
     except BadFile as error:
-        raise MediaError(f"row {row_id!r}, image {os.fspath(path)!r}: {error}") from None
+        raise MediaError(f"row {row_id!r}, image {os.fspath(name or path)!r}: {error}") from None
 
 
 def read_image(path, settings):
@@ -239,6 +248,12 @@ def read_image(path, settings):
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise BadFile(f"{image.width} x {image.height} pixels, over {MAX_IMAGE_PIXELS}; make it smaller")
             image = ImageOps.exif_transpose(image)
+            if image.mode[0] == "I":  # 16 bits of grey: Pillow's conversion makes all above 255 white
+                clear = image.info.pop("transparency", None)
+                values = np.asarray(image)
+                image = Image.fromarray((values // 257).astype(np.uint8))
+                if clear is not None:
+                    image.putalpha(Image.fromarray(np.uint8(values != clear) * 255))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -1,5 +1,6 @@
 """The loader's end of the decoding process (video_worker.py): starting it, its time limit, its loss."""
 
+import contextlib
 import json
 import os
 import select
@@ -15,10 +16,20 @@ import numpy as np
 MAX_REPLY_HEADER_BYTES = 1 << 20
 # Starting imports the decoders, which on a cold network disk is slower than any clip.
 START_TIMEOUT_S = 120.0
+# Without the working directory, which `-m` and `-c` put first: a file av.py there would be run.
+COMMAND = "import sys; sys.path = [p for p in sys.path if p]; from veripo_trl.video_worker import run; run()"
 
 
 class WorkerLost(RuntimeError):
-    """The process hung or died in a request; it has been killed, and the next request starts another."""
+    """The process died in a request; the next request starts another."""
+
+
+class WorkerHung(WorkerLost):
+    """The process did not answer in time; it has been killed, and the next request starts another."""
+
+
+class DecoderError(RuntimeError):
+    """The process cannot be started: no row is to blame."""
 
 
 class DecodeProcess:
@@ -35,28 +46,34 @@ class DecodeProcess:
         return None if self._process is None else self._process.pid
 
     def start(self):
-        """Start the process unless it runs. Raises WorkerLost."""
+        """Start the process unless it runs. Raises DecoderError."""
         if self._process is not None:
             if self._process.poll() is None:
                 return
             self._lose()  # died between two requests (out-of-memory killer): no row is to blame
         package_parent = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [package_parent, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]))
         # A file, not a pipe: nobody has to drain it while the frames are read.
         self._stderr = tempfile.TemporaryFile(mode="a+b")  # noqa: SIM115  closed with the process
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "veripo_trl.video_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-        self._exchange(b"", time.monotonic() + START_TIMEOUT_S)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", COMMAND],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._stderr,
+                env={**os.environ, "PYTHONPATH": path},
+            )
+            self._exchange(b"", time.monotonic() + START_TIMEOUT_S)
+        except (WorkerLost, OSError) as error:
+            raise DecoderError(
+                f"the process that decodes videos cannot be started ({error}). `{sys.executable} -c 'import av'` must "
+                "work here, and memory be left for it."
+            ) from None
 
     def request(self, message: dict, *, deadline: float) -> tuple[dict, np.ndarray | None]:
         """Send one request; returns the reply and, after "decode", its frames. `deadline` is on time.monotonic().
 
-        Raises WorkerLost when the process died or did not answer in time.
+        Raises WorkerLost when the process died, WorkerHung when it did not answer in time.
         """
         timeout_s = max(deadline - time.monotonic(), 0.0)
         return self._exchange(json.dumps({**message, "timeout_s": timeout_s}).encode() + b"\n", deadline)
@@ -67,9 +84,10 @@ class DecodeProcess:
             self._process.stdin.flush()
             return self._reply(deadline)
         except (TimeoutError, EOFError, BrokenPipeError) as error:
-            hung = isinstance(error, TimeoutError)
-            ended = self._lose()
-            raise WorkerLost("did not answer in time and was killed" if hung else f"ended ({ended})") from None
+            if isinstance(error, TimeoutError):
+                self._lose()
+                raise WorkerHung("did not answer in time and was killed") from None
+            raise WorkerLost(f"ended ({self._lose(patience_s=1.0)})") from None
 
     def _reply(self, deadline):
         (length,) = struct.unpack("<I", self._read(bytearray(4), deadline))
@@ -96,9 +114,11 @@ class DecodeProcess:
             view = view[count:]
         return buffer
 
-    def _lose(self):
+    def _lose(self, patience_s=0.0):
         """Kill, reap and count the process; returns how it ended, with the last line it wrote."""
         process, stderr = self._process, self._stderr
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience_s)  # its pipe closes a moment before it is gone
         process.kill()
         code = process.wait()
         stderr.seek(0)

@@ -248,7 +248,7 @@ def main():
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-if __name__ == "__main__":
+def run():
     try:
         main()
     except BrokenPipeError:  # the parent is gone
