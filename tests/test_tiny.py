@@ -302,6 +302,8 @@ def test_world_has_its_files_and_is_reused(world):
     assert (world.model / "model.safetensors").is_file()
     before = {path: path.stat().st_mtime_ns for path in world.root.rglob("*")}
     assert make_world(world.root, sizes=SMALL) == world
+    for kind in (Path.is_file, Path.is_dir):  # by the umask, the weights and the folder itself too
+        assert len({path.stat().st_mode for path in (world.root, *world.root.rglob("*")) if kind(path)}) == 1
     assert before == {path: path.stat().st_mtime_ns for path in world.root.rglob("*")}
 
 

@@ -8,8 +8,8 @@ import hashlib
 import json
 import os
 import struct
-import tempfile
 import time
+import uuid
 import warnings
 import zlib
 from pathlib import Path
@@ -74,14 +74,14 @@ class FrameCache:
         try:
             self._make_room(size)
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
-            with os.fdopen(descriptor, "wb") as file:
+            temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # open()'s mode: mkstemp's is for the owner alone
+            with open(temporary, "xb") as file:
                 file.writelines((prefix, header, data))
             os.replace(temporary, path)
         except OSError as error:
             self._writable = False
             if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
             warnings.warn(
                 f"frame cache {self.directory}: {error}; this process goes on without writing to it", stacklevel=3
             )

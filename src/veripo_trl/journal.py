@@ -121,7 +121,7 @@ class Journal:
 
     def _write(self, text: str) -> None:
         # One write in append mode: lines of several processes do not mix.
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             rest = memoryview(text.encode())
             while rest:

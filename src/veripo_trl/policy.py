@@ -4,6 +4,7 @@ saved policy says of itself: how it was trained to see, and on which base."""
 import hashlib
 import json
 import logging
+import os
 import re
 from dataclasses import asdict
 from functools import partial
@@ -216,7 +217,7 @@ def adapter_config(model_name_or_path: str, revision: str | None = None) -> dict
             f"or adapter, or a model's name on the Hub, like 'Qwen/Qwen2.5-VL-3B-Instruct'."
         )
     file = find_adapter_config_file(model_name_or_path, revision=revision)
-    return None if file is None else json.loads(Path(file).read_text())
+    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 
 def looks_local(name: str) -> bool:
@@ -261,3 +262,11 @@ def _base_model(model_name_or_path: str, revision: str | None, adapter: dict | N
         f"{reason}. Start where the adapter was trained, or correct base_model_name_or_path in its "
         f"adapter_config.json."
     )
+
+
+def share_weights(folder: str | Path) -> None:
+    """Give the weights in a folder the mode of other files: safetensors 0.8 writes them for the owner alone."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for file in Path(folder).glob("*.safetensors"):
+        file.chmod(0o666 & ~umask)

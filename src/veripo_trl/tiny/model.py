@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from veripo_trl.policy import share_weights
 from veripo_trl.tiny.questions import template_texts
 
 KINDS = ("qwen2_5_vl", "qwen3_vl")
@@ -184,8 +185,9 @@ def save_tiny_model(path: str | os.PathLike, kind: str = "qwen2_5_vl", seed: int
     path = Path(path)
     processor = build_processor(kind)
     build_model(kind, seed, processor.tokenizer).save_pretrained(path)
+    share_weights(path)
     processor.save_pretrained(path)
     # transformers writes one processor_config.json; vLLM reads the video part from a file of its own.
-    video = json.loads((path / "processor_config.json").read_text())["video_processor"]
-    (path / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2) + "\n")
+    video = json.loads((path / "processor_config.json").read_text(encoding="utf-8"))["video_processor"]
+    (path / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2) + "\n", encoding="utf-8")
     return path

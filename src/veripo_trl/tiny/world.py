@@ -17,7 +17,6 @@ import fcntl
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -107,7 +106,7 @@ def _open(root: Path, settings: dict) -> World:
     if not marker.is_file():
         raise WorldError(f"{root}: expected a tiny world or an empty folder, but there is no world.json: {remedy}")
     try:
-        found = json.loads(marker.read_text())
+        found = json.loads(marker.read_text(encoding="utf-8"))
     except ValueError as error:
         raise WorldError(f"{marker}: expected JSON, got {error}: {remedy}") from error
     if found != settings:
@@ -127,8 +126,8 @@ def _open(root: Path, settings: dict) -> World:
 def _build(root: Path, settings: dict, workers: int) -> None:
     for leftover in root.parent.glob(f".{root.name}.building-*"):
         shutil.rmtree(leftover)  # of a process that was killed: whoever builds holds the lock
-    building = Path(tempfile.mkdtemp(prefix=f".{root.name}.building-", dir=root.parent))
-    building.chmod(0o755)  # mkdtemp's is for the owner alone
+    building = root.with_name(f".{root.name}.building-{os.getpid()}")
+    building.mkdir()  # not mkdtemp, which makes it for the owner alone
     try:
         clips = {}
         for split in SPLITS:
@@ -140,7 +139,7 @@ def _build(root: Path, settings: dict, workers: int) -> None:
                 planted_share=settings["planted_share"],
             )
             clips.update(needed)
-            (building / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (building / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         (building / "clips").mkdir()
         with ThreadPoolExecutor(workers) as pool:  # the encoder works outside Python's lock
 
@@ -152,7 +151,7 @@ def _build(root: Path, settings: dict, workers: int) -> None:
         from veripo_trl.tiny.model import save_tiny_model  # here: opening a world needs no torch
 
         save_tiny_model(building / "model", seed=settings["seed"])
-        (building / "world.json").write_text(json.dumps(settings, indent=2) + "\n")
+        (building / "world.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         building.rename(root)  # onto nothing, or onto an empty folder
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)

@@ -10,7 +10,7 @@ from transformers.utils import PushInProgress
 
 from .. import hub, hub_runs
 from ..hub_cards import model_card
-from ..policy import save_settings
+from ..policy import save_settings, share_weights
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class CheckpointMixin:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
+            share_weights(folder)
             save_settings(folder, self.encoder, self.model)
             (folder / "README.md").unlink(missing_ok=True)
 
