@@ -9,7 +9,6 @@ Writes <name>.scores.json, .scores.md and .scores.png beside the predictions; a 
 """
 
 import argparse
-import json
 import math
 import sys
 from collections import Counter
@@ -22,10 +21,10 @@ from tqdm import tqdm
 from veripo_trl.answers import MATH_LIMIT_S, math_timeouts
 from veripo_trl.evaluate import RESAMPLES
 from veripo_trl.questions import content_hash, read_predictions, task_of
-from veripo_trl.rows import RowError
+from veripo_trl.rows import RowError, read_json
 from veripo_trl.scoring import by_category, compare_scores, our_score, released_metric, released_score
 from veripo_trl.scoring import score_predictions, summarize_scores
-from veripo_trl.tables import print_table, write_json
+from veripo_trl.tables import print_table, printable, write_json
 
 BY_NAME = {benchmark.NAME: benchmark for benchmark in BENCHMARKS.values()}
 PLOTTED = 60  # lines of the table at most; a picture has a largest size
@@ -48,7 +47,7 @@ def read_with_record(path: Path) -> tuple[list[dict], list[dict] | None]:
     beside = path.with_suffix(".record.json")
     if not beside.is_file():
         return predictions, None
-    record = json.loads(beside.read_text(encoding="utf-8"))["rows"]
+    record = read_json(beside)["rows"]
     hashes = [content_hash(item["question"]) for item in predictions]
     if [row["key"].split("-")[1] for row in record] != hashes:
         raise RowError(f"{beside} is of other predictions than {path.name}. Move it away, or fetch the one that belongs.")
@@ -230,7 +229,7 @@ def score(args) -> None:
     notes = notes_on(scored, record, tokenizer, args.pred_path)
     table = table_of(lines)
     print_table(path.stem, table)
-    print("", *notes, sep="\n")
+    print("", *map(printable, notes), sep="\n")
     rows = [{"position": place, **row} for place, row in enumerate(scored)]
     write_json(path.with_suffix(".scores.json"), {"lines": lines, "notes": notes, "rows": rows})
     write_markdown(path.with_suffix(".scores.md"), table, notes)
@@ -311,7 +310,7 @@ def compare(args) -> None:
         for row, pair in zip(rows, np.stack(scores, axis=1).tolist(), strict=True):
             row[mode] = pair
     notes += timeout_notes(math_timeouts() - timeouts)
-    print(*notes, sep="\n")
+    print(*map(printable, notes), sep="\n")
     for mode, found in results.items():
         print(
             f"{mode}: {100 * found['first']:.2f}% → {100 * found['second']:.2f}%, difference "

@@ -34,6 +34,7 @@ from veripo_trl.prompts import PromptError
 from veripo_trl.questions import read_questions
 from veripo_trl.rows import RowError
 from veripo_trl.video import VideoSettings
+from veripo_trl.video_process import DecoderError
 
 RANK = "VERIPO_EVALUATION_RANK"  # set for the processes of a data-parallel run
 BATCH_SIZES = {"transformers": 8, "vllm": 64}
@@ -386,7 +387,7 @@ def report(files: OutputFiles, questions: list[dict], errors: list[dict]) -> int
         return 0
     print(f"{len(errors)} rows could not be answered and count as wrong ({files.errors} has them all):")
     for error in errors[:SHOWN]:
-        print(f"  row {error['position']}, {error['question_id']}: {error['error']}")
+        print(f"  row {error['position']}, {error['question_id']!r}: {error['error']}")
     print("Put their files right and start the same command again: only these rows are run.")
     return 3
 
@@ -394,6 +395,6 @@ def report(files: OutputFiles, questions: list[dict], errors: list[dict]) -> int
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (Refusal, JournalError, RowError, PromptError, EngineError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    except (Refusal, JournalError, RowError, PromptError, DecoderError, EngineError) as error:
+        print(f"{type(error).__name__}: {stages.message_of(error)}", file=sys.stderr)
         sys.exit(1 if isinstance(error, EngineError) else 2)

@@ -26,6 +26,8 @@ from pathlib import Path
 
 import yaml
 
+import veripo_trl  # noqa: F401  lets the screen's encoding lack characters
+
 RECIPES = Path(__file__).resolve().parent
 CONFIGS = RECIPES / "configs"
 DEFAULT_CONFIG = CONFIGS / "tiny" / "veripo.yaml"
@@ -342,7 +344,7 @@ def end_leftovers(folder: Path, patience_s: float = 20.0) -> None:
         for place in Path("/proc").glob("[0-9]*"):
             try:
                 environment = (place / "environ").read_bytes().split(b"\0")
-                gone = (place / "stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX"
+                gone = (place / "stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()[0] in "ZX"
             except (PermissionError, FileNotFoundError, ProcessLookupError):
                 continue  # another user's, or it ended meanwhile
             if mark in environment and not gone and int(place.name) != os.getpid():

@@ -21,6 +21,7 @@ from veripo_trl.prompts import PromptError
 from veripo_trl.rollouts import RolloutStore
 from veripo_trl.rows import COLUMNS, RowError
 from veripo_trl.video import MediaError, VideoError
+from veripo_trl.video_process import DecoderError
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "grpo_video.py"
 ROLLOUT = {"rollout_id": "old", "question_id": "q", "step": 0, "rewards": {"accuracy_reward": 1.0}}
@@ -268,10 +269,12 @@ def test_a_mistyped_key(key, close, run, recipe, no_model):
 
 
 def test_good_rows_train(run, recipe):
-    """What the others refuse is their input: as it is here, a step is made and its rollouts are written."""
+    """What the others refuse is their input: as it is here, a step is made and its rollouts are written, which others
+    can read."""
     write_video(run.media / "bad.mp4", frames=6, height=56, width=56, seed=1)
     run.start(recipe, [run.good_row(), run.bad_row()], workers=1)
     assert {rollout["question_id"] for rollout in run.store.read()} == {"good", "bad"}
+    assert len({file.stat().st_mode for file in run.output.glob("**/*") if file.is_file()}) == 1
     assert len(run.store.read()) == 4
     aside = RolloutStore(run.output / "rollouts" / "set_aside" / "001")  # the old run's, which had no checkpoint
     assert [rollout["rollout_id"] for rollout in aside.read()] == ["old"]
@@ -290,7 +293,7 @@ class Raising:
 
 @pytest.mark.parametrize(
     "kind",
-    [MediaError, VideoError, RowError, PromptTooLongError, PromptError, SolutionError],
+    [MediaError, VideoError, DecoderError, RowError, PromptTooLongError, PromptError, SolutionError],
     ids=lambda k: k.__name__,
 )
 def test_errors_arrive_from_a_loader_worker_as_they_are(kind):
@@ -299,4 +302,5 @@ def test_errors_arrive_from_a_loader_worker_as_they_are(kind):
     with pytest.raises(kind, match="row 'bad', video 'bad.mp4': is bad; leave it out") as caught:
         list(DataLoader(Raising(error), num_workers=1))
     assert type(caught.value) is kind
+    assert stages.message_of(caught.value) == stages.message_of(error) == str(error)  # without torch's traceback
     assert str(pickle.loads(pickle.dumps(error))) == str(error)

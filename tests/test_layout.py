@@ -1,6 +1,7 @@
 """The direction of imports, and that the README, CI and the package say the same."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -84,6 +85,20 @@ def test_pure_modules_load_without_torch(name):
     code = f"import sys, veripo_trl.{name}; print('torch' in sys.modules, 'transformers' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.split() == ["False", "False"]
+
+
+def test_a_locale_without_utf_8_ends_no_script():
+    code, environment = "import veripo_trl; print('12 → 3')", {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "12 \\u2192 3\n"
+    scripts = [*(ROOT / "recipes").glob("*.py"), *(ROOT / "evaluation").glob("*.py")]
+    for path in [*scripts, *(ROOT / "evaluation").rglob("*.py"), *SOURCE.rglob("*.py")]:
+        tree = ast.parse(path.read_text())
+        if path in scripts:  # what makes the screen take anything
+            assert re.search(r"^(from|import) veripo_trl\b", path.read_text(), re.M), path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text"):
+                assert "encoding" in {keyword.arg for keyword in node.keywords}, f"{path}:{node.lineno}"
 
 
 def readme_command(name: str) -> str:

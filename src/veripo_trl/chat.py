@@ -32,14 +32,14 @@ from .generation import cut_at_end, sample_completions
 from .policy import SEEING, load_policy
 from .prompts import PromptError
 from .rows import RowError
+from .tables import CONTROL_CHARACTERS
 from .video import MediaError
+from .video_process import DecoderError
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 # Of one question, not of the session.
-REFUSED = (MediaError, RowError, PromptError, PromptTooLongError, torch.OutOfMemoryError)
+REFUSED = (MediaError, DecoderError, RowError, PromptError, PromptTooLongError, torch.OutOfMemoryError)
 SECTION = {"<think>": "thinking", "</think>": "", "<answer>": "answer", "</answer>": ""}
-# All but line ends and tabs: a terminal would obey what a model writes there.
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 @dataclass
@@ -240,7 +240,7 @@ def _from_root(path: str | Path) -> str:
         return str(path)
     path = Path(path).expanduser()
     if not path.is_file():
-        kind = "a folder" if path.is_dir() else "no such file"
+        kind = "a folder" if path.is_dir() else "no regular file" if path.exists() else "no such file"
         raise MediaError(f"{path}: {kind} (looked from {Path.cwd()}). Expected the file of a video or image.")
     return os.path.relpath(os.path.realpath(path), os.sep)
 

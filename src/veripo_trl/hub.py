@@ -269,7 +269,7 @@ def resolve_revision(repo_id: str, *, repo_type: str, revision: str | None = Non
         except _CLIENT_ERRORS as error:
             if isinstance(error, HfHubHTTPError) or not cache.is_file():
                 raise
-            sha = cache.read_text().strip()
+            sha = cache.read_text(encoding="utf-8").strip()
             logger.warning("%s: the Hub was not reached; %s is taken to be %s, as cached.", repo_id, revision, sha)
             return sha
 

@@ -126,7 +126,7 @@ def _base(name: str, revision: str | None) -> dict:
     if not folder.is_dir():
         return {"base": name, "base_revision": revision, "base_on_hub": hub.HUB_ID.fullmatch(name) is not None}
     results = folder / "results.json"
-    pushed = json.loads(results.read_text()).get("hub") if results.exists() else None
+    pushed = json.loads(results.read_text(encoding="utf-8")).get("hub") if results.exists() else None
     if pushed:
         pushed = pushed["model"]
         return {"base": pushed["repo_id"], "base_revision": pushed["revision"], "base_on_hub": True}

@@ -213,13 +213,13 @@ def _size_factor(stage: dict) -> int:
     for folder in [folder for folder in folders if folder is not None]:
         adapter = folder / "adapter_config.json"
         if adapter.is_file():
-            name = json.loads(adapter.read_text()).get("base_model_name_or_path")
+            name = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
             folders.append(report_read.find_path(name, stage["folder"]) if name else None)
     files = [folder / "config.json" for folder in folders if folder is not None]
     if name and len(Path(name).parts) == 2 and isinstance(cached := try_to_load_from_cache(name, "config.json"), str):
         files.append(Path(cached))
     for file in files:
-        vision = json.loads(file.read_text()).get("vision_config") if file.is_file() else None
+        vision = json.loads(file.read_text(encoding="utf-8")).get("vision_config") if file.is_file() else None
         if vision and "patch_size" in vision:
             return vision["patch_size"] * vision.get("spatial_merge_size", 2)
     return VideoSettings().size_factor

@@ -31,12 +31,13 @@ from .hub_runs import push_run, run_card
 from .plots import save_charts, training_charts
 from .policy import LANGUAGE_MODEL_LINEAR, SEEING, load_policy, read_settings
 from .prompts import PromptError, load_template
-from .rows import SUFFIXES, RowError, check_media, load_rows
+from .rows import RowError, check_media, is_data_file, load_rows
 from .tables import print_table, write_json
 from .tiny.parser import judge as judge_by_templates
 from .tiny.world import WorldError
 from .verifier.judges import judge_by_rules
 from .video import MediaError, VideoLoader, VideoSettings
+from .video_process import DecoderError
 
 logger = logging.getLogger(__name__)
 
@@ -191,8 +192,15 @@ def run(main) -> int | None:
     """A recipe's `main`, as a command: an error that says what to do ends it in that message, without lines of code."""
     try:
         return main()
-    except (RowError, PromptError, MediaError, PromptTooLongError, SolutionError, WorldError, HubError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    except (
+        RowError, PromptError, MediaError, DecoderError, PromptTooLongError, SolutionError, WorldError, HubError
+    ) as error:  # fmt: skip
+        raise SystemExit(f"{type(error).__name__}: {message_of(error)}") from None
+
+
+def message_of(error: Exception) -> str:
+    """An error's own text, without the traceback that the loader puts before what a worker of its raised."""
+    return str(error).rpartition(f"\n{type(error).__module__}.{type(error).__qualname__}: ")[2].strip()
 
 
 def allow_many_open_files() -> None:
@@ -240,7 +248,7 @@ def _pin(sources: list[dict]) -> None:
     """Set the revision of datasets of the Hub to the commit that is read, so that it is known afterwards."""
     for source in sources:
         path = source.get("path", "")
-        if Path(path).suffix not in SUFFIXES and (origin := _hub_origin(path, "dataset", source.get("revision"))):
+        if not is_data_file(path) and (origin := _hub_origin(path, "dataset", source.get("revision"))):
             source["revision"] = origin["revision"]
 
 
@@ -458,7 +466,7 @@ def remove_half_written_checkpoints(folder: Path) -> None:
     """
     for checkpoint in folder.glob("checkpoint-*"):
         try:
-            json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+            json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             print(f"{checkpoint} was broken off while it was written: removed", flush=True)
             shutil.rmtree(checkpoint)
@@ -523,7 +531,7 @@ class HeldOutEvaluation(TrainerCallback):
             if not self.file.exists():
                 logger.warning("%s is missing: a resumed run cannot tell what its policy was before.", self.file)
                 return
-            self.before = json.loads(self.file.read_text())
+            self.before = json.loads(self.file.read_text(encoding="utf-8"))
             self.before = {d: {k: math.nan if v is None else v for k, v in s.items()} for d, s in self.before.items()}
             return
         self.before = self._evaluate("before")
