@@ -33,6 +33,7 @@ from veripo_trl.policy import SEEING, adapter_config, check_base, load_policy, l
 from veripo_trl.prompts import PromptError
 from veripo_trl.questions import read_questions
 from veripo_trl.rows import RowError
+from veripo_trl.tables import printable
 from veripo_trl.video import VideoSettings
 from veripo_trl.video_process import DecoderError
 
@@ -387,7 +388,7 @@ def report(files: OutputFiles, questions: list[dict], errors: list[dict]) -> int
         return 0
     print(f"{len(errors)} rows could not be answered and count as wrong ({files.errors} has them all):")
     for error in errors[:SHOWN]:
-        print(f"  row {error['position']}, {error['question_id']!r}: {error['error']}")
+        print(f"  row {error['position']}, {printable(error['question_id'])}: {error['error']}")
     print("Put their files right and start the same command again: only these rows are run.")
     return 3
 

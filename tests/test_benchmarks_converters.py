@@ -145,6 +145,9 @@ def test_a_folder_is_read_whole_and_other_columns_are_refused(convert, tmp_path,
     assert sorted(tracks) == ["Adaptation", "Comprehension", "Perception"]
     with pytest.raises(SystemExit, match="record 1: not in Video-MME's official columns.*Its columns: id, question"):
         convert.main(["video_mme", "--input", str(tmp_path / "data"), "--output", str(tmp_path / "no.json")])
+    (tmp_path / "half.json").write_text('{"1": {"id": 1},\n"2":')
+    with pytest.raises(SystemExit, match="half.json, line 2: not JSON"):
+        convert.main(["video_mme", "--input", str(tmp_path / "half.json"), "--output", str(tmp_path / "no.json")])
     with pytest.raises(SystemExit, match="a path with the track in it"):
         lost = write_official(tmp_path / "lost.jsonl", [mmmu("dev_Art_1", "A", ["x", "y"])])
         convert.main(["video_mmmu", "--input", str(lost), "--output", str(tmp_path / "no.json")])

@@ -410,7 +410,7 @@ def test_two_metrics_are_not_compared(script, tmp_path, capsys):
         ([vsi(0, "How many?", "E", "", options=FOUR)], "question_id 'v0', answer.*'E' is not among"),
         ([{**ours(0, ""), "question": "Which?"}], "question: expected an object"),
         ({}, "expected a JSON list"),
-        ([], "at least one"),
+        ([], "no rows in it"),
     ],
 )
 def test_files_that_are_no_predictions(script, tmp_path, content, message):

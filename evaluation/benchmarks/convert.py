@@ -20,9 +20,12 @@ from veripo_trl.rows import SUFFIXES, RowError, is_data_file, read_json, uncompr
 
 def read_official(path: Path) -> list[dict]:
     """Records of an official file: a Parquet table, lines of JSON, a list, or a dict of records by id."""
-    if uncompressed(path).suffix == ".json" and isinstance(content := read_json(path), dict):
-        return list(content.values())
-    return read_records(path)
+    try:
+        if uncompressed(path).suffix == ".json" and isinstance(content := read_json(path), dict):
+            return list(content.values())
+        return read_records(path)
+    except RowError as error:
+        raise SystemExit(str(error)) from error
 
 
 def find_files(inputs: list[Path]) -> list[Path]:

@@ -9,8 +9,6 @@ from pathlib import Path
 
 # All but line ends and tabs: a terminal would obey what a file's name, a row or a model brings along.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
 # What a URL may hold of a secret: a login, and the signature or token of its query.
 _LOGIN, _QUERY = re.compile(r"(?<=://)[^/?#\s]*@"), re.compile(r"(https?://[^\s?'\"]*\?)[^\s'\"]+", re.IGNORECASE)
 
