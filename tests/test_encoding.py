@@ -1,9 +1,12 @@
 """Encoding rows one by one and together, and what is refused."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from conftest import make_row
+from test_video import make_clip
 
 from veripo_trl.encoding import PromptTooLongError, encode_unique
 
@@ -39,6 +42,22 @@ def test_the_sources_frame_rate_gives_the_times(load, media_root):
     assert prompt.video_grid_thw.tolist() == [[2, 4, 4]]
     times = prompt.positions[0][vision]
     assert sorted(set((times - times.min()).tolist())) == [0, 1]
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_positions_have_the_true_times_of_a_variable_rate(kind, load, tmp_path):
+    """24 frames of 14 s, of a header that speaks of 30 fps: 0.585 s apart, 2 per step."""
+    _, encoder = load(kind)
+    make_clip(tmp_path / "slides.mkv", times_s=[0, 0.5, 1, 6, 6.5, 7, 7.5, 14], fps=30)
+    prompt = encoder.encode(make_row("slides", tmp_path, videos=["slides.mkv"]))
+    if kind == "qwen2_5_vl":  # one interval for all, 1 position per second
+        assert prompt.second_per_grid_ts == [pytest.approx(14.033 / 12)]
+        times = prompt.positions[0][prompt.input_ids == encoder.config.video_token_id]
+        assert sorted(set((times - times.min()).tolist())) == [int(step * 14.033 / 12) for step in range(12)]
+    else:  # the time of each step as text
+        steps = np.linspace(0, 14.032, 24).reshape(12, 2).mean(axis=1)
+        text = encoder.processor.tokenizer.decode(prompt.input_ids)
+        assert re.findall(r"<([\d.]+) seconds>", text) == [f"{step:.1f}" for step in steps]
 
 
 def test_shuffled_frames_are_the_same_frames(load, media_root):

@@ -15,6 +15,7 @@ import time
 import warnings
 import zlib
 from dataclasses import replace
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -50,12 +51,25 @@ def picture(number, *, width, height, corner=True):
     return av.VideoFrame.from_ndarray(frame, format="rgb24")
 
 
-def make_clip(path, *, codec="libx264", frames=32, fps=8, width=56, height=56, options=None, flags=None):
-    options = options or {"libx264": {"crf": "10"}, "libsvtav1": {"preset": "12", "crf": "20"}}.get(codec, {})
-    with av.open(str(path), "w", options={"movflags": flags} if flags else {}) as output:
+X265 = "log-level=0:pools=none:frame-threads=1"
+OPTIONS = {"libx264": {"crf": "10"}, "libsvtav1": {"preset": "12", "crf": "20"}, "libx265": {"x265-params": X265}}
+
+
+def make_clip(
+    path, *, codec="libx264", frames=32, fps=8, width=56, height=56, options=None, flags=None, times_s=None, matrix=None
+):
+    """`times_s` are times of the frames, which come at a rate other than the header's."""
+    options, flags = options or OPTIONS.get(codec, {}), flags or {}
+    with av.open(str(path), "w", options=flags if isinstance(flags, dict) else {"movflags": flags}) as output:
         stream = add_stream(output, codec, width=width, height=height, fps=fps, options=options)
-        for number in range(frames):
-            output.mux(stream.encode(picture(number, width=width, height=height)))
+        stream.set_display_matrix(matrix)
+        if times_s is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number, time_s in enumerate(times_s if times_s is not None else [None] * frames):
+            frame = picture(number, width=width, height=height)
+            if time_s is not None:
+                frame.pts, frame.time_base = round(time_s * 1000), Fraction(1, 1000)
+            output.mux(stream.encode(frame))
         output.mux(stream.encode())
     return path
 
@@ -180,6 +194,7 @@ CODECS = [
     ("clip.mkv", "libx264", "matroska", "decord"),
     ("clip.webm", "libvpx-vp9", "matroska", "decord"),
     ("clip.avi", "mpeg4", "avi", "pyav"),
+    ("h264.avi", "libx264", "avi", "pyav"),  # with B-frames, of which AVI says only when they are decoded
     ("clip.ts", "libx264", "mpegts", "pyav"),
     ("clip.flv", "flv", "flv", "pyav"),
     ("h264.flv", "libx264", "flv", "pyav"),
@@ -202,37 +217,101 @@ def test_containers_and_the_decoder_that_reads_them(tmp_path, load, name, codec,
 OPEN_GOP = {"crf": "10", "x264-params": "keyint=12:open-gop=1:bframes=3:scenecut=0"}
 
 
-def trim(path, *, first_frame):
-    """Copy packets without decoding, as cutting tools do: an edit list hides what lies before the cut."""
-    trimmed = path.with_name("trimmed.mp4")
-    with av.open(str(path)) as source, av.open(str(trimmed), "w") as output:
+def copy_packets(path, name, *, start_s):
+    """Copy packets without decoding, as cutting tools do.
+
+    They begin at the key frame before `start_s`: an edit list hides what lies between in mp4, nothing does in mkv.
+    """
+    with av.open(str(path)) as source, av.open(str(path.with_name(name)), "w") as output:
         stream = source.streams.video[0]
         copy = output.add_stream_from_template(stream)
-        shift = int(first_frame / stream.average_rate / stream.time_base)
+        shift = round(start_s / stream.time_base)
+        source.seek(shift, stream=stream)
         for packet in source.demux(stream):
             if packet.dts is not None:
                 packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy
                 output.mux(packet)
-    return trimmed
+    return path.with_name(name)
+
+
+GROUP = "keyint=12:min-keyint=12:bframes=3:b-adapt=0:scenecut=0:crf=4"
+GROUPS = {
+    # codec and options; the first frame that is shown of a cut at frame 15 in mkv
+    "H.264": ("libx264", {"x264-params": GROUP}, 12),
+    "H.264, open": ("libx264", {"x264-params": f"{GROUP}:open-gop=1"}, 12),
+    "HEVC": ("libx265", {"x265-params": f"{X265}:{GROUP}:open-gop=0"}, 12),
+    "HEVC, open": ("libx265", {"x265-params": f"{X265}:{GROUP}"}, 12),
+    "HEVC, leading pictures": ("libx265", {"x265-params": f"{X265}:{GROUP}:open-gop=0:radl=2"}, 10),
+}
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize("name", GROUPS)
+def test_cuts_without_decoding_begin_where_a_player_does(tmp_path, load, name, suffix):
+    codec, options, first_in_mkv = GROUPS[name]
+    path = make_clip(tmp_path / "clip.mp4", codec=codec, options=options, frames=48)
+    for cut in (13, 14, 15, 16, 19) if suffix == "mp4" else (15,):
+        first = cut if suffix == "mp4" else first_in_mkv
+        clip = load(copy_packets(path, f"cut.{suffix}", start_s=cut / 8), replace(SMALL, fps=8.0, max_frames=64))
+        assert (numbers(clip)[0], clip.fps, clip.total_num_frames) == (first, 8.0, 48 - first)
+        assert np.abs(np.array(numbers(clip)) - first - clip.frames_indices).max() <= 1  # lossy codecs
+
+
+def joined(path):
+    data = make_clip(path, frames=25, options={"crf": "10"}).read_bytes()
+    path.write_bytes(data + data)
+    return path
+
+
+def without_display_times(path):
+    """An mp4 of a writer that knew only the times of decoding."""
+    make_clip(path, frames=50)
+    path.write_bytes(path.read_bytes().replace(b"ctts", b"free").replace(b"edts", b"free"))
+    return path
 
 
 MISREAD_BY_DECORD = {
     # decord 0.6.0 gives other frames than asked for, without an error; so these must go to PyAV
-    "open groups in mp4": (lambda path: make_clip(path / "c.mp4", frames=50, options=OPEN_GOP), 0),
-    "open groups in mkv": (lambda path: make_clip(path / "c.mkv", frames=50, options=OPEN_GOP), 0),
-    "fragmented": (lambda path: make_clip(path / "c.mp4", frames=50, flags="frag_keyframe+empty_moov"), 0),
-    "trimmed": (lambda path: trim(make_clip(path / "c.mp4", frames=55), first_frame=5), 5),
-    "mpeg-ts": (lambda path: make_clip(path / "c.ts", frames=50), 0),
+    "open groups in mp4": (lambda path: make_clip(path / "c.mp4", frames=50, options=OPEN_GOP), range(50)),
+    "open groups in mkv": (lambda path: make_clip(path / "c.mkv", frames=50, options=OPEN_GOP), range(50)),
+    "fragmented": (lambda path: make_clip(path / "c.mp4", frames=50, flags="frag_keyframe+empty_moov"), range(50)),
+    "mpeg-ts": (lambda path: make_clip(path / "c.ts", frames=50), range(50)),
+    "times that jump back": (lambda path: joined(path / "c.ts"), [*range(25), *range(25)]),
+    "times of decoding": (lambda path: without_display_times(path / "c.mp4"), range(50)),
 }
 
 
 @pytest.mark.parametrize("name", MISREAD_BY_DECORD)
 @pytest.mark.parametrize("settings", [SMALL, replace(SMALL, fps=8.0, max_frames=50)])
 def test_files_that_decord_misreads(tmp_path, load, name, settings):
-    make, first_frame = MISREAD_BY_DECORD[name]
+    make, shown = MISREAD_BY_DECORD[name]
     clip = load(make(tmp_path), settings)
-    assert (clip.total_num_frames, clip.backend) == (50, "pyav")
-    assert np.array(numbers(clip)).tolist() == [first_frame + index for index in clip.frames_indices]
+    assert (clip.total_num_frames, clip.fps, clip.backend) == (50, 8.0, "pyav")
+    assert numbers(clip) == [shown[index] for index in clip.frames_indices]
+
+
+SLIDES_S = [0, 0.1, 0.2, 3, 3.05, 7, 7.5, 9]
+VARIABLE = ["c.mkv libx264", "c.webm libvpx-vp9", "c.mp4 libx264", "c.mov libx265", "c.ts libx264", "c.flv libx264"]
+
+
+@pytest.mark.parametrize("name", VARIABLE)
+@pytest.mark.parametrize("fps", [2.0, 20.0])
+def test_a_variable_rate_is_sampled_by_time(tmp_path, load, name, fps):
+    name, codec = name.split()
+    path = make_clip(tmp_path / name, codec=codec, times_s=[5 + time_s for time_s in SLIDES_S], fps=30)
+    clip = load(path, replace(SMALL, fps=fps, max_frames=256))
+    times_s = np.array(clip.frames_indices) / clip.fps
+    duration_s = clip.total_num_frames / clip.fps
+    assert 9 < duration_s < 10.3 and abs(len(clip.frames) - fps * duration_s) <= 2  # the last frame's own time differs
+    assert np.abs(np.diff(times_s) - 1 / fps).max() < 0.1 / fps
+    assert numbers(clip) == [sum(begin_s <= time_s for begin_s in SLIDES_S) - 1 for time_s in times_s]
+
+
+@pytest.mark.parametrize("name", VARIABLE)
+def test_a_headers_rate_is_not_believed(tmp_path, load, name):
+    name, codec = name.split()
+    clip = load(make_clip(tmp_path / name, codec=codec, times_s=range(20), fps=30), replace(SMALL, max_frames=64))
+    assert (clip.fps, clip.total_num_frames, numbers(clip)) == (1.0, 20, list(range(20)))
 
 
 def test_a_broadcast_that_starts_between_key_frames(tmp_path, load):
@@ -253,50 +332,73 @@ def test_m2ts_is_recognised(tmp_path, load):
 
 @pytest.mark.parametrize("large_first", [True, False])
 @pytest.mark.parametrize("backend", ["decord", "pyav"])
-def test_the_largest_of_two_streams(tmp_path, load, backend, large_first):
+def test_the_largest_of_two_streams_beside_a_still_picture(tmp_path, load, backend, large_first):
     path, sizes = tmp_path / "two.mp4", [(112, 84), (56, 56)]
     with av.open(str(path), "w") as output:
         streams = [
             add_stream(output, "libx264", width=width, height=height, fps=8, options={})
             for width, height in (sizes if large_first else sizes[::-1])
         ]
+        cover = add_stream(output, "mjpeg", width=168, height=112, fps=8, options={})  # not marked as a picture
+        cover.pix_fmt = "yuvj420p"
         for number in range(16):
-            for stream in streams:
+            for stream in [*streams, *([cover] if number == 0 else [])]:
                 output.mux(stream.encode(picture(number, width=stream.width, height=stream.height)))
-        for stream in streams:
+        for stream in [*streams, cover]:
             output.mux(stream.encode())
     clip = load(path, replace(SMALL, max_pixels=112 * 84), backend=backend)
     assert clip.frames.shape[1:3] == (84, 112) and clip.backend == "pyav"
 
 
-def rotate_header(path, degrees):
-    """Write the display matrix of a clockwise turn into the tkhd box of an mp4."""
-    data = bytearray(path.read_bytes())
-    matrix = data.index(b"tkhd") + 4 + 40
-    assert data[matrix : matrix + 4] == struct.pack(">i", 1 << 16)
-    cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
-    rows = (cos << 16, sin << 16, 0, -sin << 16, cos << 16, 0, 0, 0, 1 << 30)
-    data[matrix : matrix + 36] = struct.pack(">9i", *rows)
-    path.write_bytes(data)
+MATRICES = {
+    # (a, b, c, d) of the header, and what it does to a picture
+    "turned by 90": ((0, 1, -1, 0), lambda frame: np.rot90(frame, -1)),
+    "turned by 180": ((-1, 0, 0, -1), lambda frame: np.rot90(frame, 2)),
+    "turned by 270": ((0, -1, 1, 0), lambda frame: np.rot90(frame)),
+    "hflip": ((-1, 0, 0, 1), np.fliplr),
+    "vflip": ((1, 0, 0, -1), np.flipud),
+    "transpose": ((0, 1, 1, 0), lambda frame: frame.swapaxes(0, 1)),
+    "transverse": ((0, -1, -1, 0), lambda frame: np.rot90(frame.swapaxes(0, 1), 2)),
+}
 
 
-@pytest.mark.parametrize("degrees", [90, 180, 270])
-@pytest.mark.parametrize("backend", ["decord", "pyav"])
-def test_rotation(tmp_path, load, backend, degrees):
-    path = make_clip(tmp_path / "clip.mp4", width=112, height=56)
-    rotate_header(path, degrees)
-    clip = load(path, replace(SMALL, max_pixels=112 * 56), backend=backend)
-    expected = np.rot90(picture(0, width=112, height=56).to_ndarray(format="rgb24"), -degrees // 90)
-    assert clip.backend == backend and clip.frames[0].shape == expected.shape
-    assert np.abs(clip.frames[0].astype(int) - expected).mean() < 4
+@pytest.mark.parametrize("name", MATRICES)
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_turned_and_mirrored_frames_are_upright(tmp_path, load, name, suffix):
+    (a, b, c, d), turn = MATRICES[name]
+    matrix = [*(value << 16 for value in (a, b, 0, c, d, 0, 0, 0)), 1 << 30]
+    path = make_clip(tmp_path / f"clip.{suffix}", width=112, height=56, matrix=matrix)
+    expected = turn(picture(0, width=112, height=56).to_ndarray(format="rgb24"))
+    for backend in ("decord", "pyav"):  # decord turns mp4, and nothing else
+        clip = load(path, replace(SMALL, max_pixels=112 * 56), backend=backend)
+        assert clip.backend == (backend if suffix == "mp4" and "turned" in name else "pyav")
+        assert clip.frames[0].shape == expected.shape
+        assert np.abs(clip.frames[0].astype(int) - expected).mean() < 4
 
 
 # ---- bad files ----
 
 
-def truncated(path):
-    data = make_clip(path).read_bytes()
-    path.write_bytes(data[: len(data) // 2])
+def truncated(name="c.mp4", codec="libx264", flags=None):
+    def write(path):
+        data = make_clip(path.with_name(name), codec=codec, flags=flags).read_bytes()
+        path.write_bytes(data[: len(data) // 2 + 1])
+
+    return write
+
+
+def cut_between_tags(path):
+    data, end = make_clip(path.with_name("c.flv")).read_bytes(), 13
+    while end < len(data) // 2:
+        end += 15 + int.from_bytes(data[end + 1 : end + 4], "big")
+    path.write_bytes(data[:end])
+
+
+def huge(path):
+    with av.open(str(path), "w") as output:
+        stream = add_stream(output, "libx264", width=9000, height=4000, fps=8, options={"preset": "ultrafast"})
+        output.mux(stream.encode(av.VideoFrame(9000, 4000, "yuv420p")))
+        output.mux(stream.encode())
 
 
 def cut_fast_start(path):
@@ -341,7 +443,15 @@ BAD_FILES = {
     "PNG": (lambda path: Image.new("RGB", (64, 64)).save(path, format="PNG"), "is an image"),
     "directory": (lambda path: path.mkdir(), "directory"),
     "named pipe": (lambda path: os.mkfifo(path), "not a regular file"),
-    "truncated": (truncated, "truncated"),
+    "truncated": (truncated(), "truncated mp4"),
+    "truncated mkv": (truncated("c.mkv"), "truncated mkv or webm"),
+    "truncated webm": (truncated("c.webm", "libvpx-vp9"), "truncated mkv or webm"),
+    "truncated live webm": (truncated("c.webm", "libvpx-vp9", {"live": "1"}), "truncated mkv or webm"),
+    "truncated avi": (truncated("c.avi", "mpeg4"), "truncated avi"),
+    "truncated mpeg-ts": (truncated("c.ts"), "truncated mpeg-ts"),
+    "truncated flv": (truncated("c.flv"), "truncated flv"),
+    "flv cut between tags": (cut_between_tags, "truncated: 4.* s long by its header"),
+    "huge frames": (huge, "9000 x 4000 pixels, over 35651584"),
     "cut after the header": (cut_fast_start, "truncated"),
     "audio only": (audio_only, r"no video stream \(it has: audio\)"),
     "zero frames": (zero_frames, "no frames|no video stream"),

@@ -1,7 +1,8 @@
 """Video files to sampled, resized frames, with the metadata that positions in time need; and images.
 
 Sampling and sizes are qwen-vl-utils' rules, so that the processor has nothing left to do: pass it the frames with
-`do_sample_frames=False, do_resize=False` and `video_metadata={total_num_frames, fps, frames_indices}`.
+`do_sample_frames=False, do_resize=False` and `video_metadata={total_num_frames, fps, frames_indices}`. One departure:
+rate and times are those of the frames, where qwen-vl-utils takes every clip for one of constant, average rate.
 """
 
 import json
@@ -23,6 +24,7 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)  # what Pillow's decoders raise
 MAX_ASPECT_RATIO = 200  # qwen-vl-utils' and the processors' own bound
 MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own bound for a decompression bomb
+DECODING = 2  # part of the frame cache's keys: raised when other frames are read from a file than before
 
 
 class MediaError(RuntimeError):
@@ -70,7 +72,11 @@ class VideoSettings:
 
 @dataclass
 class Clip:
-    """Sampled frames, uint8 (T, H, W, 3) RGB with T even, and where they come from in the source."""
+    """Sampled frames, uint8 (T, H, W, 3) RGB with T even, and where they come from in the source.
+
+    A frame's time is its index / fps, in seconds from the first frame. A source of variable rate counts as what a
+    player shows of it, 1,000 times a second.
+    """
 
     frames: np.ndarray
     fps: float  # of the source, not of the sampling
@@ -145,7 +151,7 @@ class VideoLoader:
 
     def _load(self, path, row_id):
         status = check_file(path)
-        key = cache_key(path, status.st_size, status.st_mtime_ns, asdict(self.settings), self.backend)
+        key = cache_key(DECODING, path, status.st_size, status.st_mtime_ns, asdict(self.settings), self.backend)
         entry = None if self.cache is None else self.cache.get(key)
         if entry is not None:
             self._counts["cache_hits"] += 1
@@ -192,6 +198,8 @@ class VideoLoader:
                 if reply["ok"]:
                     return Clip(frames, source["fps"], source["total_num_frames"], indices, source["backend"])
             errors.append(f"{reply['backend']}: {reply['error']}")
+            if reply["backend"] == "pyav":
+                break
         raise BadFile(f"cannot be decoded ({'; '.join(errors)}); re-encode the file or leave the row out")
 
 

@@ -18,74 +18,126 @@ import os
 import signal
 import struct
 import sys
+from collections import namedtuple
+from contextlib import contextmanager
+from itertools import islice
 
 import numpy as np
+
+MAX_FRAME_PIXELS = 8192 * 4352  # the largest frame of H.264 and HEVC up to level 6.2
+VARIABLE_FPS = 1000.0
+MAX_STEP_S = 10.0  # in mpeg-ts: a longer one is a break in the time stamps, as it is for FFmpeg
 
 
 class Unreadable(Exception):
     """The file cannot be decoded; the text says why."""
 
 
-class FrameIndex:
-    """The frames of a stream in display order, by its packets: headers' counts are missing or wrong in many files.
+Packet = namedtuple("Packet", "pts dts duration key discard")
 
-    times: time stamps, or None where the container has none. keys: sorted (index, time to seek to) of the key frames
-    that a seek finds. simple: decord can be trusted with it. decord 0.6.0 reads other frames than it was asked for,
-    without an error, where pictures after a key frame are shown before it, in fragmented mp4, where an edit list
-    leaves frames out, and in containers without an index (mpeg-ts, flv).
+
+class FrameIndex:
+    """The frames that a player shows, in display order, by the file's packets: headers are wrong in many files.
+
+    stream: index of the video stream. height, width: of upright frames. stamps: sorted time stamps of the frames, or
+    None where frames can only be counted. keys: sorted (index, time to seek to) of the key frames that a seek finds.
+    simple: decord can be trusted with it. decord 0.6.0 gives other frames than it was asked for, without an error,
+    where pictures after a key frame are shown before it, in fragmented mp4, where an edit list leaves frames out, and
+    in containers without an index (mpeg-ts, flv); of several streams it chooses by a rule of its own; it mirrors no
+    frames, and turns them in mp4 alone.
+
+    total_num_frames, fps: of the clip to sample from. At a constant rate (to half a frame) these are the file's. At a
+    variable one the clip is what a player shows, every 1 / VARIABLE_FPS s; `file_indices` says which frame that is.
     """
 
-    def __init__(self, opened, stream, container):
-        packets, started, dropped = [], False, False
-        for packet in opened.demux(stream):
-            started = started or packet.is_keyframe
-            if packet.size and started and not packet.is_discard:
-                packets.append((packet.pts, packet.dts, packet.is_keyframe))
-            elif packet.size:
-                dropped = True
-        self.fps = float(stream.average_rate or stream.guessed_rate or 0)
-        self.total_num_frames = len(packets)
-        self.times, self.keys, self.simple = None, [], False
-        if not packets:
-            raise Unreadable("the video stream has no frames")
-        if None in {pts for pts, _, _ in packets} or len({pts for pts, _, _ in packets}) < len(packets):
+    def __init__(self, path, container, threads):
+        self.path, self.container, self.threads = path, container, threads
+        with open_container(path, container) as opened:
+            stream, packets = read_packets(opened, container)
+            self.stream, time_base = stream.index, float(stream.time_base)
+            header_fps = float(stream.average_rate or stream.guessed_rate or 0)
+            reorders = stream.codec_context.has_b_frames
+            whole = container != "mov" or stream.frames == len(packets)  # a fragmented mp4's header counts none
+            alone = len(opened.streams.video) == 1
+        stamps = [packet.pts for packet in packets]
+        with open_container(path, container) as opened:
+            frames = decode(opened, self)
+            if (first := next(frames, None)) is None:
+                raise Unreadable("the video stream has no frames")
+            decoded = [first.pts]
+            trusted = first.pts in stamps and None not in stamps and len(set(stamps)) == len(stamps)
+            trusted = trusted and in_order([packet.dts for packet in packets if packet.dts is not None])
+            if trusted and reorders and in_order(stamps):  # perhaps times of decoding, the only ones in AVI
+                decoded += [frame.pts for frame in islice(frames, 16)]
+                trusted = in_order(decoded)
+            if trusted:
+                # A player begins with what its decoder gives first: what would be shown before refers to frames that
+                # are not in the file, or an edit list hides it.
+                shown = sorted(pkt.pts for pkt in packets if pkt.pts >= first.pts and not pkt.discard)
+            else:
+                shown = decoded + [frame.pts for frame in frames]
+        self.stamps, self.keys, self.simple = shown if trusted else None, [], False
+        self.height, self.width = upright(first).shape[:2]
+        self._set_times(shown, packets, time_base, header_fps)
+        if trusted and container in ("mov", "matroska"):
+            order = {pts: index for index, pts in enumerate(shown)}
+            at = [
+                (place, order[packet.pts], packet.dts if container == "mov" else packet.pts)
+                for place, packet in enumerate(packets)
+                if packet.key and packet.pts in order
+            ]
+            self.keys = sorted((index, seek) for _, index, seek in at)
+            a, b, c, d = display_matrix(first)
+            plain = a == d == 1 or (container == "mov" and a * d > b * c)
+            whole = whole and len(shown) == len(packets) and packets[0].key
+            self.simple = alone and whole and plain and all(place == index for place, index, _ in at)
+
+    def _set_times(self, shown, packets, time_base, header_fps):
+        """Take the rate from the time stamps of the frames, or of decoding, or else from the header."""
+        self.total_num_frames, self.fps, self._begins_ms = len(shown), header_fps, None
+        for stamps in (shown, [packet.dts for packet in packets]):
+            if len(stamps) == len(shown) and None not in stamps:
+                seconds = (np.array(stamps) - stamps[0]) * time_base
+                steps = np.diff(seconds)
+                if (steps > 0).all() and not (self.container == "mpegts" and (steps > MAX_STEP_S).any()):
+                    break
+        else:
             return
-        # Pictures shown before the first key frame refer to frames that are not in the file.
-        self.times = sorted(pts for pts, _, _ in packets if pts >= packets[0][0])
-        self.total_num_frames = len(self.times)
-        if container not in ("mov", "matroska"):
-            return
-        order = {pts: index for index, pts in enumerate(self.times)}
-        at = [
-            (place, order[pts], dts if container == "mov" else pts)
-            for place, (pts, dts, key) in enumerate(packets)
-            if key and pts in order
-        ]
-        self.keys = sorted((index, seek) for _, index, seek in at)
-        counted = container != "mov" or stream.frames == len(packets)  # a fragmented mp4's header counts none
-        self.simple = counted and not dropped and all(place == index for place, index, _ in at)
+        in_mov = self.container == "mov"  # which has the durations in order of decoding
+        last = next((packet for packet in packets if packet.pts == shown[-1] and not in_mov), packets[-1])
+        end = seconds[-1] + ((last.duration or 0) * time_base or (steps.mean() if len(steps) else 0))
+        for fps in (header_fps, len(steps) / seconds[-1] if len(steps) else 0):
+            if fps and end * fps <= len(shown) + 1 and abs(seconds * fps - np.arange(len(shown))).max() <= 0.5:
+                self.fps = fps
+                return
+        self._begins_ms = (seconds * 1000).round()
+        self.total_num_frames, self.fps = max(round(end * VARIABLE_FPS), 1), VARIABLE_FPS
+
+    def file_indices(self, indices):
+        """Which of the file's frames are shown at `indices` of the clip."""
+        if self._begins_ms is None:
+            return indices
+        return (np.searchsorted(self._begins_ms, indices, side="right") - 1).tolist()
 
 
 class DecordReader:
     backend = "decord"
 
-    def __init__(self, path, index, threads):
+    def __init__(self, index):
         import decord
 
         decord.logging.set_level(decord.logging.QUIET)
         self.index, self.error = index, decord.DECORDError
         try:
-            self.reader = decord.VideoReader(path, num_threads=threads)
-            if len(self.reader) != index.total_num_frames:
-                raise Unreadable(f"{len(self.reader)} frames instead of {index.total_num_frames}")
-            # The first frame, not the header: decord turns frames by the file's rotation.
-            self.height, self.width = self.reader[0].shape[:2]
+            self.reader = decord.VideoReader(index.path, num_threads=index.threads)
         except self.error as error:
             raise Unreadable(str(error)) from None
+        if len(self.reader) != len(index.stamps):
+            raise Unreadable(f"{len(self.reader)} frames instead of {len(index.stamps)}")
 
     def frames(self, indices):
         """Yield frames for sorted unique indices; a few at a time, which bounds the memory of large ones."""
-        step = max(1, (64 << 20) // (self.height * self.width * 3))
+        step = max(1, (64 << 20) // (self.index.height * self.index.width * 3))
         for start in range(0, len(indices), step):
             try:
                 yield from self.reader.get_batch(indices[start : start + step]).asnumpy()
@@ -96,102 +148,152 @@ class DecordReader:
 class PyavReader:
     backend = "pyav"
 
-    def __init__(self, path, container, index, threads):
-        self.path, self.container, self.index, self.threads = path, container, index, threads
-        (first,) = self.frames([0])
-        self.height, self.width = first.shape[:2]
+    def __init__(self, index):
+        self.index = index
 
     def frames(self, indices):
         """Yield frames for sorted unique indices."""
         done = 0
         for keys in (self.index.keys, []):  # the second time, if a seek missed its frame, from the start without seeks
-            with open_container(self.path, self.container) as opened:
+            with open_container(self.index.path, self.index.container) as opened:
                 for frame in self._decode(opened, indices[done:], keys):
                     done += 1
                     yield frame
             if done == len(indices):
                 return
-        raise Unreadable(f"frame {indices[done]} of {self.index.total_num_frames} could not be decoded")
+        raise Unreadable(f"the frame with index {indices[done]} could not be decoded")
 
     def _decode(self, opened, indices, keys):
         """Yield what comes of `indices`, in order, and stop at the first that does not come."""
-        import av
+        position, decoded = -1, self._positions(opened)
+        for index in indices:
+            key = bisect.bisect_right(keys, (index, float("inf"))) - 1
+            if key >= 0 and keys[key][0] > position + 1:
+                opened.seek(keys[key][1], stream=opened.streams[self.index.stream], backward=True)
+                decoded = self._positions(opened)
+            position, frame = next(((at, frame) for at, frame in decoded if at >= index), (None, None))
+            if position != index:
+                return
+            yield upright(frame)
 
-        stream = largest_video_stream(opened)
-        stream.thread_type = "AUTO"
-        stream.codec_context.thread_count = self.threads
-        position, decoded = -1, self._positions(opened, stream)
-        try:
-            for index in indices:
-                key = bisect.bisect_right(keys, (index, float("inf"))) - 1
-                if key >= 0 and keys[key][0] > position + 1:
-                    opened.seek(keys[key][1], stream=stream, backward=True)
-                    decoded = self._positions(opened, stream)
-                position, frame = next(((at, frame) for at, frame in decoded if at >= index), (None, None))
-                if position != index:
-                    return
-                yield upright(frame)
-        except av.FFmpegError as error:
-            raise Unreadable(str(error)) from None
-
-    def _positions(self, opened, stream):
+    def _positions(self, opened):
         """Decoded frames with their index in display order, by time stamp, or by counting where there is none."""
-        times = self.index.times
-        for count, frame in enumerate(opened.decode(stream)):
-            if times is None:
+        stamps = self.index.stamps
+        for count, frame in enumerate(decode(opened, self.index)):
+            if stamps is None:
                 yield count, frame
             elif frame.pts is not None:
-                at = bisect.bisect_left(times, frame.pts)
-                if at < len(times) and times[at] == frame.pts:
+                at = bisect.bisect_left(stamps, frame.pts)
+                if at < len(stamps) and stamps[at] == frame.pts:
                     yield at, frame
 
 
+def in_order(stamps) -> bool:
+    return None not in stamps and stamps == sorted(stamps)
+
+
+def display_matrix(frame) -> tuple[int, int, int, int]:
+    """How a frame is to be turned and mirrored: (a, b, c, d), each -1, 0 or 1; (x, y) goes to (ax + cy, bx + dy)."""
+    if (data := frame.side_data.get("DISPLAYMATRIX")) is None:
+        return 1, 0, 0, 1
+    a, b, _, c, d = np.frombuffer(data, dtype=np.int32)[:5].tolist()
+    if abs(a) + abs(d) >= abs(b) + abs(c):  # angles between are rounded to quarter turns
+        return -1 if a < 0 else 1, 0, 0, -1 if d < 0 else 1
+    return 0, -1 if b < 0 else 1, -1 if c < 0 else 1, 0
+
+
 def upright(frame) -> np.ndarray:
-    """RGB of a PyAV frame, (H, W, 3), turned as its display matrix asks (degrees counter-clockwise)."""
-    rgb = frame.to_ndarray(format="rgb24")
-    turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb
+    """RGB of a PyAV frame, (H, W, 3), turned and mirrored as its display matrix asks."""
+    rgb, (a, b, c, d) = frame.to_ndarray(format="rgb24"), display_matrix(frame)
+    if b:
+        rgb = rgb.transpose(1, 0, 2)
+    return np.ascontiguousarray(rgb[:: b + d, :: a + c])
 
 
+@contextmanager
 def open_container(path, container):
+    """The opened file, whose errors are Unreadable."""
     import av
 
-    try:
-        return av.open(path, format=container, metadata_errors="replace")
+    try:  # the option bounds what FFmpeg decodes while it opens the file
+        with av.open(
+            path, format=container, metadata_errors="replace", options={"max_pixels": str(MAX_FRAME_PIXELS)}
+        ) as opened:
+            yield opened
+    except av.ArgumentError as error:  # what decoders say of too large a frame
+        raise Unreadable(f"{error}; its frames may be over {MAX_FRAME_PIXELS} pixels") from None
     except av.FFmpegError as error:
         raise Unreadable(str(error)) from None
 
 
-def video_streams(opened) -> list:
-    """The container's video streams without cover pictures."""
+def demux(opened, streams):
+    """Packets of `streams`, the last ones empty."""
+    try:
+        yield from opened.demux(*streams)
+    except IndexError:  # PyAV's, when all is read, if the file has streams that began later
+        return
+
+
+def decode(opened, index):
+    """Frames of the indexed stream, from where the opened file is."""
+    stream = opened.streams[index.stream]
+    if not stream.codec_context.is_open:
+        stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = index.threads
+        stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+    for packet in demux(opened, [stream]):
+        yield from packet.decode()
+
+
+def read_packets(opened, container):
+    """The video stream to read, the largest that is more than a still picture, and its packets in decoding order."""
     from av.stream import Disposition
 
     cover = Disposition.attached_pic | Disposition.timed_thumbnails
-    return [stream for stream in opened.streams.video if not stream.disposition & cover]
+    videos = [stream for stream in opened.streams.video if not stream.disposition & cover]
+    if not videos:
+        kinds = sorted({stream.type for stream in opened.streams})
+        raise Unreadable(f"no video stream (it has: {', '.join(kinds) or 'nothing'})")
+    packets, end_s = {stream.index: [] for stream in videos}, 0.0
+    for packet in demux(opened, opened.streams if container == "flv" else videos):
+        if not packet.size:
+            continue
+        if container == "flv" and packet.pts is not None:
+            end_s = max(end_s, float(packet.pts * packet.time_base))
+        if packet.stream_index in packets:
+            fields = packet.pts, packet.dts, packet.duration, packet.is_keyframe, packet.is_discard
+            packets[packet.stream_index].append(Packet(*fields))
+    duration_s = (opened.duration or 0) / 1e6
+    if container == "flv" and end_s < duration_s - 1:  # cut between two tags, as interrupted downloads are
+        raise Unreadable(f"truncated: {duration_s:.1f} s long by its header, its last time stamp is {end_s:.1f} s")
 
+    def area(stream):
+        return stream.codec_context.width * stream.codec_context.height
 
-def largest_video_stream(opened):
     # max() keeps the first of equals
-    return max(video_streams(opened), key=lambda stream: stream.codec_context.width * stream.codec_context.height)
+    stream = max(videos, key=lambda stream: (len(packets[stream.index]) > 1, area(stream)))
+    if area(stream) > MAX_FRAME_PIXELS:
+        size = f"{stream.codec_context.width} x {stream.codec_context.height} pixels"
+        raise Unreadable(f"{size}, over {MAX_FRAME_PIXELS}: make it smaller")
+    return stream, packets[stream.index]
 
 
-def open_reader(path, *, container, backend, threads):
-    """A reader of the file's largest video stream: decord's if `backend` asks for it and it can be trusted with it."""
-    with open_container(path, container) as opened:
-        if not video_streams(opened):
-            kinds = sorted({stream.type for stream in opened.streams})
-            raise Unreadable(f"no video stream (it has: {', '.join(kinds) or 'nothing'})")
-        index = FrameIndex(opened, largest_video_stream(opened), container)
-        alone = len(opened.streams.video) == 1  # of several, decord chooses by a rule of its own
-    if backend == "decord" and alone and index.simple:
-        return DecordReader(path, index, threads)
-    return PyavReader(path, container, index, threads)
+def open_reader(*, path, container, backend, threads):
+    """A reader of the file: decord's if `backend` asks for it, decord can be trusted with it, and opens it."""
+    index = FrameIndex(path, container, threads)
+    if backend == "decord" and index.simple:
+        try:
+            return DecordReader(index)
+        except Unreadable:
+            pass
+    return PyavReader(index)
 
 
 def read_frames(reader, indices, *, height, width) -> np.ndarray:
-    """Frames at `indices` (sorted, repeats allowed), resized where needed: uint8 (T, height, width, 3)."""
+    """Frames at `indices` of the clip (sorted), resized where needed: uint8 (T, height, width, 3)."""
     from PIL import Image
 
+    indices = reader.index.file_indices(indices)
     unique = sorted(set(indices))
     frames = np.empty((len(unique), height, width, 3), dtype=np.uint8)
     for row, frame in enumerate(reader.frames(unique)):
@@ -211,14 +313,12 @@ def answer(request, reader):
         except (Unreadable, MemoryError) as error:
             return ({"ok": False, "backend": reader.backend, "error": str(error) or "out of memory"}, None, None)
         return {"ok": True, "shape": frames.shape}, frames, None
-    path, backend = request["path"], request["backend"]
     try:
-        reader = open_reader(path, container=request["container"], backend=backend, threads=request["threads"])
+        reader = open_reader(**{name: request[name] for name in ("path", "container", "backend", "threads")})
     except (Unreadable, MemoryError) as error:
-        return ({"ok": False, "backend": backend, "error": str(error) or "out of memory"}, None, None)
-    size = {"height": reader.height, "width": reader.width}
-    found = {"total_num_frames": reader.index.total_num_frames, "fps": reader.index.fps}
-    return {"ok": True, "backend": reader.backend, **found, **size}, None, reader
+        return ({"ok": False, "backend": "pyav", "error": str(error) or "out of memory"}, None, None)
+    found = {name: getattr(reader.index, name) for name in ("total_num_frames", "fps", "height", "width")}
+    return {"ok": True, "backend": reader.backend, **found}, None, reader
 
 
 def main():
