@@ -3,6 +3,7 @@
 Every clip is made here; the brightness of a frame tells its number.
 """
 
+import io
 import json
 import multiprocessing
 import os
@@ -376,6 +377,23 @@ def test_turned_and_mirrored_frames_are_upright(tmp_path, load, name, suffix):
         assert np.abs(clip.frames[0].astype(int) - expected).mean() < 4
 
 
+def test_a_cameras_motion_jpeg_is_turned_by_its_exif(tmp_path, load):
+    exif, data = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    pixels = picture(0, width=112, height=56).to_ndarray(format="rgb24")
+    Image.fromarray(pixels).save(data, "JPEG", exif=exif, quality=95)
+    with av.open(str(tmp_path / "clip.mkv"), "w") as output:
+        stream = add_stream(output, "mjpeg", width=112, height=56, fps=8, options={})
+        stream.pix_fmt = "yuvj420p"
+        output.start_encoding()
+        for number in range(8):
+            packet = av.Packet(data.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 8)
+            output.mux(packet)
+    clip = load(tmp_path / "clip.mkv", replace(SMALL, max_pixels=112 * 56))
+    assert clip.frames[0].shape == (112, 56, 3) and np.abs(clip.frames[0] - np.rot90(pixels, -1).astype(int)).mean() < 4
+
+
 # ---- bad files ----
 
 
@@ -405,6 +423,10 @@ def cut_fast_start(path):
     data = make_clip(path, flags="faststart").read_bytes()
     assert data.index(b"moov") < data.index(b"mdat")
     path.write_bytes(data[:-200])
+
+
+def unknown_codec(path):
+    path.write_bytes(make_clip(path).read_bytes().replace(b"avc1", b"zzzz"))
 
 
 def audio_only(path):
@@ -454,6 +476,7 @@ BAD_FILES = {
     "huge frames": (huge, "9000 x 4000 pixels, over 35651584"),
     "cut after the header": (cut_fast_start, "truncated"),
     "audio only": (audio_only, r"no video stream \(it has: audio\)"),
+    "unknown codec": (unknown_codec, r"no video stream \(it has: unknown codec\)"),
     "zero frames": (zero_frames, "no frames|no video stream"),
     "text": (lambda path: path.write_text("not a video\n" * 100), "text file"),
     "noise": (lambda path: path.write_bytes(bytes(range(256)) * 40), "no container"),

@@ -194,7 +194,11 @@ def in_order(stamps) -> bool:
 
 def display_matrix(frame) -> tuple[int, int, int, int]:
     """How a frame is to be turned and mirrored: (a, b, c, d), each -1, 0 or 1; (x, y) goes to (ax + cy, bx + dy)."""
-    if (data := frame.side_data.get("DISPLAYMATRIX")) is None:
+    try:
+        data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV cannot read it beside kinds that it does not know, as EXIF; it has the angle
+        return [(1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0)][round(frame.rotation / 90) % 4]
+    if data is None:
         return 1, 0, 0, 1
     a, b, _, c, d = np.frombuffer(data, dtype=np.int32)[:5].tolist()
     if abs(a) + abs(d) >= abs(b) + abs(c):  # angles between are rounded to quarter turns
@@ -250,9 +254,9 @@ def read_packets(opened, container):
     from av.stream import Disposition
 
     cover = Disposition.attached_pic | Disposition.timed_thumbnails
-    videos = [stream for stream in opened.streams.video if not stream.disposition & cover]
+    videos = [stream for stream in opened.streams.video if stream.codec_context and not stream.disposition & cover]
     if not videos:
-        kinds = sorted({stream.type for stream in opened.streams})
+        kinds = sorted({stream.type if stream.codec_context else "unknown codec" for stream in opened.streams})
         raise Unreadable(f"no video stream (it has: {', '.join(kinds) or 'nothing'})")
     packets, end_s = {stream.index: [] for stream in videos}, 0.0
     for packet in demux(opened, opened.streams if container == "flv" else videos):
