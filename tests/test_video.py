@@ -259,8 +259,24 @@ def test_cuts_without_decoding_begin_where_a_player_does(tmp_path, load, name, s
 
 
 def joined(path):
-    data = make_clip(path, frames=25, options={"crf": "10"}).read_bytes()
-    path.write_bytes(data + data)
+    parts = [make_clip(path, times_s=[start_s + n / 8 for n in range(25)]).read_bytes() for start_s in (5, 3.9)]
+    path.write_bytes(b"".join(parts))
+    return path
+
+
+def late_stream(path):
+    """An flv whose last tag is a text, of which its header says nothing."""
+    body = b"\x02\0\x0aonTextData\x08\0\0\0\1\0\4text\x02\0\2hi\0\0\x09"
+    tag = struct.pack(">BHBIBH", 18, 0, len(body), 0, 0, 0) + body
+    path.write_bytes(make_clip(path, frames=50).read_bytes() + tag + struct.pack(">I", len(tag)))
+    return path
+
+
+def hidden_end(path):
+    data = bytearray(make_clip(path, frames=55).read_bytes())
+    at = data.index(b"elst") + 12
+    data[at : at + 4] = struct.pack(">I", 50 * 1000 // 8)
+    path.write_bytes(data)
     return path
 
 
@@ -276,8 +292,14 @@ MISREAD_BY_DECORD = {
     "open groups in mp4": (lambda path: make_clip(path / "c.mp4", frames=50, options=OPEN_GOP), range(50)),
     "open groups in mkv": (lambda path: make_clip(path / "c.mkv", frames=50, options=OPEN_GOP), range(50)),
     "fragmented": (lambda path: make_clip(path / "c.mp4", frames=50, flags="frag_keyframe+empty_moov"), range(50)),
+    "a stream that begins late": (lambda path: late_stream(path / "c.flv"), range(50)),
+    "an edit that ends early": (lambda path: hidden_end(path / "c.mp4"), range(50)),
     "mpeg-ts": (lambda path: make_clip(path / "c.ts", frames=50), range(50)),
     "times that jump back": (lambda path: joined(path / "c.ts"), [*range(25), *range(25)]),
+    "times that jump ahead": (
+        lambda path: make_clip(path / "c.ts", times_s=[number / 8 + 1000 * (number > 24) for number in range(50)]),
+        range(50),
+    ),
     "times of decoding": (lambda path: without_display_times(path / "c.mp4"), range(50)),
 }
 
@@ -306,6 +328,20 @@ def test_a_variable_rate_is_sampled_by_time(tmp_path, load, name, fps):
     assert 9 < duration_s < 10.3 and abs(len(clip.frames) - fps * duration_s) <= 2  # the last frame's own time differs
     assert np.abs(np.diff(times_s) - 1 / fps).max() < 0.1 / fps
     assert numbers(clip) == [sum(begin_s <= time_s for begin_s in SLIDES_S) - 1 for time_s in times_s]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_the_last_frame_counts_as_long_as_it_is_shown(tmp_path, load, suffix):
+    with av.open(str(tmp_path / f"c.{suffix}"), "w") as output:
+        stream = add_stream(output, "libx264", width=56, height=56, fps=8, options={"crf": "10"})
+        packets = [packet for number in range(17) for packet in stream.encode(picture(number, width=56, height=56))]
+        packets += stream.encode()
+        last = packets[-1] if suffix == "mp4" else max(packets, key=lambda packet: packet.pts)
+        last.duration = int(5 / last.time_base)
+        output.mux(packets)
+    clip = load(tmp_path / f"c.{suffix}", replace(SMALL, max_frames=64))
+    assert clip.total_num_frames / clip.fps == pytest.approx(7, abs=0.01)
+    assert numbers(clip) == [0, 4, 8, 12] + [16] * 10
 
 
 @pytest.mark.parametrize("name", VARIABLE)
