@@ -344,6 +344,11 @@ def test_the_last_frame_counts_as_long_as_it_is_shown(tmp_path, load, suffix):
     assert numbers(clip) == [0, 4, 8, 12] + [16] * 10
 
 
+def test_a_slow_flv_is_not_taken_for_a_cut_one(tmp_path, load):
+    clip = load(make_clip(tmp_path / "c.flv", codec="flv", times_s=range(0, 40, 4), fps=Fraction(1, 4)))
+    assert (clip.fps, clip.total_num_frames) == (0.25, 10)
+
+
 @pytest.mark.parametrize("name", VARIABLE)
 def test_a_headers_rate_is_not_believed(tmp_path, load, name):
     name, codec = name.split()

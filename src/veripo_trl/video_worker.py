@@ -258,18 +258,19 @@ def read_packets(opened, container):
     if not videos:
         kinds = sorted({stream.type if stream.codec_context else "unknown codec" for stream in opened.streams})
         raise Unreadable(f"no video stream (it has: {', '.join(kinds) or 'nothing'})")
-    packets, end_s = {stream.index: [] for stream in videos}, 0.0
+    packets, times_s = {stream.index: [] for stream in videos}, [0.0]
     for packet in demux(opened, opened.streams if container == "flv" else videos):
         if not packet.size:
             continue
         if container == "flv" and packet.pts is not None:
-            end_s = max(end_s, float(packet.pts * packet.time_base))
+            times_s.append(float(packet.pts * packet.time_base))
         if packet.stream_index in packets:
             fields = packet.pts, packet.dts, packet.duration, packet.is_keyframe, packet.is_discard
             packets[packet.stream_index].append(Packet(*fields))
-    duration_s = (opened.duration or 0) / 1e6
-    if container == "flv" and end_s < duration_s - 1:  # cut between two tags, as interrupted downloads are
-        raise Unreadable(f"truncated: {duration_s:.1f} s long by its header, its last time stamp is {end_s:.1f} s")
+    # Downloads of flv that were interrupted end between two tags. The last frame may be as long as any other.
+    times_s, duration_s = np.sort(times_s), (opened.duration or 0) / 1e6
+    if container == "flv" and times_s[-1] + np.diff(times_s).max(initial=1.0) + 0.5 < duration_s:
+        raise Unreadable(f"truncated: {duration_s:.1f} s long by its header, its last time stamp is {times_s[-1]:.1f} s")
 
     def area(stream):
         return stream.codec_context.width * stream.codec_context.height
