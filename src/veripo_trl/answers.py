@@ -1,7 +1,7 @@
 """Parse and compare answers: the one meaning of "correct" that reward, verifier and evaluation share.
 
-Pure functions over text: math-verify and rouge-score are imported on first use. A model's bad answer earns 0 and
-never raises; a malformed ground truth is refused by `check_solution` when the data loads.
+Pure functions over text; math-verify runs in a process of its own, rouge-score is imported on first use. A model's
+bad answer earns 0 and never raises; a malformed ground truth is refused by `check_solution` when the data loads.
 
 Rules that the formats leave open, decided here:
 
@@ -15,19 +15,24 @@ Rules that the formats leave open, decided here:
 """
 
 import functools
+import itertools
+import json
 import math
+import os
 import re
-import signal
+import subprocess
+import sys
 import threading
-import time
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "regression", "math", "OCR", "free-form")
 REGRESSION_SCORES = ("mean_relative_accuracy", "relative_error")
 
 MAX_MATH_CHARS = 256
-MATH_LIMIT_S = 1.0
+MATH_LIMIT_S = 1.0  # of processor time
 MAX_CHARS = 4000  # of a choice or a number; keeps every pattern below far from a slow case
 MAX_FREE_FORM_CHARS = 20_000  # ROUGE-L is quadratic
 
@@ -336,11 +341,8 @@ def _regression_score(value: float, truth: float, kind: str) -> float:
 # --------------------------------------------------------------------------------------------------------- maths
 
 _FUNCTIONS = "sqrt|sin|cos|tan|cot|log|exp|max|min"
+_worker, _worker_lock, _calls = None, threading.Lock(), itertools.count()
 _timeouts = 0
-
-
-class _MathTimeoutError(BaseException):
-    """Not an Exception: math-verify catches those itself, and a time-out must not pass as an unparsable answer."""
 
 
 def math_timeouts() -> int:
@@ -348,52 +350,45 @@ def math_timeouts() -> int:
     return _timeouts
 
 
-@functools.cache
-def _load_math() -> None:
-    """Import math-verify and warm its grammar, outside any time limit (a second or two)."""
-    import logging
-
-    import math_verify
-
-    # It warns that its own limit is off; ours is on.
-    for module in (math_verify.parser, math_verify.grader):
-        module.logger.addFilter(lambda record: record.levelno > logging.WARNING)
-    for text in (r"\frac{1}{2}", "x^2+1", "(1,2)"):
-        _parse_math(text)
+def _forget_worker() -> None:
+    """In a forked process: the worker's pipes are its parent's."""
+    global _worker, _worker_lock
+    _worker, _worker_lock = None, threading.Lock()
 
 
-def _within_limit(function: Callable, *arguments):
-    """function(*arguments), or None after MATH_LIMIT_S, which is counted. One limit over parsing and comparing:
-    math-verify's own applies to each step and each pair of candidates anew."""
+os.register_at_fork(after_in_child=_forget_worker)
+
+
+def call_math(name: str, *arguments: str, limit_s: float) -> tuple[bool, Any]:
+    """(whether it ended within `limit_s` of processor time, its result) of a function of math_worker.py, run in a
+    process that is ended at the limit. The first call starts the process, a second or two outside of any limit; from
+    any thread, one call at a time. Raises RuntimeError where the process does not live."""
+    global _worker
+    with _worker_lock:
+        for _ in range(2):  # once more: what ends a process (the kernel for its memory) is no fault of the call
+            if _worker is None:
+                script = [sys.executable, str(Path(__file__).with_name("math_worker.py"))]
+                _worker = subprocess.Popen(script, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            call = next(_calls)
+            try:
+                _worker.stdin.write(json.dumps([call, name, arguments, limit_s]).encode() + b"\n")
+                _worker.stdin.flush()
+                for reply in _worker.stdout:
+                    number, result = json.loads(reply)
+                    if number in (call, None):  # any other is of a call that was broken off here (Ctrl-C)
+                        return number is not None, result
+            except BrokenPipeError:
+                pass
+            _worker = None
+    raise RuntimeError("The process that compares maths ended twice without an answer; what it said stands above.")
+
+
+def _call_math(name: str, *texts: str) -> Any:
+    """The call's result, or None after MATH_LIMIT_S, which is counted."""
     global _timeouts
-    if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError(
-            "Maths answers are compared under a time limit that uses a signal, which Python delivers to the main "
-            f"thread only; this is thread {threading.current_thread().name!r}. Score them in the main thread or in "
-            "a process of their own."
-        )
-    _load_math()
-
-    def stop(signum, frame):
-        raise _MathTimeoutError
-
-    start, (due_s, interval_s) = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, 0)
-    previous = signal.signal(signal.SIGALRM, stop)
-    try:
-        # It fires again: a first exception can be lost in a destructor or a bare except of the libraries.
-        signal.setitimer(signal.ITIMER_REAL, MATH_LIMIT_S, 0.25)
-        try:
-            return function(*arguments)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-    except _MathTimeoutError:
-        _timeouts += 1
-        return None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-        if due_s:  # somebody else's alarm (a test runner's) goes on
-            signal.setitimer(signal.ITIMER_REAL, max(due_s - (time.monotonic() - start), 1e-3), interval_s)
+    ended, result = call_math(name, *texts, limit_s=MATH_LIMIT_S)
+    _timeouts += not ended
+    return result
 
 
 def _to_latex(text: str) -> str:
@@ -405,11 +400,9 @@ def _to_latex(text: str) -> str:
     return re.sub(r"\^(-?\d{2,}|-\d)", r"^{\1}", text)
 
 
-def _parse_math(text: str) -> list:
-    """math-verify's reading of an answer. Bare expressions are put between dollars, without which its LaTeX reader
-    ignores them; prose must contain one number, or it would pick the last of several."""
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, StringExtractionConfig, parse
-
+def _math_text(text: str) -> str:
+    """An answer as math-verify is to read it. Bare expressions are put between dollars, without which its LaTeX reader
+    ignores them; prose must contain one number, or it would pick the last of several ("" then, which it cannot read)."""
     text = text.translate({0x2212: "-", 0x2044: "/"}).strip()
     if not re.search(r"\$|\\\(|\\\[|\\boxed", text):
         text = _stated(text).rstrip(".")
@@ -417,18 +410,8 @@ def _parse_math(text: str) -> list:
         if not re.search(rf"\b(?!(?:{_FUNCTIONS})\b)[A-Za-z]{{3,}}", bare):
             text = f"${_to_latex(text)}$"
         elif len(_number_tokens(text)) > 1:
-            return []
-    extraction = [StringExtractionConfig(), LatexExtractionConfig(), ExprExtractionConfig()]
-    return parse(text, extraction_config=extraction, fallback_mode="no_fallback", parsing_timeout=None)
-
-
-_parse_truth = functools.lru_cache(maxsize=1024)(_parse_math)
-
-
-def _verify_math(answer: str, truth: str) -> bool:
-    from math_verify import verify
-
-    return bool(verify(_parse_truth(truth), _parse_math(answer), timeout_seconds=None))
+            return ""
+    return text
 
 
 def _same_math(answer: str, truth: str) -> bool:
@@ -439,19 +422,11 @@ def _same_math(answer: str, truth: str) -> bool:
         return True
     if _HEDGE.search(answer) and not _HEDGE.search(truth):
         return False
-    return _within_limit(_verify_math, answer, truth) is True
-
-
-def _evaluate_math(text: str) -> float | None:
-    for expression in _parse_math(f"${_to_latex(text)}$"):
-        if getattr(expression, "is_number", False):
-            value = expression.evalf()
-            return float(value) if value.is_real and value.is_finite else None
-    return None
+    return _call_math("is_same", _math_text(truth), _math_text(answer)) is True
 
 
 def _math_value(text: str) -> float | None:
-    return _within_limit(_evaluate_math, text.strip()) if len(text) <= MAX_MATH_CHARS else None
+    return _call_math("value", f"${_to_latex(text.strip())}$") if len(text) <= MAX_MATH_CHARS else None
 
 
 # ---------------------------------------------------------------------------------------------------------- text
@@ -503,7 +478,7 @@ def score_answer(
 
     `regression_score`: "mean_relative_accuracy" (mean over theta in 0.50, 0.55, … 0.95 of relative error <= 1 - theta)
     or "relative_error" (1 - relative error, clipped). Raises SolutionError for a truth that `check_solution` refuses
-    by its type or that cannot be read, and RuntimeError for maths outside the main thread.
+    by its type or that cannot be read.
     """
     if problem_type not in PROBLEM_TYPES:
         raise SolutionError(f"problem_type {problem_type!r} is unknown; expected one of {', '.join(PROBLEM_TYPES)}")
@@ -582,7 +557,7 @@ def check_solution(*, problem_type: str, solution: str, options: Sequence[str] |
     elif problem_type == "math":
         if len(solution.strip()) > MAX_MATH_CHARS:
             raise SolutionError(f"solution has {len(solution)} characters; expected {MAX_MATH_CHARS} at most")
-        if not _within_limit(_parse_truth, solution.strip()):
+        if not _call_math("is_maths", _math_text(solution)):
             raise SolutionError(
                 f"solution {solution!r} of a math row: math-verify cannot parse it within {MATH_LIMIT_S:g} s; write a "
                 "number or a LaTeX expression, or use the problem type free-form"

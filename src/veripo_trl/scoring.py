@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from .answers import extract_answer, math_timeouts, read_choice, read_number, score_answer, split_completion
+from .answers import call_math, extract_answer, math_timeouts, read_choice, read_number, score_answer, split_completion
 from .evaluate import bootstrap_interval
 from .questions import task_of, truths_of
 from .verifier.judges import judge_by_rules
 
 PAIRED_RESAMPLES = 10_000
+RELEASED_LIMIT_S = 30.0  # of processor time
 
 # ------------------------------------------------------------------------------------------------- released mode
 
@@ -40,8 +41,8 @@ def released_score(prediction: dict[str, Any], *, pred_path: str) -> float:
     Upper-case letters as the truth: the first answer span, in lower case, holds them and no other letter from a to j
     (so "B. because" is wrong, and a truth of two such letters, "AC", is never met). Otherwise, where `pred_path` holds
     "vsi_bench": mean relative accuracy of the span's first word, divided by the truth rather than its size (so a
-    negative truth accepts anything). Otherwise math-verify of the whole output, in the script's order of arguments.
-    Main thread only: math-verify's time limit is a signal.
+    negative truth accepts anything). Otherwise math-verify of the whole output, in the script's order of arguments; what
+    its own limits (5 s a step) do not end is ended, and not equal, after RELEASED_LIMIT_S.
     """
     truth, output = str(prediction["ground_truth"]), prediction["model_output"]
     span = _SPAN.search(output)
@@ -53,10 +54,7 @@ def released_score(prediction: dict[str, Any], *, pred_path: str) -> float:
         return float(wanted in answer and not any(letter in answer for letter in _OTHERS if letter != wanted))
     if metric == "mean relative accuracy":
         return _released_estimate(answer.replace("<answer>", "").strip(), truth)
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, StringExtractionConfig, parse, verify
-
-    found = [StringExtractionConfig(), LatexExtractionConfig(), ExprExtractionConfig()]
-    return float(verify(parse(output, extraction_config=found), parse(f"${_LISTED.get(truth, truth)}$")))
+    return float(call_math("released", output, _LISTED.get(truth, truth), limit_s=RELEASED_LIMIT_S)[1] is True)
 
 
 def _released_estimate(answer: str, truth: str) -> float:

@@ -42,7 +42,7 @@ def check_rollouts(
         `think` and `answer` (str or None).
 
     Raises:
-        SolutionError: an unreadable truth, with the rollout's id. RuntimeError: maths outside the main thread.
+        SolutionError: an unreadable truth, with the rollout's id.
     """
     checks = []
     for rollout in rollouts:

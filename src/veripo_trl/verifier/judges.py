@@ -258,7 +258,6 @@ class RulesJudge:
         self.requests, self.retries, self.failures = 0, 0, Counter()
 
     def judge_stream(self, items: Iterable[dict | None]) -> Iterator[tuple[int | None, dict | None]]:
-        """Maths is compared under a time limit, so call it from the main thread."""
         for item in items:
             if item is None:
                 yield None, None
