@@ -37,17 +37,27 @@ MAX_CHARS = 4000  # of a choice or a number; keeps every pattern below far from 
 MAX_FREE_FORM_CHARS = 20_000  # ROUGE-L is quadratic
 
 _HEDGE = re.compile(
-    r"\b(?:or|not|either|neither|nor|maybe|perhaps|unsure|unknown|cannot|except|doubt|if|whether|unless)\b|n't\b", re.I
+    r"\b(?:or|not|either|neither|nor|maybe|perhaps|unsure|unknown|cannot|except|doubt|if|whether|unless)\b|n't\b"
+    r"|[不没非或]|可能|也许",
+    re.I,
+)
+_TAKEN_BACK = r"\b(?:wait|unsure|not (?:sure|certain)|maybe|perhaps|i mean|correction|second thought|sorry)\b"
+_EXPLANATION = re.compile(
+    rf"\n\s*(?:explanation|reason(?:ing)?|rationale|justification|because)\b(?!.*{_TAKEN_BACK}|.*\bactually\b).*",
+    re.I | re.S,
 )
 _WRAPPER = re.compile(r"\\(?:boxed|fbox|text\w*|math(?:rm|bf|it|sf|tt)|operatorname)\s*\{([^{}]*)\}")
 _STATED = re.compile(
     r"\b(?:answer|option|choice|solution|result|total)\b\s*(?:is|are|was|:|=|would be|must be|should be)\s*:?\s*", re.I
 )
 _LEAD_IN = re.compile(
-    r"(?:so|thus|therefore|hence|(?:it|that|this) is|it's|that's|there (?:is|are)|i (?:choose|pick|select|think|say)"
-    r"|the (?:correct |right |final |best )?(?:answer|option|choice)|answer|options?|choices?|letter)\b\s*[,:]?\s*",
+    r"(?:(?:so|thus|therefore|hence|(?:it|that|this) (?:is|(?:must|should|has to) be)|it's|that's|there (?:is|are)"
+    r"|(?:i(?:'d|'ll|'m| would| will| am)? )?(?:choose|pick|select|say|go(?:ing)? (?:with|for))|i think"
+    r"|the (?:correct |right |final |best )?(?:answer|option|choice)|answer|ans|options?|choices?|letter)\b"
+    r"|(?:所以|因此)?(?:我?选择?|应选|(?:正确|最终)?(?:答案|选项)[是为]?))\s*[,:.]?\s*",
     re.I,
 )
+_HTML = re.compile(r"</?(?:b|i|u|p|em|strong|span|div|center|font|mark|code|br)(?:\s[^<>]*)?/?>", re.I)
 
 
 _FILLERS = {"and", "then", "the", "a", "an"}  # "red, then blue" says what "red blue" says
@@ -104,7 +114,9 @@ def _plain(text: str) -> str:
     text = re.sub("[⁰¹²³⁴-⁹]", lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text)  # 3² is not 32
     text = re.sub(r"(?<=\d)(?:\\[,!]|\{,\}|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", "", text)  # thin thousands
     text = unicodedata.normalize("NFKC", text)
-    text = text.translate({0x2212: "-", 0x2044: "/", 0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"', 0x200B: None})
+    text = text.translate({0x2212: "-", 0x2044: "/", 0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"', 0x200B: None,
+                           0x3002: "."})  # fmt: skip
+    text = _HTML.sub(" ", text)
     boxed = boxed_spans(text)
     if len(boxed) == 1 and not _HEDGE.search(text.replace(boxed[0], " ")):
         text = boxed[0]
@@ -113,7 +125,8 @@ def _plain(text: str) -> str:
         if not found:
             break
     text = re.sub(r"\\[()\[\],;!]|[$*`]", " ", text)
-    return re.sub(r"[^\S\n]+", " ", text).strip()
+    text = re.sub(r"[^\S\n]+", " ", text).strip()
+    return re.sub(r"\n[ \n]*\n", "\n\n", text)
 
 
 def _stated(text: str) -> str:
@@ -157,7 +170,7 @@ def option_labels(options: Sequence[str] | None) -> dict[str, str]:
 
 def _letter(text: str, labels: dict[str, str]) -> str | None:
     """The letter that `text` consists of, brackets and punctuation aside."""
-    text = text.strip(" \t\n.,;:!\"'()[]{}").upper()
+    text = text.strip(" \t\n.,;:!\"'()[]{}<>-•").upper()
     known = text in labels if labels else len(text) == 1 and "A" <= text <= "Z"
     return text if known else None
 
@@ -205,17 +218,21 @@ def _single_choice(text: str, labels: dict[str, str]) -> str | None:
 
 def _letter_and_prose(text: str, labels: dict[str, str]) -> str | None:
     """The letter of "B. because …" or "B is correct" if the prose names no other option."""
-    match = re.match(r"[(\[]?([A-Za-z])(?:[.):\],]+\s|\s+[(–—-]|\s+(?=because|since|as\b|is (?:the )?(?:correct|right|"
-                     r"best|answer)))", text)  # fmt: skip
+    match = re.match(r"[(\[]?([A-Za-z])(?:[.):\],]+\s|\s*\n|\s+[(–—-]|\s+(?=because|since|as\b|"
+                     r"is (?:the )?(?:correct|right|best|answer)))", text)  # fmt: skip
     letter = match and _letter(match[1], labels)
     if not letter:
         return None
     prose = text[match.end() :]
     leading, rest = leading_option(prose, labels)
-    if leading not in (None, letter) or re.match(r"\W*(?:or|and|and/or|/)(?!\w)", rest):
+    if leading not in (None, letter) or re.match(r"\W*(?:or|and|and/or|/|actually|no|rather)(?!\w)", rest):
         return None
-    if re.search(r"\b(?:wait|unsure|not sure|or maybe)\b", rest) or other_letters(prose, labels) - {letter}:
+    if re.search(_TAKEN_BACK, rest) or other_letters(prose, labels) - {letter}:
         return None
+    if len(rest.split()) <= 3 and not _HEDGE.search(rest):  # "B. green (blue)"
+        others = (option for other, option in labels.items() if option and other != letter)
+        if any(re.search(rf"(?<!\w){re.escape(option)}(?!\w)", rest) for option in others):
+            return None
     return letter
 
 
@@ -239,8 +256,28 @@ def read_choice(text: str, options: Sequence[str] | None) -> frozenset[str] | No
     """The letters that `text` answers with; None if there is no clear answer. Without options, letters A to Z."""
     if len(text) > MAX_CHARS:
         return None
-    labels, text = option_labels(options), _plain(text)
-    return _choice_set(text, labels) or _choice_set(_stated(text), labels)
+    labels, text = option_labels(options), _EXPLANATION.sub("", _plain(text))
+    for reading in (text, _stated(text)):
+        letters = _choice_set(reading, labels) or _choice_set(_without_rejected(reading, _other_option(labels)), labels)
+        if letters:
+            return letters
+    return None
+
+
+def _other_option(labels: dict[str, str]) -> str:
+    """A pattern for "A", "A or (C)", "red"."""
+    letter = r"[(\[]?[A-Z][)\]]?"
+    texts = "".join("|" + re.escape(option) for option in labels.values() if option)
+    return rf"{letter}(?:\s*(?:,|/|or|and|nor)\s*{letter})*(?!\w)(?-i:(?!\s(?!but )[a-z])){texts}"
+
+
+def _without_rejected(text: str, other: str) -> str:
+    """ "B" of "B (not A or C)", "B rather than A", "not A but B"."""
+    if not re.search(r"\b(?:not|rather|instead) ", text):
+        return text
+    text = re.sub(rf"^(?:(?:it|that) is |it's )?not (?:option )?(?:{other}),? but (?:rather )?", "", text, flags=re.I)
+    rejected = rf"(?<=\S)[\s,;(–—-]+(?:and |but )?(?:not|rather than|instead of) (?:option |the )?(?:{other})(?!\w)\)?"
+    return re.sub(rejected, "", text, flags=re.I)
 
 
 # ------------------------------------------------------------------------------------------------------- numbers
@@ -255,10 +292,19 @@ _ONES = "zero one two three four five six seven eight nine ten eleven twelve thi
 _NUMBER_WORDS = {word: value for value, word in enumerate(f"{_ONES} seventeen eighteen nineteen twenty".split())}
 _TENS = "thirty forty fifty sixty seventy eighty ninety"
 _NUMBER_WORDS |= {word: 10 * value for value, word in enumerate(_TENS.split(), 3)}
+_COMPOUND_UNITS = (  # "1 m 20 cm" is 1.2: the number of its first unit
+    ("min(?:ute)?s?", "s(?:ec(?:ond)?s?)?", 60),
+    ("h(?:ou)?(?:rs?)?", "min(?:ute)?s?", 60),
+    ("m(?:et(?:er|re)s?)?", "cm|centimet(?:er|re)s?", 100),
+    ("km|kilomet(?:er|re)s?", "m(?:et(?:er|re)s?)?", 1000),
+    ("f(?:ee|oo)?t", "in(?:ch(?:es)?)?", 12),
+    ("kg|kilo(?:gram)?s?", "g(?:rams?)?", 1000),
+)
 _COMPOUND_WORDS = {"hundred", "thousand", "million", "billion", "half", "third", "quarter", "dozen", "minus", "point"}
 
 
 def _clean_number(text: str) -> str:
+    text = re.sub(r"(?<=[\u3400-\u9fff])(?=[-+.\d])", " ", text)  # a script without spaces
     text = re.sub(r"\\[dt]?frac\s*\{(-?[\d.]+)\}\s*\{([\d.]+)\}", r" \1/\2", text)
     text = re.sub(r"(?<=[-+]) (?=[\d.])", "", text)
     text = re.sub(r"\\(?:approx|quad|simeq)\b|\\ |\^\s*\{?\s*\\circ\s*\}?|\\degree|°", " ", text).replace("\\%", "%")
@@ -270,6 +316,14 @@ def _clean_number(text: str) -> str:
         whole, top, bottom = (int(group) for group in match.groups())
         return repr(whole + top / bottom) if bottom else match[0]
 
+    for unit, smaller, factor in _COMPOUND_UNITS:
+
+        def in_first_unit(match: re.Match, factor=factor) -> str:
+            whole, part = float(match[1]), float(match[3])
+            return f"{whole + part / factor!r} {match[2]}" if part < factor else match[0]
+
+        compound = rf"(?<![\w.,/-])(\d{{1,9}})\s?({unit})[,\s]*(?:and )?(\d{{1,9}}(?:\.\d+)?)\s?(?:{smaller})(?![a-z])"
+        text = re.sub(compound, in_first_unit, text, flags=re.I)
     return re.sub(r"(?<![\w.,/])(\d{1,6})\s+(\d{1,6})/(\d{1,6})(?![\w./])", mixed, text)
 
 
@@ -288,13 +342,14 @@ def read_number(text: str) -> tuple[float, bool] | None:
     a bound or a hedge. What plain text cannot settle (roots, powers, pi) goes through math-verify."""
     if len(text) > MAX_CHARS:
         return None
-    text = _clean_number(_stated(_plain(text)))
-    if _HEDGE.search(text) or _BOUND.search(text):
+    text = _clean_number(_stated(_EXPLANATION.sub("", _plain(text))))
+    text = _without_rejected(text, r"[-+]?\d[\d.,]*")
+    if _HEDGE.search(text) or _BOUND.search(text) or re.search(r"\d[a-df-zA-DF-Z][a-z]?\d\d", text):  # "1h30"
         return None
     text = text.rsplit("=", 1)[-1]
     if re.search(r"\\[a-zA-Z]|\^|[√π]|\bsqrt\b|(?<![a-zA-Z])pi\b", text):
         value = _math_value(text)
-        return None if value is None else (value, False)
+        return None if value is None or not math.isfinite(value) else (value, False)
     outside = re.sub(r"\([^()]*\)", " ", text)
     tokens = _number_tokens(outside) or _number_tokens(text)
     if not tokens and not any(character.isdigit() for character in text):
@@ -327,6 +382,10 @@ def _same_number(answer: tuple[float, bool] | None, truth: tuple[float, bool] | 
     return any(_close(value, true_value) for value, true_value in _comparable(answer, truth))
 
 
+# VSI-Bench's own 1 - np.linspace(0.5, 0.95, 10): its binary fractions decide at the edges.
+_MRA_THRESHOLDS = [1 - (0.5 + i * ((0.95 - 0.5) / 9)) for i in range(10)]
+
+
 def _regression_score(value: float, truth: float, kind: str) -> float:
     """In [0, 1]. At truth 0 no relative error exists: 1 for an answer equal to 0, else 0."""
     if truth == 0:
@@ -334,8 +393,7 @@ def _regression_score(value: float, truth: float, kind: str) -> float:
     error = abs(value - truth) / abs(truth)
     if kind == "relative_error":
         return 1.0 - min(error, 1.0)
-    # 1e-9: an error of exactly 10% must pass theta = 0.90, which binary fractions alone would deny
-    return sum(error <= (100 - theta) / 100 + 1e-9 for theta in range(50, 100, 5)) / 10
+    return sum(error <= threshold for threshold in _MRA_THRESHOLDS) / 10
 
 
 # --------------------------------------------------------------------------------------------------------- maths
@@ -559,6 +617,6 @@ def check_solution(*, problem_type: str, solution: str, options: Sequence[str] |
             raise SolutionError(f"solution has {len(solution)} characters; expected {MAX_MATH_CHARS} at most")
         if not _call_math("is_maths", _math_text(solution)):
             raise SolutionError(
-                f"solution {solution!r} of a math row: math-verify cannot parse it within {MATH_LIMIT_S:g} s; write a "
-                "number or a LaTeX expression, or use the problem type free-form"
+                f"solution {solution!r} of a math row: math-verify cannot parse or compare it within {MATH_LIMIT_S:g} s; "
+                "write a number or a LaTeX expression, or use the problem type free-form"
             )

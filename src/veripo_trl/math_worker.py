@@ -34,14 +34,15 @@ def _parse(text: str) -> list:
 _parse_truth = functools.lru_cache(maxsize=1024)(_parse)
 
 
-def is_maths(text: str) -> bool:
-    return bool(_parse_truth(text))
-
-
 def is_same(truth: str, answer: str) -> bool:
     from math_verify import verify
 
     return bool(verify(_parse_truth(truth), _parse(answer), timeout_seconds=None))
+
+
+def is_maths(text: str) -> bool:
+    is_same(text, "$1.5$")  # 9^9^9^9 is parsed, but cannot be compared within any limit
+    return bool(_parse_truth(text))
 
 
 def value(text: str) -> float | None:

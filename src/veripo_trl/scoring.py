@@ -22,8 +22,7 @@ RELEASED_LIMIT_S = 30.0  # of processor time
 
 _SPAN = re.compile("<answer>(.*?)</answer>", re.DOTALL)
 _OTHERS = "abcdefghij"
-# The script's own steps, whose binary fractions decide at the edges.
-_TOLERANCES = 1 - np.linspace(0.5, 0.95, int((0.95 - 0.5) / 0.05 + 2))
+_TOLERANCES = 1 - np.linspace(0.5, 0.95, int((0.95 - 0.5) / 0.05 + 2))  # the script's own line
 # The one list of answers that the script knows, written as in the data, with and without its last quote.
 _LISTED = {"['24/7', '3.429', '3.43]": "24/7", "['24/7', '3.429', '3.43']": "24/7"}
 
