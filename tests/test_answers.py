@@ -78,8 +78,8 @@ The answer is option B|My answer is B|the best option is B|**B. left**|$\\text{B
 B. because the ball moves|B because it moves left|B, because it moves|B. Left, because the arrow moved|B is correct|
 B is the correct answer|B. A ball moves there|B. I saw it|The answer is B because it moves|
 The answer is B. It moves.|B\n\nExplanation: A is too far, so not A.|B\nIt moves there.|B (not A)|B, not A or C|
-B rather than C|not A but B|It's B, not red|left (not right)|I'd say B|I would go with left|I'm going with B.|It must be B|
-<b>B</b>|<strong>(B)</strong> left|答案：B|答案是B。|正确答案：（B）|选B|- B"""
+B rather than C|not A but B|It's B, not red|left (not right)|I'd say B|I would go with left|I'm going with B.|
+It must be B|<b>B</b>|<strong>(B)</strong> left|答案：B|答案是B。|正确答案：（B）|选B|- B"""
 
 NOT_B = """A or B|B or A|A/B|A | B|either A or B|Either B|both A and B|A, B|A B|AB|A and B|B;C|B\nC|(A)(B)|B and/or C|
 not B|Not B.|not left|B isn't right|neither|neither A nor B|Not A, B, or C|The answer is not B|I doubt the answer is B|

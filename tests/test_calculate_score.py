@@ -4,13 +4,12 @@ import importlib.util
 import json
 import math
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from veripo_trl import answers
+from veripo_trl import scoring
 from veripo_trl.questions import key_of
 from veripo_trl.scoring import compare_scores, mcnemar_p, our_score, released_score, summarize_scores
 from veripo_trl.scoring import is_readable
@@ -279,6 +278,14 @@ def test_the_script_prints_and_writes(script, tmp_path, capsys):
     assert output.splitlines()[-2:] == [f"ours: {100 * ours:.2f}%", f"released: {100 * 4 / 6:.2f}%"]
 
 
+def test_estimates_are_scored_as_the_benchmark_does_at_its_edges():
+    """An error of exactly 10% passes 0.90, one of exactly 20% does not pass 0.80: its own binary fractions decide."""
+    for truth in range(1, 41):
+        for answer in range(1, 81):
+            row = vsi(0, "How many?", str(truth), f"<answer>{answer}</answer>")
+            assert our_score(row) == released_score(row, pred_path="vsi_bench.json"), (truth, answer)
+
+
 def test_a_task_that_is_not_known_is_no_task(script, tmp_path, capsys):
     """VSI-Bench's own total is of its eight tasks; a row of none of them counts in the mean of all rows only."""
     path = tmp_path / "vsi_bench.json"
@@ -311,11 +318,12 @@ def test_any_name_and_number_of_categories(script, tmp_path, capsys):
 def test_maths_that_takes_too_long_is_said(script, tmp_path, capsys, monkeypatch):
     row = {"problem_type": "math", "options": [], "solution": "x+1"}
     path = tmp_path / "slow.json"
-    path.write_text(json.dumps([ours(0, "<answer>1+x</answer>", **row), ours(1, "<answer>x+1</answer>", **row)]))
+    path.write_text(json.dumps([ours(0, "<answer>1+x</answer>", **row)]))
     script.main(["--pred_path", str(path)])
     assert "took over" not in capsys.readouterr().out
-    monkeypatch.setattr(answers, "MATH_LIMIT_S", 0.3)
-    monkeypatch.setattr(answers, "_verify_math", lambda answer, truth: time.sleep(30))
+    endless = ours(0, "<answer>2^{9999999999}</answer>", **row)  # the script's own limit would wait for it
+    path.write_text(json.dumps([endless, ours(1, "<answer>x+1</answer>", **row)]))
+    monkeypatch.setattr(scoring, "RELEASED_LIMIT_S", 2.0)
     script.main(["--pred_path", str(path)])
     output = capsys.readouterr().out
     assert "maths comparisons that took over 1 s and count as not equal: 1." in output and "ours: 50.00%" in output
