@@ -55,9 +55,23 @@ def test_messages_put_videos_then_images_then_text_in_one_user_message(tmp_path)
         ),
         ({"problem": "Last?\nA. red\nB. blue"}, "Last?\nA. red\nB. blue\nsay multiple choice"),
         ({"problem": "Last? A. red"}, "Last? A. red\nA. red\nB. blue\nsay multiple choice"),
+        # listed: doubly lettered as Video-MME's, on one line, lettered or on lines where the column has bare texts
+        ({"problem": "Last?\nA. A. red\nB. B. blue"}, "Last?\nA. A. red\nB. B. blue\nsay multiple choice"),
+        ({"problem": "Last? A. red, B. blue."}, "Last? A. red, B. blue.\nsay multiple choice"),
+        ({"problem": "Last?\n(A) 1\n(B) 2", "options": ["1", "2"]}, "Last?\n(A) 1\n(B) 2\nsay multiple choice"),
+        ({"problem": "Last?\nyes\nno\nSay.", "options": ["yes", "no"]}, "Last?\nyes\nno\nSay.\nsay multiple choice"),
+        # not listed: their texts occur in it
+        ({"problem": "How many of the 12 cats?", "options": ["1", "2"]},
+         "How many of the 12 cats?\n1\n2\nsay multiple choice"),
+        ({"problem": "Is 1 2 next?", "options": ["1", "2"]}, "Is 1 2 next?\n1\n2\nsay multiple choice"),
+        ({"problem": "Is it red or blue?", "options": ["red", "blue"]},
+         "Is it red or blue?\nred\nblue\nsay multiple choice"),
+        ({"problem": "Which?\nA. red\nB. blue sky", "options": ["A. red", "B. blue"]},
+         "Which?\nA. red\nB. blue sky\nA. red\nB. blue\nsay multiple choice"),
+        ({"problem": "Which?\nA. 1.5\nB. 2.5", "options": ["A. 1", "B. 2"]},
+         "Which?\nA. 1.5\nB. 2.5\nA. 1\nB. 2\nsay multiple choice"),
     ],
-    ids=["no options: no empty line", "braces", "options already in the problem", "one option in the problem"],
-)
+)  # fmt: skip
 def test_text(tmp_path, change, expected):
     assert text(ROW | change, template(tmp_path)) == expected
 

@@ -26,7 +26,7 @@ _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _NAMES = ("problem", "options", "instruction")
 _DEFAULTS = {"option_separator": "\n", "target_joiner": "\n"}
 _KEYS = ("layout", "instructions", *_DEFAULTS)
-_RENDERING = 1  # part of the hash: raise it when `build_messages` or `build_target` renders a template differently
+_RENDERING = 2  # part of the hash: raise it when `build_messages` or `build_target` renders a template differently
 
 
 class PromptError(ValueError):
@@ -72,7 +72,7 @@ def load_template(name_or_path: str | PromptTemplate) -> PromptTemplate:
 def build_messages(row: dict[str, Any], template: PromptTemplate) -> list[dict[str, Any]]:
     """One user message: a part for each video, then each image, then the text. No system message.
 
-    Options are not written again when the problem already holds every one of them, word for word.
+    Options are not written again where the problem lists them already, see `lists_options`.
     """
     if row["problem_type"] not in template.instructions:
         known = ", ".join(template.instructions)
@@ -81,14 +81,24 @@ def build_messages(row: dict[str, Any], template: PromptTemplate) -> list[dict[s
             f"template {template.name!r}; it has {known}."
         )
     problem, options = row["problem"], row["options"] or []
-    repeated = all(option in problem for option in options)
     values = {
         "problem": problem.strip(),
-        "options": "" if repeated else template.option_separator.join(options),
+        "options": "" if lists_options(problem, options) else template.option_separator.join(options),
         "instruction": template.instructions[row["problem_type"]],
     }
     media = [{"type": "video"} for _ in row["videos"] or []] + [{"type": "image"} for _ in row["images"] or []]
     return [{"role": "user", "content": [*media, {"type": "text", "text": _fill(template.layout, values)}]}]
+
+
+def lists_options(problem: str, options: list[str]) -> bool:
+    """Whether the options stand in the problem word for word and one after the other, each with its letter or on a
+    line of its own. Texts that merely occur in it ("How many of the 12 cats", options "1" and "2") are no list."""
+    letter = r"[(\[]?[A-Za-z][.):\]]+\s*"
+    listed = [
+        rf"(?<!\S)(?:{letter})?{re.escape(option)}" if re.match(letter, option) else rf"(?:{letter}|^){re.escape(option)}"
+        for option in map(str.strip, options)
+    ]
+    return re.search(r"[.,;]*\s+".join(listed) + r"[.,;]*\s*?$", problem, re.M) is not None
 
 
 def build_target(row: dict[str, Any], template: PromptTemplate) -> str:
