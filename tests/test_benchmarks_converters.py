@@ -208,6 +208,8 @@ def test_released_rows_are_read_as_they_are(tmp_path, raw, kind, options, soluti
         ([{"question_id": 1, "problem": "p", "problem_type": "numerical", "solution": "1", "alternatives": "12"}],
          "alternatives: expected a list of answers"),
         ([released("['', '2']", "How many?")], "row 1, question_id 'q', solution"),
+        ([released("['1', " + "-" * 100_000 + "1]", "How many?")], "row 1, question_id 'q', answer: expected answers"),
+        ([released("['1', (2", "How many?")], "row 1, question_id 'q', answer: expected answers"),
         (["text"], "each an object"),
     ],
 )

@@ -194,13 +194,14 @@ def is_number(solution: str) -> bool:
 
 def ground_truths(answer: Any) -> list[str]:
     """The answers that count as right: one, or those of a list written as text, `"['24/7', '3.429']"`, in which
-    VideoMMMU once forgets the last quote."""
+    VideoMMMU once forgets the last quote. Raises _FieldError for what begins as a list and is none."""
     text = str(answer).strip()
     if text.startswith("['"):
         try:
             return [str(item) for item in ast.literal_eval(re.sub(r"(?<!')\]$", "']", text))]
-        except (ValueError, SyntaxError):
-            pass
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+            remedy = "Write it as a list of texts, ['24/7', '3.429']."
+            raise _FieldError("answer", "answers that others can be compared with", _show(text), remedy) from error
     return [text]
 
 
