@@ -14,12 +14,14 @@ Rules that the formats leave open, decided here:
 - maths: an answer over 256 characters is wrong rather than cut, since its end could take back its beginning.
 """
 
+import contextlib
 import functools
 import itertools
 import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -300,6 +302,7 @@ _COMPOUND_UNITS = (  # "1 m 20 cm" is 1.2: the number of its first unit
     ("f(?:ee|oo)?t", "in(?:ch(?:es)?)?", 12),
     ("kg|kilo(?:gram)?s?", "g(?:rams?)?", 1000),
 )
+_SCALES = {"hundred": 100, "thousand": 1000, "million": 1e6, "billion": 1e9, "dozen": 12}
 _COMPOUND_WORDS = {"hundred", "thousand", "million", "billion", "half", "third", "quarter", "dozen", "minus", "point"}
 
 
@@ -316,6 +319,12 @@ def _clean_number(text: str) -> str:
         whole, top, bottom = (int(group) for group in match.groups())
         return repr(whole + top / bottom) if bottom else match[0]
 
+    text = re.sub(
+        r"(?<![\w.,/])(\d[\d,]{0,15}(?:\.\d{1,15})?)\s(hundred|thousand|million|billion|dozen)\b",
+        lambda match: repr(float(match[1].replace(",", "")) * _SCALES[match[2].lower()]),
+        text,
+        flags=re.I,
+    )
     for unit, smaller, factor in _COMPOUND_UNITS:
 
         def in_first_unit(match: re.Match, factor=factor) -> str:
@@ -420,10 +429,10 @@ os.register_at_fork(after_in_child=_forget_worker)
 def call_math(name: str, *arguments: str, limit_s: float) -> tuple[bool, Any]:
     """(whether it ended within `limit_s` of processor time, its result) of a function of math_worker.py, run in a
     process that is ended at the limit. The first call starts the process, a second or two outside of any limit; from
-    any thread, one call at a time. Raises RuntimeError where the process does not live."""
+    any thread, one call at a time. Raises RuntimeError where the process cannot start."""
     global _worker
     with _worker_lock:
-        for _ in range(2):  # once more: what ends a process (the kernel for its memory) is no fault of the call
+        for attempt in range(2):  # what else ends a process (the kernel, for memory) may be no fault of the call
             if _worker is None:
                 script = [sys.executable, str(Path(__file__).with_name("math_worker.py"))]
                 _worker = subprocess.Popen(script, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -433,11 +442,20 @@ def call_math(name: str, *arguments: str, limit_s: float) -> tuple[bool, Any]:
                 _worker.stdin.flush()
                 for reply in _worker.stdout:
                     number, result = json.loads(reply)
-                    if number in (call, None):  # any other is of a call that was broken off here (Ctrl-C)
-                        return number is not None, result
+                    if number == call:  # any other is of a call that was broken off here (Ctrl-C)
+                        return True, result
+                    if number is None and (result == signal.SIGPROF or attempt):
+                        return False, None
+                    if number is None:
+                        break
             except BrokenPipeError:
                 pass
-            _worker = None
+            worker, _worker = _worker, None
+            worker.kill()
+            worker.stdout.close()
+            with contextlib.suppress(BrokenPipeError):
+                worker.stdin.close()
+            worker.wait()
     raise RuntimeError("The process that compares maths ended twice without an answer; what it said stands above.")
 
 

@@ -4,8 +4,8 @@ A time limit that is an exception can be lost in a library's destructor or bare 
 arithmetic to end. Here the kernel ends the process (SIGPROF's default action), after a limit in processor time. What
 calculates is a fork that has the libraries loaded already, so that taking its place is a matter of milliseconds.
 
-A call is a line `[number, name, arguments, limit_s]`; its reply is `[number, result]`, or `[null, null]` from the parent
-of a process that was ended.
+A call is a line `[number, name, arguments, limit_s]`; its reply is `[number, result]`, or `[null, signal]` from the
+parent of a process that was ended by one.
 """
 
 import sys
@@ -80,6 +80,7 @@ def _serve(calls, replies) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; this ends with its parent
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what a library prints is no reply
     logging.disable(logging.WARNING)
@@ -91,9 +92,10 @@ def main() -> None:
         if child == 0:
             _serve(sys.stdin.buffer, replies)
             os._exit(0)
-        if os.WIFEXITED(os.waitpid(child, 0)[1]):
+        status = os.waitpid(child, 0)[1]
+        if os.WIFEXITED(status):
             return  # nobody calls any more
-        replies.write(b"[null, null]\n")
+        replies.write(b"[null, %d]\n" % os.WTERMSIG(status))
 
 
 if __name__ == "__main__":
