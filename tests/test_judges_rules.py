@@ -1,11 +1,16 @@
 """The rules judge: conclusions read out of thinking, by tables."""
 
+import json
 import time
+from pathlib import Path
 
 import pytest
 
+from veripo_trl.tiny.parser import judge as judge_by_templates
+from veripo_trl.tiny.questions import SplitSize, make_split
 from veripo_trl.verifier.judges import conclude_by_rules, judge_by_rules
 
+DATA = Path(__file__).resolve().parent / "data"
 COLOURS = ["A. red", "B. green", "C. blue", "D. dark red"]
 MOVES = ["A. left", "B. right", "C. up", "D. It stands still"]
 
@@ -34,7 +39,7 @@ CHOICE = [
     ("So the answer is A.", MOVES, "A"),
     ("So A.", MOVES, "A"),
     ("So the answers are A and C.", MOVES, "A,C"),
-    ("So the answer is B because it drifts.", None, None),  # not settled by a pattern: no guess
+    ("So the answer is B because it drifts.", None, "B"),
     ("The answer is J.", None, "J"),
     # the last conclusion counts
     ("First I thought the answer is A. Then it turned, so the answer is B.", MOVES, "B"),
@@ -72,7 +77,7 @@ CHOICE = [
     ("So let us look at option C.", MOVES, None),
     ("Since it moves right, the answer is **B**.", MOVES, "B"),
     ("Looking at the video, the answer would be option (C).", MOVES, "C"),
-    ("This matches option B.", MOVES, None),
+    ("This matches option B.", MOVES, "B"),
     ("So the best choice is B) right.", MOVES, "B"),
     ("So the answer is: B", MOVES, "B"),
     ("So the answer is $B$.", MOVES, "B"),
@@ -130,7 +135,6 @@ TEXTS = [
     ("I see red then blue then green, so red, blue and green.", "free-form", "red blue green"),
     ('The sign reads "MAIN STREET".', "OCR", "MAIN STREET"),
     ("So the text is STOP.", "OCR", "STOP"),
-    ("Answer: a red car", "free-form", "a red car"),
     ("It is a long video.", "free-form", None),
     ("We get $x = \\frac{1}{2}$, so the answer is $\\frac{1}{2}$.", "math", "0.5"),
     ("Thus x = 7", "math", "7"),
@@ -167,7 +171,7 @@ def test_text_and_math_conclusions(think, problem_type, expected):
     else:
         completion = f"<think>{think}</think><answer>{expected}</answer>"
         assert judge_by_rules(completion, problem_type=problem_type, options=[]) == "consistent", concluded
-        other = f"<think>{think}</think><answer>91</answer>"
+        other = f"<think>{think}</think><answer>{'green red blue' if 'red' in expected else 'EXIT 91'}</answer>"
         assert judge_by_rules(other, problem_type=problem_type, options=[]) == "inconsistent"
 
 
@@ -194,10 +198,61 @@ def test_verdicts(completion, verdict):
     assert judge_by_rules(completion, problem_type="multiple choice", options=COLOURS) == verdict
 
 
-def test_long_free_text_in_other_words_is_unknown():
-    think = "so the man walks across the whole street and then he buys a big bag of apples there"
-    completion = f"<think>{think}</think><answer>A man crosses a road to buy fruit</answer>"
-    assert judge_by_rules(completion, problem_type="free-form", options=[]) == "unknown"
+@pytest.mark.parametrize(
+    "problem_type, think, answer, verdict",
+    [
+        ("free-form", "So the color of the lid is blue", "Blue", "consistent"),
+        ("free-form", "So the color of the lid is blue", "The lid is red.", "inconsistent"),
+        ("free-form", "So it is not red but blue.", "Red", "inconsistent"),
+        ("free-form", "So he opens the door.", "opening the red door", "consistent"),
+        ("free-form", "So he does not open the door.", "He opens the door", "unknown"),
+        ("free-form", "So there are three apples.", "3", "consistent"),
+        ("free-form", "So the animal is a dog.", "A puppy", "unknown"),  # other words may say the same
+        ("free-form", "So the man walks across the street and buys food.", "A man crosses a road for fruit", "unknown"),
+        ("free-form", "Answer: a red car", "a blue car", "inconsistent"),
+        ("OCR", "Therefore, the number on the shirt is 10", "10", "consistent"),
+        ("OCR", "Therefore, the number on the shirt is 10", "16", "inconsistent"),
+        ("OCR", "So the letters spell S T O P.", "STOP", "consistent"),
+        ("OCR", "So the sign says Main Street.", "Main Road", "unknown"),
+        ("regression", "So the height is 2.37 m.", "2.4", "consistent"),
+        ("regression", "So the height is 2.37 m.", "2.5", "inconsistent"),
+    ],
+)
+def test_verdicts_on_texts_and_rounded_numbers(problem_type, think, answer, verdict):
+    completion = f"<think>{think}</think><answer>{answer}</answer>"
+    assert judge_by_rules(completion, problem_type=problem_type, options=[]) == verdict
+
+
+def test_the_tiny_worlds_thoughts_are_judged_as_its_own_parser_does():
+    """The rules curate the tiny loop's pairs."""
+    rows, _ = make_split("train", size=SplitSize(clips=60, questions=90))
+    for row, other in zip(rows, rows[1:] + rows[:1]):
+        same_kind = other["data_source"] == row["data_source"]
+        for answer in (row["solution"], other["solution"] if same_kind else row["solution"][::-1]):
+            completion = f"<think>{row['process']}</think><answer>{answer}</answer>"
+            task = {"problem_type": row["problem_type"], "options": row["options"]}
+            assert judge_by_rules(completion, **task) == judge_by_templates(completion), completion
+
+
+def test_scores_on_labelled_chains():
+    """Half of the chains are by somebody who had not seen the patterns. The README's table is what comes out here."""
+    kinds, columns = ("multiple choice", "numerical", "regression", "math", "OCR", "free-form"), []
+    for name in ("own", "blind"):
+        lines = (DATA / f"consistency_{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        chains = [json.loads(line) for line in lines]
+        for chain in chains:
+            completion = f"<think>{chain['thinking']}</think><answer>{chain['answer']}</answer>"
+            task = {"problem_type": chain["problem_type"], "options": chain["options"]}
+            chain["verdict"] = judge_by_rules(completion, **task)
+        for kind in kinds:
+            some = [chain for chain in chains if chain["problem_type"] == kind]
+            said = [chain["label"] for chain in some if chain["verdict"] == "inconsistent"]
+            clear = [chain["verdict"] for chain in some if chain["label"] != "unclear"]
+            columns.append((f"{said.count('inconsistent')}/{len(said)}", f"{clear.count('unknown')}/{len(clear)}"))
+    table = [f"| {kind} | {' | '.join(own + blind)} |"
+             for kind, own, blind in zip(kinds, columns[:6], columns[6:], strict=True)]  # fmt: skip
+    readme = (DATA.parent.parent / "README.md").read_text(encoding="utf-8")
+    assert [line for line in table if line not in readme] == []
 
 
 @pytest.mark.parametrize("problem_type", ["multiple choice", "numerical", "regression", "math", "OCR", "free-form"])

@@ -232,6 +232,7 @@ def test_a_long_reason_is_cut_and_says_so():
         ("3", True, "4", "numerical", "contradiction"),
         ("3.333", False, "3.33", "numerical", "contradiction"),
         ("red", True, "blue", "free-form", "contradiction"),
+        ("The lid is blue", True, "Blue", "free-form", "consistent"),
         (None, True, "B", "multiple choice", "contradiction"),
         (None, False, "B", "multiple choice", "contradiction"),
         ("  ", True, "B", "multiple choice", "contradiction"),

@@ -15,7 +15,7 @@ import yaml
 
 from veripo_trl.answers import answers_match, read_choice, read_number
 
-from .judges import MAX_PROSE_WORDS
+from .conclusions import same_text
 
 MAX_THINK_CHARS = 20_000  # about 5,000 tokens; of a longer thinking the judge sees the end, where it concludes
 MAX_ANSWER_CHARS = 2_000
@@ -202,9 +202,11 @@ def settle(reply: dict, item: dict) -> dict:
         return unknown("unreadable conclusion")
     if kind in ("numerical", "regression") and read_number(concluded) is None:
         return unknown("unreadable conclusion")
-    same = answers_match(concluded, answer, problem_type=kind, options=options)
-    if kind in ("OCR", "free-form") and max(len(concluded.split()), len(answer.split())) > MAX_PROSE_WORDS:
-        same = said  # the same in other words is what the comparison cannot see
+    if kind in ("OCR", "free-form"):
+        same = same_text(concluded, answer, exact=kind == "OCR")
+        same = said if same is None else same  # the same in other words is what the comparison cannot see
+    else:
+        same = answers_match(concluded, answer, problem_type=kind, options=options)
     if same != said:
         return unknown("contradiction")
     return {
