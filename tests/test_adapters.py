@@ -74,11 +74,15 @@ def test_adapters_sit_on_the_language_models_linear_layers(kind, model_paths):
     assert trained == set(adapter(model))
 
 
-@pytest.mark.parametrize("options", [{}, QUANTIZED], ids=["lora", "qlora"])
-def test_one_adapter_goes_through_the_stages(options, model_paths, rows, tmp_path):
-    """SFT with a new adapter, GRPO with the same one; everything else keeps every bit."""
+@pytest.mark.parametrize(
+    "options, packs", [({}, None), (QUANTIZED, False), (QUANTIZED, True)], ids=["lora", "qlora", "qlora-avx512bf16"]
+)
+def test_one_adapter_goes_through_the_stages(options, packs, model_paths, rows, tmp_path, monkeypatch):
+    """SFT with a new adapter, GRPO with the same one; everything else keeps every bit. `packs`: whether the CPU is one
+    on which bitsandbytes packs weights in `eval()` (`support_avx512bf16_for_cpu`)."""
     if options:
-        pytest.importorskip("bitsandbytes")
+        modules = pytest.importorskip("bitsandbytes.nn.modules")
+        monkeypatch.setattr(modules, "has_avx512bf16", lambda: packs)
     switches = {"gradient_checkpointing": True}  # TRL's default; the other tests train without
     model, encoder = make(model_paths["qwen2_5_vl"], **options)
     before = state(model)

@@ -101,6 +101,13 @@ def load_policy(
         quantization_config=quantization_config,
         device_map=device_map,
     )
+    if quantization_config is not None:
+        from bitsandbytes.nn import Linear4bit
+
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                # Else `eval()` packs the weights on some CPUs, which round otherwise and train no more.
+                module.support_avx512bf16_for_cpu = False
     # Transformers has a place for it, never saved, and fills it no more. vLLM is to load the same one.
     model.config._commit_hash = base_revision
     processor = AutoProcessor.from_pretrained(base, revision=base_revision, padding_side="left")
