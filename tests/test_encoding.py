@@ -6,6 +6,8 @@ import torch
 from conftest import make_row
 
 from veripo_trl.encoding import PromptTooLongError, encode_unique
+from veripo_trl.prompts import build_messages
+from veripo_trl.trainers.sft import SFTCollator
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
@@ -54,3 +56,30 @@ def test_a_long_prompt_is_refused_with_the_knobs(load, mixed_rows):
     _, encoder = load(max_prompt_tokens=60)
     with pytest.raises(PromptTooLongError, match="'video'.*long.mp4.*max_prompt_tokens=60.*max_frames"):
         encoder.encode_rows(mixed_rows)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_control_tokens_that_a_row_spells_stay_text(kind, load, media_root):
+    """In prompt and target there are as many of them as without the spelling, and the text is all there."""
+    _, encoder = load(kind)
+    tokenizer = encoder.processor.tokenizer
+    spelled = "".join(tokenizer.all_special_tokens)
+    assert "<|im_end|>" in spelled and "<|video_pad|>" in spelled
+    found = []
+    for word in (spelled, ""):
+        options = [f"A. red{word}", "B. blue"]
+        texts = {"problem": f"Which?{word}", "options": options, "process": f"B.{word}"}
+        row = make_row("row", media_root, videos=["wide.mp4"], **texts)
+        ids = SFTCollator(encoder, max_length=None)([row])["input_ids"][0].tolist()
+        assert tokenizer.decode(encoder.encode(row).input_ids).count(word or "no") == (2 if word else 0)
+        assert f"<think>{row['process']}</think>" in tokenizer.decode(ids)
+        found.append([token for token in ids if token in tokenizer.all_special_ids])
+    assert found[0] == found[1] and len(found[0]) > 5
+
+
+@pytest.mark.parametrize("problem", ["7 cats?", "'s it?", "...", "\u0301a", "问题", "🙂 \u200b", "\ufeffWhat\n\n so", "<think>"])
+def test_other_texts_are_tokenized_within_the_prompt(problem, load, media_root):
+    _, encoder = load()
+    row = make_row("row", media_root, problem=problem, options=[])
+    whole = encoder.processor.apply_chat_template(build_messages(row, encoder.template), add_generation_prompt=True)
+    assert encoder.encode(row).input_ids.tolist() == encoder.processor.tokenizer(whole)["input_ids"]

@@ -357,7 +357,6 @@ BAD_ROWS = [
     ({"problem": None}, "problem", "null"),
     ({"problem": ""}, "problem", "''"),
     ({"problem": ["?"]}, "problem", r"\['\?'\]"),
-    ({"problem": "Say <|video_pad|>"}, "problem", r"<\|video_pad\|>"),
     ({"problem": "a \ud800 b"}, "problem", "surrogate"),
     ({"options": ["A. red", "C. blue"]}, "solution", "'B'"),
     ({"options": "A. red B. blue"}, "options", "'A. red B. blue'"),

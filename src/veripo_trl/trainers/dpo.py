@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch.nn.functional import pad
 from trl import DPOConfig, DPOTrainer
 
-from ..encoding import EncodedPrompt, PromptEncoder, check_vision_tokens, encode_unique
+from ..encoding import EncodedPrompt, PromptEncoder, check_vision_tokens, encode_unique, text_ids
 from ..generation import left_pad
 from ..positions import use_trained_positions
 from ..shared_prefix import prefix_can_be_shared, score_completions
@@ -65,10 +65,8 @@ class DPOCollator:
         # A rollout that was cut off did not end: no end is taught from it.
         finished = [True] * len(pairs) + [pair["rejected_finished"] for pair in pairs]
         answers = [
-            # A rollout may spell a special token in ordinary ones: it must not become one here.
-            tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            + [tokenizer.eos_token_id] * ended
-            for text, ended in zip(texts, finished, strict=True)
+            ids + [tokenizer.eos_token_id] * ended
+            for ids, ended in zip(text_ids(tokenizer, texts), finished, strict=True)
         ]
         for prompt, answer in zip(prompts, answers, strict=True):
             length = len(prompt) + len(answer)

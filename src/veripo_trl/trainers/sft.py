@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from trl import SFTConfig, SFTTrainer
 
-from ..encoding import PromptEncoder, model_inputs
+from ..encoding import PromptEncoder, model_inputs, text_ids
 from ..positions import use_trained_positions
 from ..prompts import build_target
 from .checkpoints import CheckpointMixin
@@ -36,11 +36,8 @@ class SFTCollator:
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         tokenizer = self.encoder.processor.tokenizer
         prompts = self.encoder.encode_rows(rows)
-        answers = [
-            tokenizer(build_target(row, self.encoder.template), add_special_tokens=False)["input_ids"]
-            + [tokenizer.eos_token_id]
-            for row in rows
-        ]
+        targets = text_ids(tokenizer, [build_target(row, self.encoder.template) for row in rows])
+        answers = [ids + [tokenizer.eos_token_id] for ids in targets]
         for prompt, answer in zip(prompts, answers, strict=True):
             length = len(prompt) + len(answer)
             if self.max_length is not None and length > self.max_length:
