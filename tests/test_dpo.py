@@ -84,9 +84,9 @@ def scored(trainer, model, batch):
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_log_probs_are_a_plain_forwards(kind, shared, load, mixed_rows, tmp_path):
-    """Text, image, video, two videos, image + video in one batch, two pairs a question."""
+    """Text, image, video, two videos, image + video in one batch, two pairs a question; of sources that number alike."""
     model, encoder = load(kind)
-    dataset = pair_dataset(mixed_rows)
+    dataset = pair_dataset([{**row, "question_id": "1"} for row in mixed_rows])
     trainer = make_trainer(model, encoder, dataset, tmp_path, shared_prefix=shared)
     batch = DPOCollator(encoder, max_length=None)(list(dataset))
     assert len({id(prompt) for prompt in batch["prompts"]}) == len(mixed_rows)  # encoded once each

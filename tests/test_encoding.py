@@ -33,6 +33,18 @@ def test_equal_questions_share_one_object(load, mixed_rows):
     assert [prompt.question_id for prompt in prompts] == ["video", "image", "video"]
 
 
+def test_different_questions_of_one_id_are_different(load, mixed_rows, media_root, tmp_path):
+    """Pairs of several sources may share ids, and the names of their files."""
+    _, encoder = load()
+    (tmp_path / "long.mp4").write_bytes((media_root / "fast.mp4").read_bytes())
+    row = mixed_rows[2]
+    rows = [row, {**row, "problem": "Why?"}, {**row, "videos": ["fast.mp4"]}, {**row, "media_root": str(tmp_path)}]
+    together = encode_unique(encoder, rows)
+    for prompt, alone in zip(together, map(encoder.encode, rows), strict=True):
+        assert np.array_equal(prompt.input_ids, alone.input_ids)
+        assert torch.equal(prompt.pixel_values_videos, alone.pixel_values_videos)
+
+
 def test_the_sources_frame_rate_gives_the_times(load, media_root):
     """8 fps source sampled at 2 fps: frames 1/2 s apart, 2 per step, 1 token per second: times 0, 1."""
     _, encoder = load()
@@ -77,7 +89,9 @@ def test_control_tokens_that_a_row_spells_stay_text(kind, load, media_root):
     assert found[0] == found[1] and len(found[0]) > 5
 
 
-@pytest.mark.parametrize("problem", ["7 cats?", "'s it?", "...", "\u0301a", "问题", "🙂 \u200b", "\ufeffWhat\n\n so", "<think>"])
+@pytest.mark.parametrize(
+    "problem", ["7 cats?", "'s it?", "...", "\u0301a", "问题", "🙂 \u200b", "\ufeffWhat\n\n so", "<think>"]
+)
 def test_other_texts_are_tokenized_within_the_prompt(problem, load, media_root):
     _, encoder = load()
     row = make_row("row", media_root, problem=problem, options=[])

@@ -590,6 +590,7 @@ def test_rows_that_the_manifest_marks_bad_are_dropped_and_counted(tmp_path, capl
         ([verdict("n0")], verdict("n0"), "not a manifest"),
         ([{"question_id": "n0"}], None, "entry 2: expected"),
         ([{"question_id": "n0", "ok": "yes"}], None, "entry 2: expected"),
+        ([{**verdict(f"n{i}"), "content": "another"} for i in range(3)], None, "by this id; came another.*check command"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_refused(tmp_path, lines, header, message):

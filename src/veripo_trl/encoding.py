@@ -13,7 +13,7 @@ from .downloads import fetch
 from .features import held_features, tower_is_frozen
 from .positions import mrope_positions
 from .prompts import PromptTemplate, build_messages
-from .rows import resolve_media
+from .rows import content_of, resolve_media
 from .tables import printable
 from .video import VideoLoader, load_image
 
@@ -306,10 +306,12 @@ def _parts(batch, pixels: str, grid: str, counts: list[int]) -> list[tuple]:
 
 
 def encode_unique(encoder: PromptEncoder, rows: list[dict]) -> list[EncodedPrompt]:
-    """Encode each distinct question of `rows` once; equal questions share one object."""
-    distinct = {row["question_id"]: row for row in rows}
+    """Encode each distinct question of `rows` once; equal questions share one object. Ids may repeat: pairs of several
+    sources are mixed."""
+    keys = [(row["question_id"], content_of(row), row["media_root"]) for row in rows]
+    distinct = dict(zip(keys, rows, strict=True))
     done = dict(zip(distinct, encoder.encode_rows(list(distinct.values())), strict=True))
-    return [done[row["question_id"]] for row in rows]
+    return [done[key] for key in keys]
 
 
 def pad_positions(prompts: list[EncodedPrompt], *, prompt_width: int, completion_width: int) -> torch.Tensor:
