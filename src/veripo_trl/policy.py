@@ -133,6 +133,20 @@ def load_policy(
     return model, processor
 
 
+def copy_adapter_to_reference(model) -> None:
+    """Give TRL's reference adapter, if there is one, the values and dtype of the policy's.
+
+    TRL's own copy leaves out adapters of embeddings, and in QLoRA it casts only the trained one to bfloat16: two policies
+    that differ by rounding.
+    """
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        parts = name.split(".")
+        if "ref" in parts:
+            source = ".".join("default" if part == "ref" else part for part in parts)
+            parameter.data = parameters[source].data.clone()
+
+
 def save_settings(folder: str | Path, encoder, model) -> None:
     """Write beside a saved policy how it was trained to see, and what an adapter's base is."""
     settings = {**asdict(encoder.loader.settings), "max_image_pixels": encoder.max_image_pixels}
