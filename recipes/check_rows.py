@@ -28,7 +28,7 @@ from trl import ModelConfig
 from veripo_trl import stages
 from veripo_trl.encoding import PromptEncoder, PromptTooLongError
 from veripo_trl.policy import SUPPORTED, adapter_config
-from veripo_trl.rows import RowError, read_rows, rows_to_dataset
+from veripo_trl.rows import RowError, content_of, read_rows, rows_to_dataset
 from veripo_trl.tables import printable
 from veripo_trl.trainers.grpo import VideoGRPOConfig
 from veripo_trl.trainers.sft import VideoSFTConfig
@@ -75,7 +75,8 @@ class CheckedRows(Dataset):
 
 
 def check_row(encoder: PromptEncoder, row: dict) -> dict:
-    """Encode one row; {"question_id", "ok", "reason", "detail", "prompt_tokens"}. Reasons are few, to be counted."""
+    """Encode one row; {"question_id", "ok", "reason", "detail", "prompt_tokens"}, `content`
+    of good ones. Reasons are few, to be counted."""
     try:
         prompt = encoder.encode(row)
     except RowError as error:
@@ -87,7 +88,8 @@ def check_row(encoder: PromptEncoder, row: dict) -> dict:
     except PromptTooLongError as error:
         return bad(row["question_id"], "prompt longer than max_prompt_tokens", str(error))
     tokens = len(prompt)
-    return {"question_id": row["question_id"], "ok": True, "reason": None, "detail": None, "prompt_tokens": tokens}
+    line = {"question_id": row["question_id"], "ok": True, "reason": None, "detail": None, "prompt_tokens": tokens}
+    return {**line, "content": content_of(row)}
 
 
 def bad(question_id: str, reason: str, detail: str) -> dict:

@@ -19,17 +19,18 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate import PartialState
-from peft import PeftModel
-from transformers import set_seed
-from trl import ModelConfig
-
 from veripo_trl import stages
 from veripo_trl.hub import HubError
 from veripo_trl.preferences import load_pairs
 from veripo_trl.prompts import load_template
 from veripo_trl.rows import RowError, check_media
 from veripo_trl.trainers.dpo import VideoDPOConfig, VideoDPOTrainer
+
+# after ours, which keeps peft from importing bitsandbytes
+from accelerate import PartialState
+from peft import PeftModel
+from transformers import set_seed
+from trl import ModelConfig
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "tiny" / "dpo.yaml"
 

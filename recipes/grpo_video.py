@@ -19,15 +19,16 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate import PartialState
-from transformers import set_seed
-from trl import ModelConfig
-
 from veripo_trl import stages
 from veripo_trl.hub_cards import shown_name
 from veripo_trl.rewards import REWARDS
 from veripo_trl.rollouts import RolloutStore
 from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer
+
+# after ours, which keeps peft from importing bitsandbytes
+from accelerate import PartialState
+from transformers import set_seed
+from trl import ModelConfig
 
 RECIPES = Path(__file__).resolve().parent
 DEFAULT_CONFIG = RECIPES / "configs" / "tiny" / "grpo.yaml"

@@ -15,12 +15,13 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import TrainerCallback, set_seed
-from trl import ModelConfig
-
 from veripo_trl import stages
 from veripo_trl.rows import load_rows
 from veripo_trl.trainers.sft import VideoSFTConfig, VideoSFTTrainer
+
+# after ours, which keeps peft from importing bitsandbytes
+from transformers import TrainerCallback, set_seed
+from trl import ModelConfig
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "tiny" / "sft.yaml"
 

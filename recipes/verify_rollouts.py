@@ -25,6 +25,7 @@ from veripo_trl.answers import REGRESSION_SCORES, SolutionError
 from veripo_trl.hub import HubError, dataset_card, fetch_dataset, prepare_repo, push_folder
 from veripo_trl.policy import looks_local
 from veripo_trl.prompts import PromptError, load_template
+from veripo_trl.rows import content_of
 from veripo_trl.verifier import files
 from veripo_trl.verifier.cache import CacheError, VerdictCache
 from veripo_trl.verifier.curriculum import choose_solved
@@ -334,11 +335,11 @@ def main(argv: list[str] | None = None) -> None:
             counts = judge_rollouts(rollouts, folder, judge, tokenizer, cache, arguments, options.ngram)
     except (JudgeError, SolutionError) as error:
         raise SystemExit(str(error)) from error
-    accuracies, questions = [], set()
+    accuracies, questions = [], {}
 
     def watched(groups: Iterable[list[dict]]) -> Iterator[list[dict]]:
         for group in tqdm(groups, desc="pairs", unit="question"):
-            questions.add(group[0]["question_id"])
+            questions[group[0]["question_id"]] = content_of(group[0])
             accuracies.extend((r["question_id"], generation_of(r), r["verdict"]["accuracy"]) for r in group)
             yield group
 
@@ -349,7 +350,8 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(str(error)) from error
     files.write_files(pairs, folder / "pairs", files.PAIR_SCHEMA)
     solved = choose_solved(accuracies, share=arguments.drop_solved_share, seed=options.seed)
-    stages.write_json(folder / "solved.json", solved)
+    contents = [questions[question] for question in solved["dropped"]]
+    stages.write_json(folder / "solved.json", {**solved, "contents": contents})
     summary = summarize(rollouts.rollouts, len(questions), counts, pairs, dropped)
     plot(folder / "pairs.png", summary, pairs, title=folder.name)
     print(f"\n{judge.summary()}")

@@ -1,7 +1,9 @@
 """Models, clips and rows that several test files share. All real: saved models, mp4 files, processors."""
 
+import locale
 import os
 
+locale.setlocale(locale.LC_CTYPE, "C.UTF-8")  # the tests' own reading and writing, whatever the machine's language
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

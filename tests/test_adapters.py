@@ -1,5 +1,7 @@
 """LoRA and QLoRA: one adapter trains, is saved, loaded, merged and goes on through the stages; all else stays."""
 
+import re
+
 import pytest
 import test_grpo_parity
 import test_sft
@@ -13,6 +15,7 @@ from veripo_trl import stages
 from veripo_trl.policy import load_policy
 
 QUANTIZED = {"load_in_4bit": True}
+EMBEDDINGS = {"lora_target_modules": ["q_proj", "v_proj", "embed_tokens"]}
 
 
 def make(path, **changes):
@@ -51,7 +54,7 @@ def grpo(model, encoder, rows, path, **changes):
 
 
 def adapter(model, name: str = "default") -> dict[str, torch.Tensor]:
-    return {key: value for key, value in state(model).items() if f".lora_A.{name}." in key or f".lora_B.{name}." in key}
+    return {key: value for key, value in state(model).items() if re.search(rf"\.lora_(embedding_)?[AB]\.{name}\b", key)}
 
 
 def assert_only_the_adapter_changed(before: dict, model) -> None:
@@ -74,11 +77,15 @@ def test_adapters_sit_on_the_language_models_linear_layers(kind, model_paths):
     assert trained == set(adapter(model))
 
 
-@pytest.mark.parametrize("options", [{}, QUANTIZED], ids=["lora", "qlora"])
-def test_one_adapter_goes_through_the_stages(options, model_paths, rows, tmp_path):
-    """SFT with a new adapter, GRPO with the same one; everything else keeps every bit."""
+@pytest.mark.parametrize(
+    "options, packs", [({}, None), (QUANTIZED, False), (QUANTIZED, True)], ids=["lora", "qlora", "qlora-avx512bf16"]
+)
+def test_one_adapter_goes_through_the_stages(options, packs, model_paths, rows, tmp_path, monkeypatch):
+    """SFT with a new adapter, GRPO with the same one; everything else keeps every bit. `packs`: whether the CPU is one
+    on which bitsandbytes packs weights in `eval()` (`support_avx512bf16_for_cpu`)."""
     if options:
-        pytest.importorskip("bitsandbytes")
+        modules = pytest.importorskip("bitsandbytes.nn.modules")
+        monkeypatch.setattr(modules, "has_avx512bf16", lambda: packs)
     switches = {"gradient_checkpointing": True}  # TRL's default; the other tests train without
     model, encoder = make(model_paths["qwen2_5_vl"], **options)
     before = state(model)
@@ -162,14 +169,18 @@ def test_a_resumed_run_ends_with_the_adapter_of_an_unbroken_one(stage, options, 
     assert any(not torch.equal(value, start[name]) for name, value in adapter(resumed).items())
 
 
-def test_the_reference_is_the_continued_adapter(model_paths, rows, tmp_path):
+@pytest.mark.parametrize("options", [{}, QUANTIZED, EMBEDDINGS], ids=["lora", "qlora", "embeddings"])
+def test_the_reference_is_the_continued_adapter(options, model_paths, rows, tmp_path):
     """With `beta`, TRL keeps a frozen copy of the adapter as it came: the first KL is 0, later ones are not."""
-    model, encoder = make(model_paths["qwen2_5_vl"])
+    if options is QUANTIZED:
+        pytest.importorskip("bitsandbytes")
+    model, encoder = make(model_paths["qwen2_5_vl"], **options)
     trainer = sft(model, encoder, rows, tmp_path / "sft")
     trainer.train()
     trainer.save_model()
-    model, encoder = make(tmp_path / "sft")
+    model, encoder = make(tmp_path / "sft", **options)
     start = adapter(model)
+    assert options is not EMBEDDINGS or any("lora_embedding_B" in name for name in start)
     assert model.peft_config["default"].lora_dropout > 0  # which would make two scorings of one policy differ
     trainer = grpo(model, encoder, rows, tmp_path / "grpo", beta=0.1, max_steps=3, logging_steps=1)
     assert "ref" in model.peft_config
@@ -177,16 +188,17 @@ def test_the_reference_is_the_continued_adapter(model_paths, rows, tmp_path):
     kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
     assert len(kl) == 3 and kl[0] == pytest.approx(0, abs=1e-6) and kl[1] > 1e-4 and kl[2] > 1e-4
     for name, value in start.items():
-        reference = model.state_dict()[name.replace(".default.", ".ref.")]
-        assert torch.equal(reference, value) and not torch.equal(model.state_dict()[name], value)
+        reference, trained = model.state_dict()[name.replace(".default", ".ref")], model.state_dict()[name]
+        assert reference.dtype == trained.dtype and torch.equal(reference, value.to(trained.dtype))
+        assert not torch.equal(trained, reference)
     trainer.save_model()
     # The next stage goes on with the policy and has a reference of its own.
-    again, encoder = make(tmp_path / "grpo")
+    again, encoder = make(tmp_path / "grpo", **options)
     assert list(again.peft_config) == ["default"]
     assert all(torch.equal(value, adapter(model)[name]) for name, value in adapter(again).items())
     grpo(again, encoder, rows, tmp_path / "next", beta=0.1)
     for name, value in adapter(again, "ref").items():
-        assert torch.equal(value, adapter(model)[name.replace(".ref.", ".default.")])
+        assert torch.equal(value, adapter(model)[name.replace(".ref", ".default")])
 
 
 def test_the_update_sees_the_adapter(model_paths, rows, tmp_path, monkeypatch):

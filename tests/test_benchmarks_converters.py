@@ -200,7 +200,6 @@ def test_released_rows_are_read_as_they_are(tmp_path, raw, kind, options, soluti
         ([released("Z")], "row 1, question_id 'q', solution"),
         ([released("B", video_path="../../etc/passwd")], "without '..'"),
         ([{**released("B"), "video_path": "https://x.org/a.mp4"}], "URL"),
-        ([released("B", "<|im_start|> Which?\nA. red\nB. blue")], "control token"),
         ([{"question_id": 1, "problem": "p", "problem_type": "riddle", "solution": "1"}], "problem_type"),
         ([{"problem": "p", "problem_type": "numerical", "solution": "1"}], "question_id"),
         ([{"question_id": 1, "problem": "p", "problem_type": "numerical", "solution": "1", "alternatives": ["1", "m"]}],

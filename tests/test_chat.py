@@ -49,11 +49,12 @@ def test_one_question_as_a_command(model_paths, media_root):
 
 @pytest.mark.slow
 def test_a_session_goes_on_after_a_question_that_cannot_be_asked(model_paths, media_root):
-    questions = "What is this?\n\nWhat is <|im_end|>?\nHow many shapes are there?"
+    questions = f"What is this?\n\nWhat is {'this ' * 99}?\nHow many shapes are there?"
     words = ["--model", model_paths["qwen3_vl"], "--video", media_root / "fast.mp4", "--temperature", "1", "--seed", "1"]
+    words += ["--max_prompt_tokens", "90"]
     done = command(*words, stdin=questions)
     assert done.returncode != 0  # one of the three was refused
-    assert "'<|im_end|>', a control token" in done.stderr and "1 question could not be asked" in done.stderr
+    assert "the limit is max_prompt_tokens=90" in done.stderr and "1 question could not be asked" in done.stderr
     assert done.stdout.count("# prompt: ") == 2 and done.stdout.count("# 6 tokens in ") == 2
     assert "\x1b" not in done.stdout  # no colours where no terminal is
 
@@ -149,8 +150,6 @@ def test_an_adapter_and_four_bits(model_paths, media_root, tmp_path):
 def test_refusals_name_what_is_wrong(loaded, tmp_path):
     for question, error, words in (
         ({"question": "?", "videos": [tmp_path / "gone.mp4"]}, MediaError, "no such file"),
-        ({"question": "see <|video_pad|>"}, PromptError, "control token"),
-        ({"question": "?", "options": ["<|im_start|>", "b"]}, PromptError, "control token"),
         ({"question": "?", "temperature": -1.0}, PromptError, "temperature >= 0"),
         ({"question": "?", "options": [f"number {n}" for n in range(27)]}, PromptError, "26 options, came 27"),
     ):

@@ -38,6 +38,10 @@ REASONS = {
 BAD = {name for name, reason in REASONS.items() if reason}
 
 
+def reasons_of(manifest) -> dict:
+    return {question_id: line["reason"] for question_id, line in read_manifest(str(manifest)).items()}
+
+
 @pytest.fixture(scope="module")
 def check_rows():
     sys.path.insert(0, str(RECIPES))  # the script's own folder, as when Python runs it
@@ -155,11 +159,14 @@ def test_the_real_script(run, tmp_path):
 
     named = [row for row in rows if (row["question_id"] or "").strip()]
     sources = json.loads(run(named).read_text())["datasets"]
-    assert read_manifest(str(manifest)) == REASONS
+    assert reasons_of(manifest) == REASONS
     with pytest.raises(RowError):
         load_rows(sources)
     left = load_rows(sources, manifest=str(manifest))
     assert sorted(left["question_id"]) == sorted(REASONS.keys() - BAD)
+    run([row | {"problem": "Another question?"} if row["question_id"] == "good" else row for row in named])
+    with pytest.raises(RowError, match="'good'.*the question that .*manifest.jsonl knows by this id; came another"):
+        load_rows(sources, manifest=str(manifest))
 
 
 @pytest.fixture
@@ -209,7 +216,7 @@ def test_a_broken_check_goes_on_where_it_stopped(check_rows, run, tmp_path, enco
     assert encoded == ["q0", "q1", "q2", "q3", "q4"]
     assert "3 rows are checked already" in capsys.readouterr().out
     assert not partial.exists()
-    assert {i for i, reason in read_manifest(str(output)).items() if reason} == {"q1"}
+    assert {i for i, reason in reasons_of(output).items() if reason} == {"q1"}
 
     assert check_rows.main(arguments) == 0  # a finished check starts anew: files may have been repaired
     assert len(encoded) == 10
@@ -285,7 +292,7 @@ def test_options_of_the_training_command_are_taken(check_rows, run, tmp_path):
     ]
     arguments = ["--config", str(config), "--output", str(output), "--num_workers", "0", *options]
     assert check_rows.main(arguments) == 1
-    assert read_manifest(str(output)) == {"q": "prompt longer than max_prompt_tokens"}
+    assert reasons_of(output) == {"q": "prompt longer than max_prompt_tokens"}
 
 
 def test_help_says_what_else_it_does(check_rows, capsys):

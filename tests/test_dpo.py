@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import make_row
 from peft import LoraConfig, get_peft_model
+from test_adapters import EMBEDDINGS
 from test_adapters import make as make_policy
 from test_grpo_parity import plain_log_probs
 from trl import DPOConfig, DPOTrainer
@@ -84,9 +85,9 @@ def scored(trainer, model, batch):
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_log_probs_are_a_plain_forwards(kind, shared, load, mixed_rows, tmp_path):
-    """Text, image, video, two videos, image + video in one batch, two pairs a question."""
+    """Text, image, video, two videos, image + video in one batch, two pairs a question; of sources that number alike."""
     model, encoder = load(kind)
-    dataset = pair_dataset(mixed_rows)
+    dataset = pair_dataset([{**row, "question_id": "1"} for row in mixed_rows])
     trainer = make_trainer(model, encoder, dataset, tmp_path, shared_prefix=shared)
     batch = DPOCollator(encoder, max_length=None)(list(dataset))
     assert len({id(prompt) for prompt in batch["prompts"]}) == len(mixed_rows)  # encoded once each
@@ -195,10 +196,11 @@ def test_first_loss_is_ln_2_with_full_weights(load, mixed_rows, tmp_path):
     assert any(not torch.equal(value, reference[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("quantized", [False, True], ids=["lora", "qlora"])
-def test_the_adapter_of_the_stage_before_is_the_reference(quantized, model_paths, mixed_rows, tmp_path):
+@pytest.mark.parametrize(
+    "options", [{}, {"load_in_4bit": True, "dtype": "bfloat16"}, EMBEDDINGS], ids=["lora", "qlora", "embeddings"]
+)
+def test_the_adapter_of_the_stage_before_is_the_reference(options, model_paths, mixed_rows, tmp_path):
     """A trained adapter goes on; the reference is its frozen copy, not the bare base model."""
-    options = {"load_in_4bit": True, "dtype": "bfloat16"} if quantized else {}
     model, encoder = make_policy(model_paths["qwen2_5_vl"], **options)
     perturb(model, 0.1)
     model.save_pretrained(tmp_path / "grpo")
@@ -208,12 +210,11 @@ def test_the_adapter_of_the_stage_before_is_the_reference(quantized, model_paths
     assert log["loss"] == pytest.approx(math.log(2), abs=1e-5) and abs(log["rewards/margins"]) < 1e-5
     weights = dict(policy.named_parameters())
     before = dict(model.named_parameters())
-    copies = [name for name in weights if ".ref." in name]
+    copies = {name: name.replace(".ref", ".default") for name in weights if ".ref" in name}
     assert copies and not any(weights[name].requires_grad for name in copies)
-    for name in copies:
-        saved = before[name.replace(".ref.", ".default.")].to(weights[name].dtype)  # QLoRA trains in bfloat16
-        assert torch.equal(weights[name], saved)
-    assert any(not torch.equal(weights[name], weights[name.replace(".ref.", ".default.")]) for name in copies)
+    for name, source in copies.items():
+        assert torch.equal(weights[name], before[source].to(weights[name].dtype))  # QLoRA trains in bfloat16
+    assert any(not torch.equal(weights[name], weights[source]) for name, source in copies.items())
     # The bare base model is another policy: with it as the reference the first margins would not be 0.
     batch = trainer.data_collator(list(pair_dataset(mixed_rows)))
     with torch.no_grad():

@@ -9,6 +9,8 @@ from conftest import make_row
 from test_video import make_clip
 
 from veripo_trl.encoding import PromptTooLongError, encode_unique
+from veripo_trl.prompts import build_messages
+from veripo_trl.trainers.sft import SFTCollator
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
@@ -32,6 +34,18 @@ def test_equal_questions_share_one_object(load, mixed_rows):
     prompts = encode_unique(encoder, [mixed_rows[2], mixed_rows[1], mixed_rows[2]])
     assert prompts[0] is prompts[2] and prompts[0] is not prompts[1]
     assert [prompt.question_id for prompt in prompts] == ["video", "image", "video"]
+
+
+def test_different_questions_of_one_id_are_different(load, mixed_rows, media_root, tmp_path):
+    """Pairs of several sources may share ids, and the names of their files."""
+    _, encoder = load()
+    (tmp_path / "long.mp4").write_bytes((media_root / "fast.mp4").read_bytes())
+    row = mixed_rows[2]
+    rows = [row, {**row, "problem": "Why?"}, {**row, "videos": ["fast.mp4"]}, {**row, "media_root": str(tmp_path)}]
+    together = encode_unique(encoder, rows)
+    for prompt, alone in zip(together, map(encoder.encode, rows), strict=True):
+        assert np.array_equal(prompt.input_ids, alone.input_ids)
+        assert torch.equal(prompt.pixel_values_videos, alone.pixel_values_videos)
 
 
 def test_the_sources_frame_rate_gives_the_times(load, media_root):
@@ -73,3 +87,32 @@ def test_a_long_prompt_is_refused_with_the_knobs(load, mixed_rows):
     _, encoder = load(max_prompt_tokens=60)
     with pytest.raises(PromptTooLongError, match="'video'.*long.mp4.*max_prompt_tokens=60.*max_frames"):
         encoder.encode_rows(mixed_rows)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_control_tokens_that_a_row_spells_stay_text(kind, load, media_root):
+    """In prompt and target there are as many of them as without the spelling, and the text is all there."""
+    _, encoder = load(kind)
+    tokenizer = encoder.processor.tokenizer
+    spelled = "".join(tokenizer.all_special_tokens)
+    assert "<|im_end|>" in spelled and "<|video_pad|>" in spelled
+    found = []
+    for word in (spelled, ""):
+        options = [f"A. red{word}", "B. blue"]
+        texts = {"problem": f"Which?{word}", "options": options, "process": f"B.{word}"}
+        row = make_row("row", media_root, videos=["wide.mp4"], **texts)
+        ids = SFTCollator(encoder, max_length=None)([row])["input_ids"][0].tolist()
+        assert tokenizer.decode(encoder.encode(row).input_ids).count(word or "no") == (2 if word else 0)
+        assert f"<think>{row['process']}</think>" in tokenizer.decode(ids)
+        found.append([token for token in ids if token in tokenizer.all_special_ids])
+    assert found[0] == found[1] and len(found[0]) > 5
+
+
+@pytest.mark.parametrize(
+    "problem", ["7 cats?", "'s it?", "...", "\u0301a", "问题", "🙂 \u200b", "\ufeffWhat\n\n so", "<think>"]
+)
+def test_other_texts_are_tokenized_within_the_prompt(problem, load, media_root):
+    _, encoder = load()
+    row = make_row("row", media_root, problem=problem, options=[])
+    whole = encoder.processor.apply_chat_template(build_messages(row, encoder.template), add_generation_prompt=True)
+    assert encoder.encode(row).input_ids.tolist() == encoder.processor.tokenizer(whole)["input_ids"]

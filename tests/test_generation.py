@@ -5,7 +5,9 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from veripo_trl import generation
-from veripo_trl.generation import RoomyLayer, sample_completions
+from veripo_trl.encoding import model_inputs
+from veripo_trl.generation import RoomyLayer, left_pad, sample_completions
+from veripo_trl.trainers.grpo import SAMPLING
 
 
 def states(tokens: int, rows: int):
@@ -35,6 +37,30 @@ def test_as_transformers_own(then, monkeypatch):
             assert torch.equal(expected, found)
         assert own.get_seq_length() == layer.get_seq_length()
     assert torch.equal(layer.keys[0, :, :3], before[0, :, :3]) or then != "nothing"
+
+
+def test_all_that_sampling_may_be_told_samples_as_stock_does(load, mixed_rows):
+    model, encoder = load()
+    model.eval()
+    prompts = encoder.encode_rows(mixed_rows)
+    ids, mask = left_pad(prompts, 0)
+    inputs = {"input_ids": ids, "attention_mask": mask, "pad_token_id": 0}
+    inputs |= model_inputs(prompts, ids, completion_width=0, config=encoder.config)
+    values = {
+        "top_k": 5, "top_p": 0.5, "min_p": 0.1, "top_h": 0.4, "typical_p": 0.5, "epsilon_cutoff": 0.004,
+        "eta_cutoff": 0.003, "repetition_penalty": 1.5, "no_repeat_ngram_size": 1, "min_new_tokens": 9,
+        "suppress_tokens": [*range(50, 300)], "begin_suppress_tokens": [*range(50, 300)],
+        "bad_words_ids": [[token] for token in range(100, 200)], "sequence_bias": [[[60], 9.0]],
+        "exponential_decay_length_penalty": [2, 1.5],
+    }  # fmt: skip
+    assert values.keys() == set(SAMPLING)
+    for name, value in values.items():
+        options = {"do_sample": True, "max_new_tokens": 8 + (name == "min_new_tokens"), name: value}
+        torch.manual_seed(0)
+        found = sample_completions(model, prompts, pad_token_id=0, config=encoder.config, **options)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            assert torch.equal(model.generate(**inputs, **options)[:, ids.size(1) :], found), name
 
 
 def test_completions_longer_than_the_room(load, mixed_rows, monkeypatch):

@@ -10,7 +10,10 @@ from test_grpo_parity import make_trainer
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 
 from veripo_trl.rollouts import RolloutStore
+from veripo_trl.rows import RowError
+from veripo_trl.trainers.dpo import VideoDPOConfig
 from veripo_trl.trainers.grpo import VideoGRPOConfig
+from veripo_trl.trainers.sft import VideoSFTConfig
 from veripo_trl.video import VideoLoader
 
 
@@ -106,6 +109,43 @@ def test_a_checkpoint_inside_a_generation_batch_is_refused(tmp_path):
     VideoGRPOConfig(**options, save_steps=6, save_strategy="no")
 
 
+@pytest.mark.parametrize(
+    "config, option, value",
+    [
+        *((VideoGRPOConfig, "generation_kwargs", {name: value}) for name, value in [
+            ("use_cache", False), ("num_beams", 2), ("cache_implementation", "static"), ("temperature", 2.0),
+            ("max_new_tokens", 3), ("stop_strings", "no")]),
+        (VideoGRPOConfig, "cache_implementation", "static"),
+        (VideoGRPOConfig, "chat_template_kwargs", {"add_vision_id": True}),
+        (VideoGRPOConfig, "use_transformers_continuous_batching", True),
+        *((VideoSFTConfig, name, value) for name, value in [
+            ("completion_only_loss", False), ("assistant_only_loss", True), ("truncation_mode", "keep_end"),
+            ("packing", True), ("eval_packing", True), ("padding_free", True), ("pad_to_multiple_of", 8),
+            ("pad_token", "<|im_end|>"), ("dataset_text_field", "problem")]),
+        *((VideoDPOConfig, name, value) for name, value in [
+            ("truncation_mode", "keep_end"), ("padding_free", True), ("pad_to_multiple_of", 8), ("pad_token", "x")]),
+    ],
+)  # fmt: skip
+def test_options_of_trl_that_do_not_fit_are_refused_by_name(config, option, value, tmp_path):
+    options = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True}
+    with pytest.raises(ValueError, match=f"^{option}: .*{next(iter(value)) if isinstance(value, dict) else value}"):
+        config(**options, **{option: value})
+    config(**options)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_rows_that_fill_no_generation_batch_are_refused(count, load, media_root, tmp_path):
+    model, encoder = load()
+    rows = [make_row(f"row{place}", media_root) for place in range(count)]
+    options = {"per_device_train_batch_size": 2, "steps_per_generation": 3, "max_completion_length": 4}
+    trainer = make_trainer(model, encoder, rows, tmp_path, **options)
+    if count == 3:
+        assert trainer.train().global_step == 1
+    else:
+        with pytest.raises(RowError, match="The 2 training rows fill no batch.*steps_per_generation"):
+            trainer.train()
+
+
 class _KilledError(RuntimeError):
     pass
 
@@ -197,8 +237,6 @@ def test_frames_that_do_not_matter_stop_the_run(load, media_root, tmp_path):
 
 
 def test_pushes_are_private_unless_told_otherwise(tmp_path):
-    from veripo_trl.trainers.sft import VideoSFTConfig
-
     for config in (VideoGRPOConfig, VideoSFTConfig):
         options = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True}
         assert config(**options).hub_private_repo is True

@@ -364,12 +364,12 @@ def test_regroup_restores_the_order():
 
 
 def test_vision_and_pad_tokens_are_never_sampled(load, mixed_rows, tmp_path):
-    """A model that wants nothing but vision tokens still samples none."""
+    """A model that wants nothing but vision tokens, and some that the user suppresses, still samples none."""
     model, encoder = load()
-    trainer = make_trainer(model, encoder, mixed_rows, tmp_path)
+    trainer = make_trainer(model, encoder, mixed_rows, tmp_path, generation_kwargs={"suppress_tokens": [100, 101]})
     tokenizer = encoder.processor.tokenizer
     wanted = ["<|video_pad|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]
-    wanted = tokenizer.convert_tokens_to_ids([*wanted, tokenizer.pad_token])
+    wanted = [100, 101, *tokenizer.convert_tokens_to_ids([*wanted, tokenizer.pad_token])]
     hidden = []
     model.model.language_model.norm.register_forward_hook(lambda m, i, o: hidden.append(o))
     with torch.no_grad():

@@ -11,6 +11,7 @@ from veripo_trl import hub as hub_module
 from veripo_trl import hub_runs, stages
 from veripo_trl.hub import Pushed, push_folder
 from veripo_trl.hub_runs import local_pairs
+from veripo_trl.rows import content_of
 
 ROW = {"problem": "Which?", "options": ["red", "blue"], "problem_type": "multiple choice", "solution": "B"}
 
@@ -53,6 +54,19 @@ def test_solved_questions_of_a_dataset_at_its_revisions(hub, tmp_path, capsys):
         assert stages.hub_inputs(data, model) == {
             "left out by tester/pairs": {"repo_id": "tester/pairs", "revision": sha}
         }  # fmt: skip
+
+
+def test_solved_questions_of_other_data_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = {**ROW, "videos": [], "images": []}
+    for solved, gone in ((row, {"q1"}), ({**row, "problem": "Who?"}, None)):
+        (tmp_path / "solved.json").write_text(json.dumps({"dropped": ["q1"], "contents": [content_of(solved)]}))
+        data = arguments(tmp_path, ["solved.json"])
+        if gone:
+            assert {f"q{n}" for n in range(8)} - set(stages.load_training_rows(data, seed=0)["question_id"]) == gone
+        else:
+            with pytest.raises(SystemExit, match="'q1' is another question in `datasets`.*id_prefix"):
+                stages.load_training_rows(data, seed=0)
 
 
 @pytest.mark.parametrize("entry", ["verify/solved.json", "outputs/verify", "tester/pairs", "./pairs", "../pairs"])

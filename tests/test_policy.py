@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import test_grpo_parity
 import torch
 import yaml
 from conftest import make_row
@@ -154,6 +155,25 @@ def test_quantized_weights_without_an_adapter_are_refused(model_paths):
     model_args = ModelConfig(model_name_or_path=str(model_paths["qwen2_5_vl"]), load_in_4bit=True)
     with pytest.raises(ValueError, match="use_peft: true"):
         stages.make_policy(model_args, stages.DataArguments())
+
+
+def test_a_reference_has_the_policys_revision(model_paths, tmp_path, monkeypatch):
+    """TRL loads it by name alone, perhaps from another machine's cache: the main branch as it is now."""
+    asked = []
+    read = PreTrainedConfig.get_config_dict.__func__
+
+    def record(cls, name, **kwargs):
+        asked.append((str(name), kwargs.get("revision")))
+        return read(cls, name, **kwargs)
+
+    base = str(model_paths["qwen2_5_vl"])
+    model_args = ModelConfig(model_name_or_path=base, model_revision="first")
+    model, processor = stages.make_policy(model_args, stages.DataArguments())
+    encoder = stages.make_encoder(model, processor, stages.DataArguments())
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", classmethod(record))
+    trainer = test_grpo_parity.make_trainer(model, encoder, [make_row("text", tmp_path)], tmp_path, beta=0.1)
+    assert type(trainer.ref_model) is type(model)
+    assert asked and set(asked) == {(base, "first")}
 
 
 def test_revisions_reach_what_they_belong_to(model_paths, tmp_path, monkeypatch):

@@ -142,7 +142,8 @@ def workplace(tmp_path_factory):
     loop = place / "outputs" / "loop"
     rows = [rollout("search-1", number, part) for number in range(25) for part in range(4)]
     rows[4]["completion"] = f"<think>{HOSTILE}</think><answer>B</answer>"
-    rows[4]["problem"] = f"{rows[4]['problem']} {HOSTILE}"
+    for row in rows[4:8]:
+        row["problem"] += f" {HOSTILE}"
     history = [{"step": step, "reward": step / 10, "loss": float("nan")} for step in range(1, 6)]
     results = {"before": summary(0.5, 0.25), "after": summary(0.7, 0.1), "history": history, "minutes": 3.0}
     write_stage(loop / "search-1", results, rollouts=rows, arguments=data_arguments("data/rows.jsonl"))
@@ -348,6 +349,13 @@ def test_a_verdict_belongs_to_the_rollouts_before_it(tmp_path):
         (item,) = embedded(page)["questions"]
         assert [(row["verdict"] or {}).get("consistency") for row in item["rollouts"]] == expected, runs
         assert page.read_text().count("verdicts have no rollouts before them") == missing
+
+
+def test_different_questions_of_one_id_stand_apart(tmp_path):
+    for run in ("a", "b"):
+        write_stage(tmp_path / run, {}, rollouts=[rollout(run, 0, place, problem=f"Is it {run}?") for place in range(2)])
+    questions = embedded(write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "r.html"))["questions"]
+    assert [(item["problem"], len(item["rollouts"])) for item in questions] == [("Is it a?", 2), ("Is it b?", 2)]
 
 
 def test_results_are_text_too(tmp_path):

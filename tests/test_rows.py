@@ -357,7 +357,6 @@ BAD_ROWS = [
     ({"problem": None}, "problem", "null"),
     ({"problem": ""}, "problem", "''"),
     ({"problem": ["?"]}, "problem", r"\['\?'\]"),
-    ({"problem": "Say <|video_pad|>"}, "problem", r"<\|video_pad\|>"),
     ({"problem": "a \ud800 b"}, "problem", "surrogate"),
     ({"options": ["A. red", "C. blue"]}, "solution", "'B'"),
     ({"options": "A. red B. blue"}, "options", "'A. red B. blue'"),
@@ -591,6 +590,7 @@ def test_rows_that_the_manifest_marks_bad_are_dropped_and_counted(tmp_path, capl
         ([verdict("n0")], verdict("n0"), "not a manifest"),
         ([{"question_id": "n0"}], None, "entry 2: expected"),
         ([{"question_id": "n0", "ok": "yes"}], None, "entry 2: expected"),
+        ([{**verdict(f"n{i}"), "content": "another"} for i in range(3)], None, "by this id; came another.*check command"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_refused(tmp_path, lines, header, message):

@@ -15,7 +15,7 @@ from veripo_trl.trainers.sft import SFTCollator, VideoSFTConfig, VideoSFTTrainer
 KINDS = ["qwen2_5_vl", "qwen3_vl"]
 
 
-def make_trainer(model, encoder, rows, tmp_path, **changes):
+def make_trainer(model, encoder, rows, tmp_path, *, eval_rows=None, **changes):
     options = {
         "output_dir": str(tmp_path),
         "per_device_train_batch_size": len(rows),
@@ -33,6 +33,7 @@ def make_trainer(model, encoder, rows, tmp_path, **changes):
         model=model,
         args=VideoSFTConfig(**options),
         train_dataset=rows_to_dataset(rows),
+        eval_dataset=eval_rows and rows_to_dataset(eval_rows),
         processing_class=encoder.processor,
         encoder=encoder,
     )
@@ -154,6 +155,21 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(kind, load, mixe
     trainer._load_from_checkpoint = lambda *args, **kwargs: None
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert changed(whole, other) != set()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_best_checkpoint_is_loaded_whole(kind, load, mixed_rows, tmp_path):
+    """Not its few tensors whose names are those of the module tree, among the last ones of all others."""
+    model, encoder = load(kind)
+    trainer = make_trainer(
+        model, encoder, mixed_rows[:2], tmp_path, eval_rows=mixed_rows[:2], max_steps=2, save_strategy="steps",
+        save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, greater_is_better=True,
+        metric_for_best_model="loss",
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+    assert changed(state(model), load_policy(str(tmp_path / "checkpoint-1"))[0]) == set()
+    assert changed(state(model), load_policy(str(tmp_path / "checkpoint-2"))[0]) != set()
 
 
 def test_a_saved_model_is_the_trained_one(load, mixed_rows, tmp_path):

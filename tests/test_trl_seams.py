@@ -36,6 +36,7 @@ SEAMS = {
     (GRPOTrainer, "training_step"): "self model inputs num_items_in_batch",
     (GRPOTrainer, "log"): "self logs start_time",
     (Trainer, "_load_from_checkpoint"): "self resume_from_checkpoint model",
+    (Trainer, "_load_best_model"): "self",
     (Trainer, "init_hf_repo"): "self token private",
     (Trainer, "_push_from_checkpoint"): "self checkpoint_folder",
     (Trainer, "_finish_current_push"): "self",

@@ -21,6 +21,7 @@ from veripo_trl.hub import push_folder
 from veripo_trl.preferences import load_pairs
 from veripo_trl.prompts import load_template
 from veripo_trl.rollouts import RolloutStore
+from veripo_trl.rows import content_of
 from veripo_trl.rows import RowError
 from veripo_trl.verifier import files
 from veripo_trl.verifier.summary import shown
@@ -125,6 +126,8 @@ def test_a_run_from_rollouts_to_pairs(recipe, tmp_path, policy, capsys):
     solved = json.loads((folder / "solved.json").read_text())
     assert (solved["solved"], solved["mixed"], solved["unsolved"], len(solved["dropped"])) == (3, 3, 3, 2)
     assert all(name.startswith("solved") for name in solved["dropped"]) and solved["share"] == 0.67
+    contents = {rollout["question_id"]: content_of(rollout) for rollout in rollouts}
+    assert solved["contents"] == [contents[name] for name in solved["dropped"]]
     results = json.loads((folder / "results.json").read_text())
     counts = results["counts"]
     assert (counts["rollouts"], counts["questions"], counts["pairs"]) == (144, 9, by_kind)

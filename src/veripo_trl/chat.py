@@ -200,9 +200,6 @@ class Chat:
                 raise PromptError(f"There are letters for 26 options, came {len(options)}. Leave some out.")
             options = [f"{letter}. {option}" for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options)]
         problem_type = problem_type or ("multiple choice" if options else "free-form")
-        for token in self.processor.tokenizer.all_special_tokens:
-            if any(token in text for text in (question, *options)):
-                raise PromptError(f"The question holds {token!r}, a control token of the model. Take it out.")
         return {
             "question_id": "question",
             "problem": question,

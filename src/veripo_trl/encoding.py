@@ -13,11 +13,12 @@ from .downloads import fetch
 from .features import held_features, tower_is_frozen
 from .positions import mrope_positions
 from .prompts import PromptTemplate, build_messages
-from .rows import resolve_media
+from .rows import content_of, resolve_media
 from .tables import printable
 from .video import VideoLoader, load_image
 
 
+STAND_IN = "\ue000"  # for a row's text while the chat template is rendered
 JOINT_BYTES = 32 * 1024**2  # of frames in one call of the processor, beyond which joining saves nothing
 
 
@@ -191,7 +192,12 @@ class PromptEncoder:
         clips = [clip for item in loaded for clip in item["clips"]]
         images = [image for item in loaded for image in item["images"]]
         messages = [build_messages(item["row"], self.template) for item in loaded]
-        inputs = {"text": self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)}
+        texts = text_ids(self.processor.tokenizer, [message[0]["content"][-1]["text"] for message in messages])
+        for message in messages:
+            message[0]["content"][-1]["text"] = STAND_IN
+        rendered = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        behind = len(self.processor.tokenizer(rendered[0].split(STAND_IN)[1])["input_ids"])
+        inputs = {"text": [prompt.replace(STAND_IN, "") for prompt in rendered]}
         if images:
             shortest = self.processor.image_processor.size["shortest_edge"]
             size = {"shortest_edge": min(shortest, self.max_image_pixels), "longest_edge": self.max_image_pixels}
@@ -209,6 +215,7 @@ class PromptEncoder:
         for place, item in enumerate(loaded):
             row, (pixels, image_grid), (video_pixels, video_grid) = item["row"], image_parts[place], video_parts[place]
             input_ids = batch["input_ids"][place][batch["attention_mask"][place].bool()].numpy()
+            input_ids = np.insert(input_ids, len(input_ids) - behind, texts[place])
             self._check_length(row, input_ids)
             own = slice(videos_before, videos_before + len(item["clips"]))
             videos_before = own.stop
@@ -266,6 +273,11 @@ class PromptEncoder:
         return lines
 
 
+def text_ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids of texts from outside, in which a control token of the model, spelled out, stays text."""
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
 def clip_metadata(clip) -> dict:
     """What transformers' video processors take as a clip's metadata; times come from the source's frame rate."""
     return {
@@ -294,10 +306,12 @@ def _parts(batch, pixels: str, grid: str, counts: list[int]) -> list[tuple]:
 
 
 def encode_unique(encoder: PromptEncoder, rows: list[dict]) -> list[EncodedPrompt]:
-    """Encode each distinct question of `rows` once; equal questions share one object."""
-    distinct = {row["question_id"]: row for row in rows}
+    """Encode each distinct question of `rows` once; equal questions share one object. Ids may repeat: pairs of several
+    sources are mixed."""
+    keys = [(row["question_id"], content_of(row), row["media_root"]) for row in rows]
+    distinct = dict(zip(keys, rows, strict=True))
     done = dict(zip(distinct, encoder.encode_rows(list(distinct.values())), strict=True))
-    return [done[row["question_id"]] for row in rows]
+    return [done[key] for key in keys]
 
 
 def pad_positions(prompts: list[EncodedPrompt], *, prompt_width: int, completion_width: int) -> torch.Tensor:

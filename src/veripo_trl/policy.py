@@ -101,6 +101,13 @@ def load_policy(
         quantization_config=quantization_config,
         device_map=device_map,
     )
+    if quantization_config is not None:
+        from bitsandbytes.nn import Linear4bit
+
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                # Else `eval()` packs the weights on some CPUs, which round otherwise and train no more.
+                module.support_avx512bf16_for_cpu = False
     # Transformers has a place for it, never saved, and fills it no more. vLLM is to load the same one.
     model.config._commit_hash = base_revision
     processor = AutoProcessor.from_pretrained(base, revision=base_revision, padding_side="left")
@@ -124,6 +131,20 @@ def load_policy(
     if with_adapter:
         model.base_weights = base_weights  # what `save_settings` records
     return model, processor
+
+
+def copy_adapter_to_reference(model) -> None:
+    """Give TRL's reference adapter, if there is one, the values and dtype of the policy's.
+
+    TRL's own copy leaves out adapters of embeddings, and in QLoRA it casts only the trained one to bfloat16: two policies
+    that differ by rounding.
+    """
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        parts = name.split(".")
+        if "ref" in parts:
+            source = ".".join("default" if part == "ref" else part for part in parts)
+            parameter.data = parameters[source].data.clone()
 
 
 def save_settings(folder: str | Path, encoder, model) -> None:

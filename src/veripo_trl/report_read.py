@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from .rollouts import RolloutStore
-from .rows import RowError, read_parquet
+from .rows import RowError, content_of, read_parquet
 
 MAX_ROLLOUTS = 64  # of one question on the page
 MAX_PAIRS = 400
@@ -248,17 +248,18 @@ def read_questions(stages: list[dict], chosen: list[str], absent: list[str], *, 
             f"{len(open_verdicts)} verdicts have no rollouts before them. Give a verifier's folder after that of its "
             f"rollouts."
         )
-    found: dict[str, dict] = {}
+    found: dict[tuple, dict] = {}  # questions of two runs may share an id
     for place, rollouts in enumerate(rows["rollouts"]):
         for row in rollouts:
-            question = found.setdefault(row["question_id"], _question(row, place))
+            question = found.setdefault((row["question_id"], content_of(row)), _question(row, place))
             question["rollouts"].append(_rollout(row, place, row["verdict"]))
     for question in found.values():
         question["total"] = len(question["rollouts"])
         if question["total"] > MAX_ROLLOUTS:  # evenly, so that early and late ones are there
             step = question["total"] / MAX_ROLLOUTS
             question["rollouts"] = [question["rollouts"][int(place * step)] for place in range(MAX_ROLLOUTS)]
-    return [found[question_id] for question_id in chosen if question_id in found]
+    order = {question_id: place for place, question_id in enumerate(chosen)}
+    return sorted(found.values(), key=lambda question: order[question["id"]])
 
 
 def _rows_of(path: Path, wanted: pa.Array) -> list[dict]:

@@ -5,6 +5,7 @@ loads, with the file, the row, the question id and the field; what needs the med
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ COLUMNS = (
     "data_source",
     "media_root",
 )
+QUESTION = ("problem", "options", "problem_type", "solution", "videos", "images")  # what makes two rows one question
 _LISTS = ("options", "videos", "images")
 REQUIRED = ("question_id", "problem", "problem_type", "solution")
 SUFFIXES = (".parquet", ".jsonl", ".json")
@@ -47,8 +49,6 @@ _MEDIA_LOOKALIKES = {"video": "videos", "video_path": "videos", "image": "images
 _VIDEO_R1 = {"problem_id", "problem", "data_type", "problem_type", "solution", "path"}
 _URL = re.compile(r"[a-z][a-z0-9+.\-]*://|data:", re.IGNORECASE)
 _TAG = re.compile(r"</?(?:think|answer)>")
-# Written in a question, these become control or vision tokens of Qwen's tokenizers and break the prompt.
-_CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext|(?:vision|image|video|object_ref|box|quad)_\w+)\|>")
 _HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 # What JSON allows and Python does not read: numbers of over 4,300 digits, and values nested hundreds deep.
 _TOO_MUCH = re.compile(rb"\d{4301,}|(?:[\[{][^\[\]{}]*){500}")
@@ -155,6 +155,12 @@ def rows_to_dataset(rows: list[dict[str, Any]]) -> "Dataset":
     return Dataset(pyarrow.Table.from_pydict(table, schema=features.arrow_schema))
 
 
+def content_of(row: dict[str, Any]) -> str:
+    """16 hex digits over the question itself. Ids are only unique within one load: those of other data may be equal."""
+    text = json.dumps([row[name] or None for name in QUESTION], ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def read_rows(
     sources: list[dict | DatasetSource],
     *,
@@ -187,7 +193,7 @@ def read_rows(
                 if question_id not in verdicts:
                     unknown.append(question_id)
                     continue
-                if reason := verdicts[question_id]:
+                if reason := verdicts[question_id].get("reason"):
                     dropped[reason] += 1
                     continue
             try:
@@ -195,6 +201,9 @@ def read_rows(
                 if unique_ids and question_id in places:
                     remedy = "Make the ids unique, or give one source an `id_prefix`."
                     raise _FieldError(id_column, "an id used once", f"the id of {places[question_id]} too", remedy)
+                if verdicts and verdicts[question_id].get("content", content_of(row)) != content_of(row):
+                    remedy = "Run the check command again, on this data."
+                    raise _FieldError("(row)", f"the question that {manifest} knows by this id", "another", remedy)
             except _FieldError as error:
                 problems.append({"file": file, "row": number, "question_id": question_id, **error.problem})
                 continue
@@ -243,23 +252,23 @@ def resolve_media(row: dict[str, Any], *, allow_urls: bool = False) -> tuple[lis
     return videos, images
 
 
-def read_manifest(path: str) -> dict[str, str | None]:
-    """{question_id: None if good, else the reason} of a manifest: JSONL, first line {"manifest": 1, …}, then
-    {"question_id", "ok", "reason", …} a row. Of two lines for one id the bad one counts."""
+def read_manifest(path: str) -> dict[str, dict[str, Any]]:
+    """{question_id: its line} of a manifest: JSONL, first line {"manifest": 1, …}, then {"question_id", "ok", "reason"
+    (of bad rows), "content" (of good ones), …} a row. Of two lines for one id the bad one counts."""
     records = [record for _, _, record in _read_file(Path(path))]
     if not isinstance(records[0], dict) or records[0].get("manifest") != 1:
         raise RowError(
             f'{path}: not a manifest (expected the first line {{"manifest": 1, …}}, came {_show(records[0])}).'
         )
-    verdicts: dict[str, str | None] = {}
+    verdicts: dict[str, dict[str, Any]] = {}
     for number, record in enumerate(records[1:], start=2):
         if not (isinstance(record, dict) and _is_id(record.get("question_id")) and isinstance(record.get("ok"), bool)):
             raise RowError(f"{path}, entry {number}: expected {{question_id, ok, reason}}, came {_show(record)}.")
         question_id = str(record["question_id"])
         if not record["ok"]:
-            verdicts[question_id] = str(record.get("reason") or "no reason given")
+            verdicts[question_id] = {**record, "reason": str(record.get("reason") or "no reason given")}
         else:
-            verdicts.setdefault(question_id, None)
+            verdicts.setdefault(question_id, {**record, "reason": None})
     return verdicts
 
 
@@ -492,10 +501,6 @@ def _row(record: Any, question_id: str | None, id_column: str, *, file: str, all
     if row["problem_type"] not in answers.PROBLEM_TYPES:
         known = "one of " + ", ".join(answers.PROBLEM_TYPES)
         raise _FieldError("problem_type", known, _show(row["problem_type"]), "Correct it or leave the rows out.")
-    for field in ("problem", "options", "solution", "process"):
-        text = "\n".join(row[field]) if field == "options" else row[field] or ""
-        if match := _CONTROL.search(text):
-            raise _FieldError(field, "no control tokens of the model", match[0], "Take the token out of the text.")
     try:
         answers.check_solution(problem_type=row["problem_type"], solution=row["solution"], options=row["options"])
     except answers.SolutionError as error:

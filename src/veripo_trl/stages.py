@@ -31,7 +31,7 @@ from .hub_runs import push_run, run_card
 from .plots import save_charts, training_charts
 from .policy import LANGUAGE_MODEL_LINEAR, SEEING, load_policy, read_settings
 from .prompts import PromptError, load_template
-from .rows import RowError, check_media, is_data_file, load_rows
+from .rows import RowError, check_media, content_of, is_data_file, load_rows
 from .tables import print_table, write_json
 from .tiny.parser import judge as judge_by_templates
 from .tiny.world import WorldError
@@ -335,7 +335,7 @@ def load_training_rows(data_args: DataArguments, *, seed: int):
     if not data_args.datasets:
         raise SystemExit("Expected `datasets:`, a list of {path: …}; none was given.")
     _pin(data_args.datasets)
-    dropped = set()
+    dropped = {}
     for place, entry in enumerate(data_args.leave_out or []):
         data_args.leave_out[place], questions = _dropped_questions(entry)
         dropped.update(questions)
@@ -350,15 +350,21 @@ def load_training_rows(data_args: DataArguments, *, seed: int):
     return dataset
 
 
-def _without(dataset, dropped: set[str]):
-    """The rows of all other questions; how many are gone is printed."""
+def _without(dataset, dropped: dict[str, str | None]):
+    """The rows of all other questions than the dropped, {id: content}; how many are gone is printed."""
     questions = list(dataset["question_id"])
+    for place, question in enumerate(questions):
+        if dropped.get(question) and dropped[question] != content_of(dataset[place]):
+            raise SystemExit(
+                f"leave_out: {question!r} is another question in `datasets` than the solved one of that id. Leave out "
+                f"questions of the same data, or set an `id_prefix`."
+            )
     kept = [place for place, question in enumerate(questions) if question not in dropped]
     if not kept:
         raise SystemExit(f"leave_out: all {len(questions)} rows are of solved questions: nothing is left to train on.")
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"left out {len(questions) - len(kept)} rows of solved questions, {len(kept)} rows stay", flush=True)
-        if strange := sorted(dropped.difference(questions)):
+        if strange := sorted(set(dropped).difference(questions)):
             logger.warning(
                 "leave_out: %d of %d solved questions are not among the rows of `datasets` (%s). Is it of the same "
                 "data, with the same `id_prefix`?",
@@ -367,8 +373,8 @@ def _without(dataset, dropped: set[str]):
     return dataset.select(kept)
 
 
-def _dropped_questions(entry: str) -> tuple[str, list[str]]:
-    """(the entry, of the Hub with its commit; the questions that its `solved.json` says to leave out).
+def _dropped_questions(entry: str) -> tuple[str, dict[str, str | None]]:
+    """(the entry, of the Hub with its commit; the questions that its `solved.json` says to leave out, {id: content}).
 
     The main process reads it for all. What ends in .json, starts with outputs/ or exists is a file, never of the Hub.
     """
@@ -386,7 +392,9 @@ def _dropped_questions(entry: str) -> tuple[str, list[str]]:
             entry = f"{repo_id}@{sha}"
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            found = [(entry, [str(question) for question in content["dropped"]])]
+            questions = [str(question) for question in content["dropped"]]
+            contents = content.get("contents", [None] * len(questions))
+            found = [(entry, dict(zip(questions, contents, strict=True)))]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SystemExit(
                 f'leave_out: {entry}: expected a solved.json of verify_rollouts.py, {{"dropped": [question ids], …}}, '

@@ -11,6 +11,7 @@ from transformers.utils import PushInProgress
 from .. import hub, hub_runs
 from ..hub_cards import model_card
 from ..policy import save_settings, share_weights
+from ..rows import RowError
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,22 @@ class CheckpointMixin:
             return
         saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
         model.load_state_dict(saved.state_dict(), strict=True)
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        if len(loader) == 0:
+            raise RowError(
+                f"The {len(self.train_dataset)} training rows fill no batch, so that nothing would be trained. Give more "
+                f"rows, or lower per_device_train_batch_size, steps_per_generation or generation_batch_size."
+            )
+        return loader
+
+    def _load_best_model(self) -> None:
+        """The best checkpoint, as resuming loads it: transformers' own way ends in the last weights with a few of it."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         """With what the policy says of itself, and without peft's card: ours is written when the run is finished."""

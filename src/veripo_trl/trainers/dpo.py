@@ -12,12 +12,13 @@ from peft import PeftModel
 from torch.nn.functional import pad
 from trl import DPOConfig, DPOTrainer
 
-from ..encoding import EncodedPrompt, PromptEncoder, check_vision_tokens, encode_unique
+from ..encoding import EncodedPrompt, PromptEncoder, check_vision_tokens, encode_unique, text_ids
 from ..generation import left_pad
+from ..policy import copy_adapter_to_reference
 from ..positions import use_trained_positions
 from ..shared_prefix import prefix_can_be_shared, score_completions
 from .checkpoints import CheckpointMixin
-from .guards import check_frames_matter, show_resolved_media
+from .guards import check_frames_matter, refuse_ignored, show_resolved_media
 
 
 @dataclass
@@ -44,6 +45,9 @@ class VideoDPOConfig(DPOConfig):
                 "sync_ref_model is not supported: the reference is the policy that made the rollouts, and stays so. "
                 "Set it to false."
             )
+        harmless = {"truncation_mode": ("keep_start",), "padding_free": (False,)}
+        harmless |= dict.fromkeys(("pad_to_multiple_of", "pad_token"), (None,))
+        refuse_ignored(self, harmless, "Pairs are neither cut nor packed.")
 
 
 class DPOCollator:
@@ -65,10 +69,8 @@ class DPOCollator:
         # A rollout that was cut off did not end: no end is taught from it.
         finished = [True] * len(pairs) + [pair["rejected_finished"] for pair in pairs]
         answers = [
-            # A rollout may spell a special token in ordinary ones: it must not become one here.
-            tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            + [tokenizer.eos_token_id] * ended
-            for text, ended in zip(texts, finished, strict=True)
+            ids + [tokenizer.eos_token_id] * ended
+            for ids, ended in zip(text_ids(tokenizer, texts), finished, strict=True)
         ]
         for prompt, answer in zip(prompts, answers, strict=True):
             length = len(prompt) + len(answer)
@@ -221,14 +223,3 @@ class VideoDPOTrainer(CheckpointMixin, DPOTrainer):
         batches = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.seconds["wait for data"] += time.perf_counter() - started
         return batches
-
-
-def copy_adapter_to_reference(model: PeftModel) -> None:
-    """Give the reference adapter the values and dtype of the policy's.
-
-    TRL copies it first and casts only the trained one to bfloat16 in QLoRA: two policies that differ by rounding.
-    """
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        if ".ref." in name:
-            parameter.data = parameters[name.replace(".ref.", ".default.")].data.clone()

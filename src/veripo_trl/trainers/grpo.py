@@ -6,7 +6,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from peft import PeftModel
@@ -14,6 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
+from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler
 
 from ..encoding import (
@@ -25,15 +28,24 @@ from ..encoding import (
     vision_token_ids,
 )
 from ..generation import cut_at_end, sample_completions, whole_groups
+from ..policy import copy_adapter_to_reference
 from ..positions import use_trained_positions
 from ..prompts import build_messages
 from ..rollouts import RolloutStore
 from ..shared_prefix import can_share, prefix_can_be_shared, score_completions
 from . import vllm
 from .checkpoints import CheckpointMixin
-from .guards import check_frames_matter, show_resolved_media
+from .guards import check_frames_matter, refuse_ignored, show_resolved_media
 
 logger = logging.getLogger(__name__)
+
+
+# What `generation_kwargs` may change: which tokens are drawn. All else is how, or would not be what is trained.
+SAMPLING = (
+    "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
+    "no_repeat_ngram_size", "min_new_tokens", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
+    "sequence_bias", "exponential_decay_length_penalty",
+)  # fmt: skip
 
 
 @dataclass
@@ -68,6 +80,16 @@ class VideoGRPOConfig(GRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        harmless = {"chat_template_kwargs": (None, {}), "cache_implementation": (None,)}
+        harmless |= {"use_transformers_continuous_batching": (False,)}
+        refuse_ignored(self, harmless, "Prompts are encoded and computed once per group, by this project's own code.")
+        refused = [] if self.use_vllm else [name for name in self.generation_kwargs or {} if name not in SAMPLING]
+        if refused:
+            raise ValueError(
+                f"generation_kwargs: {', '.join(refused)}: not supported in rollouts, which go on from prompts computed "
+                f"before. Expected any of {', '.join(SAMPLING)}; temperature and max_completion_length are options of "
+                f"their own."
+            )
         cycle = self.steps_per_generation * self.num_iterations
         if self.save_strategy == "steps" and (
             self.save_steps < 1 or (int(self.save_steps) * self.gradient_accumulation_steps) % cycle
@@ -174,17 +196,28 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
         config = kwargs["args"]
         banned = vision_token_ids(encoder.processor, encoder.config)
         spread_over_workers(config)
-        if config.use_vllm:
-            datasets = [rows for rows in (kwargs["train_dataset"], kwargs.get("eval_dataset")) if rows is not None]
-            bias = vllm.prepare_config(config, encoder, banned=banned, datasets=datasets)
-            with vllm.trl_engine(config, encoder, model=kwargs["model"], datasets=datasets) as dtype:
+        model = kwargs["model"]
+        # TRL loads the reference by the policy's name alone.
+        load = partial(
+            grpo_trainer.create_model_from_path,
+            architecture=type(model),
+            revision=getattr(model.config, "_commit_hash", None),
+        )
+        with patch.object(grpo_trainer, "create_model_from_path", load):
+            if config.use_vllm:
+                datasets = [rows for rows in (kwargs["train_dataset"], kwargs.get("eval_dataset")) if rows is not None]
+                bias = vllm.prepare_config(config, encoder, banned=banned, datasets=datasets)
+                with vllm.trl_engine(config, encoder, model=model, datasets=datasets) as dtype:
+                    super().__init__(*args, **kwargs)
+            else:
                 super().__init__(*args, **kwargs)
+        if isinstance(self.model, PeftModel):
+            copy_adapter_to_reference(self.model)
+        if config.use_vllm:
             for model in (self.model, self.ref_model):
                 if model is not None:
                     vllm.bias_logits(self.accelerator.unwrap_model(model), bias)
             self._gap_watch = vllm.GapWatch(config, dtype=dtype, accelerator=self.accelerator)
-        else:
-            super().__init__(*args, **kwargs)
         self.encoder = encoder
         self.rollout_store = rollout_store
         self.policy_name = policy_name or self.model.config._name_or_path
@@ -194,8 +227,8 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
         if self.ref_model is not None:
             self.ref_model.requires_grad_(False)  # its vision tower is frozen: it takes the policy's features
         if not self.use_vllm:
-            self.generation_config.suppress_tokens = banned
-            self.generation_kwargs["suppress_tokens"] = banned
+            banned = sorted({*banned, *self.generation_config.suppress_tokens})
+            self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = banned
         # Encoded prompts of the latest generation batch, per mode: an evaluation between two updates of one training
         # batch must not replace them.
         self._encoded: dict[str, tuple[int, list[EncodedPrompt]]] = {}

@@ -18,6 +18,17 @@ class FramesIgnoredError(RuntimeError):
     """The model's log-probabilities do not depend on the order of the frames."""
 
 
+def refuse_ignored(config, harmless: dict[str, tuple], why: str) -> None:
+    """Raise ValueError for an option of TRL's that would have no effect here.
+
+    Args:
+        harmless: for each such option its values that are none, or what is done anyway. why: a sentence.
+    """
+    for name, values in harmless.items():
+        if getattr(config, name) not in values:
+            raise ValueError(f"{name}: {getattr(config, name)!r} would be ignored. {why} Leave it out.")
+
+
 def prompt_log_probs(model, prompt: EncodedPrompt, *, config, device) -> torch.Tensor:
     """Log-probabilities of a prompt's text after its last vision token, shape (tokens,), without gradient.
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 import torch
 from trl import SFTConfig, SFTTrainer
 
-from ..encoding import PromptEncoder, model_inputs
+from ..encoding import PromptEncoder, model_inputs, text_ids
 from ..positions import use_trained_positions
 from ..prompts import build_target
 from .checkpoints import CheckpointMixin
-from .guards import check_frames_matter, show_resolved_media
+from .guards import check_frames_matter, refuse_ignored, show_resolved_media
 
 
 @dataclass
@@ -20,6 +20,13 @@ class VideoSFTConfig(SFTConfig):
         default=None, metadata={"help": "Longest sequence, prompt and answer. A longer row is refused, never cut."}
     )
     hub_private_repo: bool | None = field(default=True, metadata={"help": "Whether a pushed repository is private."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        harmless = {"completion_only_loss": (None, True), "truncation_mode": ("keep_start",)}
+        harmless |= dict.fromkeys(("assistant_only_loss", "packing", "eval_packing", "padding_free"), (False, None))
+        harmless |= {"pad_to_multiple_of": (None,), "pad_token": (None,), "dataset_text_field": ("text",)}
+        refuse_ignored(self, harmless, "The loss is on the answers, and rows are neither cut nor packed.")
 
 
 class SFTCollator:
@@ -36,11 +43,8 @@ class SFTCollator:
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         tokenizer = self.encoder.processor.tokenizer
         prompts = self.encoder.encode_rows(rows)
-        answers = [
-            tokenizer(build_target(row, self.encoder.template), add_special_tokens=False)["input_ids"]
-            + [tokenizer.eos_token_id]
-            for row in rows
-        ]
+        targets = text_ids(tokenizer, [build_target(row, self.encoder.template) for row in rows])
+        answers = [ids + [tokenizer.eos_token_id] for ids in targets]
         for prompt, answer in zip(prompts, answers, strict=True):
             length = len(prompt) + len(answer)
             if self.max_length is not None and length > self.max_length:

@@ -27,11 +27,11 @@ from dataclasses import dataclass, field
 
 from ..answers import split_completion
 from ..prompts import PromptTemplate, build_messages
+from ..rows import QUESTION
 from .checks import repetition_share
 from .judges import conclude_by_rules
 
 KINDS = ("consistency", "penalty", "reflection")
-QUESTION = ("problem", "options", "problem_type", "solution", "videos", "images")
 MAX_TRIED = 64  # combinations looked at per group and kind: a run's group may hold thousands
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
