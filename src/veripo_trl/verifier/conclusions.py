@@ -170,7 +170,7 @@ def _option_patterns(options: tuple[str, ...]) -> tuple[dict[str, str], list[tup
         # "no car", "the right answer" are no options
         after = {"no": r"(?!\s*\w)", "right": r"(?! (?:answer|option|choice|one|now|after|before))"}.get(text, "")
         if text and list(labels.values()).count(text) == 1:
-            pattern = re.compile(rf"(?<!\w){re.escape(_in_digits(text))}(?!\w){after}")
+            pattern = re.compile(rf"(?<!\w){re.escape(_in_digits(text))}(?!\w){after}", re.I)
             patterns.append((pattern, chr(0xE0BF + ord(letter))))
     return labels, patterns
 
@@ -195,6 +195,9 @@ def _marked(sentence: str, options: tuple[str, ...]) -> str:
         return letter if ord(letter) + 0x100 == ord(text) else _CONTRADICTORY
 
     text = re.sub("[\ue000-\uf8ff]", "", sentence)
+    for pattern, mark in patterns:
+        if re.search(r"\b(?:[b-z]|a$)\b", labels[chr(ord(mark) - 0xE0BF)]):  # the letter in "point B" is no option's
+            text = pattern.sub(mark, text)
     text = _in_digits(_LETTER.sub(letter_mark, text).replace("’", "'").casefold())
     text = _ORDINAL.sub(ordinal_mark, text)
     for pattern, mark in patterns:
