@@ -280,7 +280,7 @@ def test_sources_must_be_a_list_of_dicts(sources):
         ("a.json", b'[1,\n' + b"[" * 100_000, "a.json, line 2: .*nested hundreds deep. Correct or remove it"),
         ("a.jsonl", b"{}\n" + b'{"a":' * 1000 + b"1" + b"}" * 1000, "a.jsonl, line 2: .*nested"),
         ("a.json", b'[{"question_id": 1},\n{"solution": ' + b"7" * 5000 + b"}]", "line 2: a number of over 4,300 digits"),
-        ("a.jsonl.gz", gzip.compress(json.dumps(NUMBER).encode())[:40], "not a readable file"),
+        ("a.jsonl.gz", gzip.compress(json.dumps(NUMBER).encode(), mtime=0)[:40], "not a readable file"),
         ("a.jsonl.zst", b'{"question_id": 1}', "not a readable file"),
         ("a.csv", b"question_id,problem", "expected a .parquet, .jsonl, .json file"),
         ("a.parquet", b"PAR1 but not really", "not a readable Parquet file"),

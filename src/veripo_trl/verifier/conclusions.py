@@ -34,7 +34,7 @@ _BETWEEN_SENTENCES = re.compile(
     r"\s(?:(?<=[.!?]\s)(?:(?<!\b[A-Z]\.\s)(?<!\b\d\.\s)\s*|\s*(?=[A-Z]))|(?<=\n)\n*)"
 )
 _TURN = re.compile(r";|\s[—–]\s|,?\s(?=(?:but|however|yet|although|though|so|therefore|thus|hence)\b)", re.I)
-_LEADING = re.compile(r"\s*(?:since|because|as|given|while|although|though|if (?:we|you|i))\b[^,]*,\s*", re.I)
+_LEADING = re.compile(r"^\s*(?:since|because|as|given|while|although|though|if (?:we|you|i))\b[^,]*,\s*", re.I)
 # Whatever a clause with one of these says, it does not settle it.
 _UNSETTLED = re.compile(
     r"\b(?:if|whether|could|might|may|maybe|perhaps|possibly|suppose|would (?:need|have)|not sure|let(?:'s| us| me)"
