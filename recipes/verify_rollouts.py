@@ -182,15 +182,24 @@ def load_matching_template(name: str, templates: Iterable[str]):
     return template
 
 
-def load_tokenizer(name: str | None, policies: Iterable[str]):
-    """The tokenizer of that name, or of the rollouts' only policy."""
+def load_tokenizer(name: str | None, rollouts: files.RolloutFiles):
+    """The tokenizer of that name; else the one that the run beside the rollouts has saved, or their only policy's.
+
+    A policy outside of the working directory is recorded by the last part of its path. That is not a name on the Hub.
+    """
     from transformers import AutoTokenizer
 
-    policies = sorted(set(policies))
+    policies, given = sorted(rollouts.policies), "`tokenizer`"
     if name is None and len(policies) > 1:
         raise SystemExit(f"The rollouts are of several policies ({', '.join(policies)}): give `tokenizer`.")
-    name, given = (policies[0], "the rollouts' policy") if name is None else (name, "`tokenizer`")
+    if name is None:
+        runs = {file.absolute().parents[1] for file in rollouts.files if file.parent.name == "rollouts"}
+        places = [place for run in sorted(runs) for place in (run, *sorted(run.glob("checkpoint-*")))]
+        saved = [str(place) for place in places if (place / "tokenizer_config.json").is_file()]
+        name, given = [*saved, policies[0]][0], "the rollouts' policy"
     try:
+        if given != "`tokenizer`" and not Path(name).is_dir() and ("/" not in name or looks_local(name)):
+            raise OSError("no such folder, and not the name of a model on the Hub.")
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise SystemExit(
@@ -321,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise SystemExit(f"hub_pairs_id and hub_verdicts_id: expected two datasets, both are {names.pop()!r}.")
         rollouts, inputs = find_rollouts(arguments)
         template = load_matching_template(arguments.prompt_template, rollouts.templates)
-        tokenizer = load_tokenizer(arguments.tokenizer, rollouts.policies)
+        tokenizer = load_tokenizer(arguments.tokenizer, rollouts)
         judge = make_judge(arguments)
         cache = open_cache(arguments, judge)
     except (files.RolloutFilesError, PromptError, JudgePromptError, JudgeError, HubError) as error:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,6 +199,22 @@ def test_only_the_first_process_of_a_launcher_works(recipe, tmp_path, policy, mo
     monkeypatch.setenv("RANK", "1")
     recipe.main(config(tmp_path))
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("place", [".", "checkpoint-4"])
+def test_the_tokenizer_is_the_one_that_the_run_has_saved(recipe, tmp_path, policy, place, monkeypatch):
+    """A model outside of the working directory is recorded as "qwen": whoever has a repository of that name."""
+    store = make_rollouts(tmp_path / "grpo" / "rollouts", "qwen")
+    with HubServer() as hub:
+        hub.use_in_this_process(monkeypatch, tmp_path / "hf_home")
+        with pytest.raises(SystemExit, match="(?s)No tokenizer in 'qwen', the rollouts' policy: no such folder.*Give"):
+            recipe.main(config(tmp_path, rollouts=[str(store.folder)]))
+        (tmp_path / "grpo" / place).mkdir(exist_ok=True)
+        for file in policy.glob("token*"):
+            shutil.copy(file, tmp_path / "grpo" / place)
+        recipe.main(config(tmp_path, rollouts=[str(store.folder)]))
+        assert not hub.log
+    assert {verdict["think_tokens"] > 0 for verdict in read(tmp_path / "outputs" / "verify" / "verdicts")} == {True}
 
 
 # ---- refused, before anything is moved or written ----------------------------------------------------------------
