@@ -26,7 +26,7 @@ from pathlib import Path
 
 import yaml
 
-import veripo_trl  # noqa: F401  lets the screen's encoding lack characters
+from veripo_trl.secrets import without_secrets  # the package lets the screen's encoding lack characters
 
 RECIPES = Path(__file__).resolve().parent
 CONFIGS = RECIPES / "configs"
@@ -34,7 +34,6 @@ DEFAULT_CONFIG = CONFIGS / "tiny" / "veripo.yaml"
 RESULTS = "results.json"  # a stage's folder that has it is finished
 MARKER = "VERIPO_RUN"  # in the environment of every process that a run starts
 TRAINING = ("sft_video.py", "grpo_video.py", "dpo_video.py")  # these make a policy and are launched by accelerate
-SECRET_NAMES = ("token", "key", "secret", "password")  # how names of variables end that must not be written down
 LOOP_KEYS = {"output_dir", "iterations", "seed", "accelerate", "stages", "iteration", "push_to_hub", "hub_prefix"}
 STAGE_KEYS = {
     "name", "recipe", "config", "overrides", "later_config", "later_overrides",
@@ -67,6 +66,7 @@ def read_loop(arguments: argparse.Namespace) -> dict:
     loop = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(loop, dict) or not isinstance(loop.get("iteration"), list):
         raise SystemExit(f"{path}: expected a mapping with `iteration:`, the list of stages that are repeated.")
+    refuse_secrets(str(path), loop)
     for key in ("output_dir", "iterations", "seed"):
         if getattr(arguments, key) is not None:
             loop[key] = getattr(arguments, key)
@@ -93,18 +93,12 @@ def read_loop(arguments: argparse.Namespace) -> dict:
 
 
 def check_judge(stage: dict, path: Path) -> None:
-    """Refuse a judge's command that is not one, that holds a secret, or whose server all the network would reach."""
+    """Refuse a judge's command that is not one, or whose server all the network would reach."""
     command = stage.get("judge_command")
     if command is None:
         return
     if not isinstance(command, list) or not command:
         raise SystemExit(f"{path}: stage {stage['name']!r}: judge_command: expected a list of words, got {command!r}.")
-    if any(str(word).startswith("--api-key") for word in command):
-        raise SystemExit(
-            f"{path}: stage {stage['name']!r}: judge_command holds a key, which run.json would show. Leave it out: with "
-            f"--host 127.0.0.1 only this machine reaches the judge; or let the command read it from an environment "
-            f"variable."
-        )
     vllm = any(Path(str(word)).name == "vllm" or str(word).startswith("vllm.") for word in command)
     if vllm and not any(str(word).startswith("--host") for word in command):
         raise SystemExit(
@@ -114,14 +108,13 @@ def check_judge(stage: dict, path: Path) -> None:
 
 
 def refuse_secrets(name: str, settings: dict) -> None:
-    """Refuse settings that hold a secret: they are written to run.json and to the stage's YAML."""
-    env = settings["env"] if isinstance(settings.get("env"), dict) else {}
-    held = [f"env {key}" for key in env if str(key).lower().endswith(SECRET_NAMES)]
-    held += ["hub_token"] if settings.get("hub_token") else []
+    """Refuse settings that hold a secret: they are written to run.json and to the stage's YAML, and printed."""
+    without_secrets(settings, held := [])
     if held:
         raise SystemExit(
-            f"stage {name}: {', '.join(held)} would be written to run.json. Set the environment variable instead "
-            f"(HF_TOKEN for the Hub), and take it out of the configuration."
+            f"{name}: {', '.join(held)} would be written to run.json. Take it out of the configuration and set an "
+            f"environment variable, which all that the loop starts can read (HF_TOKEN for the Hub). A judge's server "
+            f"needs no key: with --host 127.0.0.1 only this machine reaches it."
         )
 
 
@@ -172,7 +165,7 @@ def plan(loop: dict) -> list[dict]:
             if recipe in TRAINING:  # what a stage ends with; its checkpoints only where they are asked for
                 content.setdefault("hub_strategy", "end")
         settings = {**content, **wired, **overrides}
-        refuse_secrets(key, settings)
+        refuse_secrets(f"stage {key}", settings)
         stages.append(
             {
                 "name": key,

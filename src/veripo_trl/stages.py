@@ -32,6 +32,7 @@ from .plots import save_charts, training_charts
 from .policy import LANGUAGE_MODEL_LINEAR, SEEING, load_policy, read_settings
 from .prompts import PromptError, load_template
 from .rows import RowError, check_media, content_of, is_data_file, load_rows
+from .secrets import without_secrets
 from .tables import print_table, write_json
 from .tiny.parser import judge as judge_by_templates
 from .tiny.world import WorldError
@@ -576,11 +577,9 @@ def result_row(when: str, decoding: str, summary: dict) -> dict:
 def save_arguments(output_dir: str, *arguments) -> None:
     """Record what a run was started with, secrets left out."""
     record = {type(item).__name__: asdict(item) for item in arguments}
-    for values in record.values():
-        for key in [key for key in values if key.endswith("token")]:
-            values.pop(key)
+    record = without_secrets(json.loads(json.dumps(record, default=str)), [])
     # Named so that the trainer's push leaves it out: it may hold paths of this machine.
-    write_json(Path(output_dir) / "_arguments.json", json.loads(json.dumps(record, default=str)))
+    write_json(Path(output_dir) / "_arguments.json", record)
 
 
 def finish(
