@@ -22,12 +22,13 @@ from tqdm import tqdm
 
 from veripo_trl import stages
 from veripo_trl.answers import REGRESSION_SCORES, SolutionError
+from veripo_trl.disk import read_json
 from veripo_trl.hub import HubError, dataset_card, fetch_dataset, prepare_repo, push_folder
 from veripo_trl.policy import looks_local
 from veripo_trl.prompts import PromptError, load_template
 from veripo_trl.rows import content_of
 from veripo_trl.verifier import files
-from veripo_trl.verifier.cache import CacheError, VerdictCache
+from veripo_trl.verifier.cache import VerdictCache
 from veripo_trl.verifier.curriculum import choose_solved
 from veripo_trl.verifier.judge_prompts import JudgePromptError, load_judge_prompt
 from veripo_trl.verifier.judges import RulesJudge
@@ -167,7 +168,7 @@ def pushed_rollouts(folder: Path) -> dict | None:
     results = folder.absolute().parent / stages.RESULTS
     if folder.name != "rollouts" or not results.is_file():
         return None
-    pushed = (json.loads(results.read_text(encoding="utf-8")).get("hub") or {}).get("rollouts")
+    pushed = (read_json(results, remedy="Take it from a copy, or remove it.").get("hub") or {}).get("rollouts")
     return pushed and {key: pushed[key] for key in ("repo_id", "revision")}
 
 
@@ -335,8 +336,6 @@ def main(argv: list[str] | None = None) -> None:
         cache = open_cache(arguments, judge)
     except (files.RolloutFilesError, PromptError, JudgePromptError, JudgeError, HubError) as error:
         raise SystemExit(str(error)) from error
-    except CacheError as error:
-        raise SystemExit(f"verdict_cache: {error}") from error
     folder = open_folder(arguments.output_dir)  # after all that can be wrong with the arguments
     stages.save_arguments(str(folder), arguments, options)
     try:

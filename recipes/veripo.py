@@ -26,7 +26,9 @@ from pathlib import Path
 
 import yaml
 
-from veripo_trl.secrets import without_secrets  # the package lets the screen's encoding lack characters
+from veripo_trl.disk import FileError, read_json, room_for, write_whole  # the package lets the screen lack characters
+from veripo_trl.secrets import without_secrets
+from veripo_trl.tables import print_table, write_json
 
 RECIPES = Path(__file__).resolve().parent
 CONFIGS = RECIPES / "configs"
@@ -267,7 +269,8 @@ class Run:
     def __init__(self, folder: Path, loop: dict):
         self.folder, self.file = folder, folder / "run.json"
         if self.file.exists():
-            self.content = json.loads(self.file.read_text(encoding="utf-8"))
+            remedy = "Take it from a copy. Without one, choose another output_dir; the folders of its stages are whole."
+            self.content = read_json(self.file, remedy=remedy)
         else:
             self.content = {"name": folder.name, "stages": []}
         self.content["loop"] = loop
@@ -284,9 +287,7 @@ class Run:
         self.save()
 
     def save(self) -> None:
-        temporary = self.file.with_name(f".run.json.{os.getpid()}")
-        temporary.write_text(json.dumps(self.content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, self.file)
+        write_json(self.file, self.content)
 
     def forget(self, stages: list[dict]) -> None:
         """Move the folders of stages aside, so that they are done again; nothing is deleted."""
@@ -305,9 +306,12 @@ class Run:
 
 
 def read_results(stage: dict) -> dict | None:
-    """A stage's results.json, or None while it is not finished."""
+    """A stage's results.json without its history, or None while it is not finished."""
     file = Path(stage["output_dir"]) / RESULTS
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    if not file.exists():
+        return None
+    results = read_json(file, remedy="Remove it, and start the same command again: the stage's end is done anew.")
+    return {key: value for key, value in results.items() if key != "history"}
 
 
 @contextlib.contextmanager
@@ -361,17 +365,28 @@ def end_leftovers(folder: Path, patience_s: float = 20.0) -> None:
 # ---- running a stage ------------------------------------------------------------------------------------------------
 
 
+def add_to_log(file, part: bytes, *, lost: bool) -> bool:
+    """Write to a stage's log, for want of which no stage is to end; whether any part of it is lost, said once."""
+    try:
+        with room_for(file.name, len(part)):
+            file.write(part)
+    except FileError as error:
+        if not lost:
+            print(f"The log is not whole, the stage goes on. {error}", flush=True)
+        return True
+    return lost
+
+
 def run_logged(command: list[str], log: Path, env: dict) -> int:
     """Run a command, its output on the screen and at the end of a file. Returns its exit code."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as file:
+    with open(log, "ab", buffering=0) as file:
         started_again = "\n" if file.tell() else ""  # a killed run ends in the middle of a line
-        file.write(f"{started_again}$ {' '.join(command)}\n".encode())
+        lost = add_to_log(file, f"{started_again}$ {' '.join(command)}\n".encode(), lost=False)
         process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         try:
             while part := os.read(process.stdout.fileno(), 65536):
-                file.write(part)
-                file.flush()
+                lost = add_to_log(file, part, lost=lost)
                 sys.stdout.buffer.write(part)
                 sys.stdout.flush()
             return process.wait()
@@ -482,8 +497,7 @@ def do_stage(stage: dict, run: Run, accelerate: list[str], *, before: str | None
         run.put(entry | {"status": "skipped", "reason": reason, "finished": timestamp()})
         return run.entry(name)
     config = run.folder / "configs" / f"{name}.yaml"
-    config.parent.mkdir(exist_ok=True)
-    config.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_whole(config, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
     command = command_of(stage, config, accelerate)
     run.put(entry | {"status": "running", "command": command, "started_at": time.time()})
     print(f"\n=== {name}: {' '.join(command)}", flush=True)
@@ -556,8 +570,6 @@ def table_row(entry: dict) -> dict:
 
 def show(run: Run, stages: list[dict]) -> None:
     """Print the table; draw the curves and write the report, unless they are newer than the run's state."""
-    from veripo_trl.tables import print_table
-
     entries = [entry for stage in stages if (entry := run.entry(stage["name"])) is not None]
     settings = [stage["settings"] for stage in stages]
     reporting = sorted({s["report_judge"] for s in settings if "report_judge" in s} or {"rules"})
@@ -621,7 +633,13 @@ def dry_run(run: Run, stages: list[dict], first: int | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
+    try:
+        do_loop(parse_arguments(argv))
+    except FileError as error:
+        raise SystemExit(str(error)) from None
+
+
+def do_loop(arguments: argparse.Namespace) -> None:
     loop = read_loop(arguments)
     stages = plan(loop)
     first, last = chosen(stages, arguments.first, arguments.last)

@@ -438,6 +438,40 @@ def test_a_broken_redo_goes_on_with_the_same_command(quick):
     assert quick("--from", "search-2") == ["search-2", "verify-2", "align-2"]  # it was through: this is another redo
 
 
+def test_damaged_state_is_named(quick):
+    quick("--until", "search-1")
+    for file, remedy in (("search-1/results.json", "Remove it, and start the same"), ("run.json", "Take it from a copy")):
+        path = Path("outputs/veripo") / file
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        with pytest.raises(SystemExit, match=f"^outputs/veripo/{file} is damaged: expected a JSON object: .*{remedy}"):
+            quick()
+        path.write_bytes(content)
+    assert quick() == ALL_STAGES[2:]
+
+
+def test_the_runs_state_holds_no_curves(quick):
+    quick("--until", "cold-start")
+    history = [{"step": step, "loss": 0.1} for step in range(1000)]
+    Path("outputs/veripo/cold-start/results.json").write_text(json.dumps({"steps": 1000, "history": history}))
+    state_file = Path("outputs/veripo/run.json")
+    content = json.loads(state_file.read_text())
+    content["stages"][0]["status"] = "running"  # killed before the loop could note that it was finished
+    state_file.write_text(json.dumps(content))
+    quick("--until", "search-1")
+    assert state(Path("."), "veripo")["cold-start"]["results"] == {"steps": 1000}
+
+
+def test_a_full_disk_does_not_end_a_stage_for_its_log(tmp_path, capfdbinary):
+    log = tmp_path / "stage.log"
+    log.symlink_to("/dev/full")
+    code = "for n in range(3): print('step', n, flush=True)"
+    assert loop_module().run_logged([sys.executable, "-c", code], log, dict(os.environ)) == 0
+    shown = capfdbinary.readouterr().out.decode()
+    assert shown.count(f"The log is not whole, the stage goes on. {tmp_path}: No space left on device: stage.log") == 1
+    assert "step 2" in shown
+
+
 def test_without_pairs_the_policy_before_goes_on(quick):
     quick.bare.add("verify-1")
     assert quick() == [name for name in ALL_STAGES if name != "align-1"]

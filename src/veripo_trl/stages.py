@@ -24,6 +24,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from trl.models import unwrap_model_for_generation
 
 from .answers import SolutionError
+from .disk import FileError
 from .encoding import PromptEncoder, PromptTooLongError
 from .evaluate import generate, summarize
 from .hub import HUB_ID, SHA, HubError, fetch_file, input_revision
@@ -36,6 +37,7 @@ from .secrets import without_secrets
 from .tables import print_table, write_json
 from .tiny.parser import judge as judge_by_templates
 from .tiny.world import WorldError
+from .verifier.cache import CacheError
 from .verifier.judges import judge_by_rules
 from .video import MediaError, VideoLoader, VideoSettings
 from .video_process import DecoderError
@@ -194,7 +196,8 @@ def run(main) -> int | None:
     try:
         return main()
     except (
-        RowError, PromptError, MediaError, DecoderError, PromptTooLongError, SolutionError, WorldError, HubError
+        RowError, PromptError, MediaError, DecoderError, PromptTooLongError, SolutionError, WorldError, HubError,
+        FileError, CacheError,
     ) as error:  # fmt: skip
         raise SystemExit(f"{type(error).__name__}: {message_of(error)}") from None
 

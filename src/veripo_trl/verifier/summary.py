@@ -1,10 +1,12 @@
 """What a verification found: counts, tables on the screen, a picture, and facts for the cards of what is pushed."""
 
+import io
 import math
 import statistics
 from collections import Counter
 from pathlib import Path
 
+from ..disk import write_whole
 from ..hub_cards import shown_name
 from ..tables import print_table
 from .pairs import KINDS
@@ -89,7 +91,9 @@ def plot(path: Path, counts: dict, pairs: list[dict], *, title: str) -> None:
     axes[2].set_title("tokens of the thinking", fontsize=10)
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120)
+    write_whole(path, buffer.getvalue())
     pyplot.close(figure)
 
 
