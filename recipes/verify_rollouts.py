@@ -34,7 +34,7 @@ from veripo_trl.verifier.judge_prompts import JudgePromptError, load_judge_promp
 from veripo_trl.verifier.judges import RulesJudge
 from veripo_trl.verifier.pairs import PairError, PairOptions, build_pairs, generation_of
 from veripo_trl.verifier.server import JudgeError, ServerJudge
-from veripo_trl.verifier.summary import card_facts, plot, print_summary, summarize
+from veripo_trl.verifier.summary import PairsSeen, card_facts, plot, print_summary, summarize
 from veripo_trl.verifier.verify import verify_stream
 
 RECIPES = Path(__file__).resolve().parent
@@ -294,6 +294,16 @@ def judge_rollouts(
     return counts
 
 
+def lowest_and_highest(question: list[dict]) -> list[tuple]:
+    """Of a question's rollouts what `choose_solved` has to know: of every generation the extremes of accuracy."""
+    generations: dict[tuple, list[float]] = {}
+    for rollout in question:
+        generations.setdefault(generation_of(rollout), []).append(rollout["verdict"]["accuracy"])
+    name = question[0]["question_id"]
+    both = {g: (min(values), max(values)) if len(values) > 1 else values for g, values in generations.items()}
+    return [(name, generation, accuracy) for generation, values in both.items() for accuracy in values]
+
+
 def push(folder: Path, arguments: VerifyArguments, results: dict) -> dict[str, dict]:
     """Push verdicts and pairs with cards of what happened; what the Hub holds then. With the pairs goes solved.json,
     which the next GRPO run leaves out (`leave_out`)."""
@@ -343,20 +353,20 @@ def main(argv: list[str] | None = None) -> None:
             counts = judge_rollouts(rollouts, folder, judge, tokenizer, cache, arguments, options.ngram)
     except (JudgeError, SolutionError) as error:
         raise SystemExit(str(error)) from error
-    accuracies, questions = [], {}
+    accuracies, questions, pairs = [], {}, PairsSeen()
 
     def watched(groups: Iterable[list[dict]]) -> Iterator[list[dict]]:
         for group in tqdm(groups, desc="pairs", unit="question"):
             questions[group[0]["question_id"]] = content_of(group[0])
-            accuracies.extend((r["question_id"], generation_of(r), r["verdict"]["accuracy"]) for r in group)
+            accuracies.extend(lowest_and_highest(group))
             yield group
 
     judged = watched(files.judged_questions(rollouts, folder / "verdicts"))
     try:
-        pairs, dropped = build_pairs(judged, options, template=template)
+        found, dropped = build_pairs(judged, options, template=template, folder=folder)
     except PairError as error:
         raise SystemExit(str(error)) from error
-    files.write_files(pairs, folder / "pairs", files.PAIR_SCHEMA)
+    count = files.write_files(pairs.watch(found), folder / "pairs", files.PAIR_SCHEMA)
     solved = choose_solved(accuracies, share=arguments.drop_solved_share, seed=options.seed)
     contents = [questions[question] for question in solved["dropped"]]
     stages.write_json(folder / "solved.json", {**solved, "contents": contents})
@@ -364,7 +374,7 @@ def main(argv: list[str] | None = None) -> None:
     plot(folder / "pairs.png", summary, pairs, title=folder.name)
     print(f"\n{judge.summary()}")
     print_summary(summary, solved, pairs)
-    if not pairs:
+    if not count:
         print(
             "\nNo pairs. A pair needs a question with a right and consistent rollout and a worse one beside it; the "
             "table above says what was missing. DPO has nothing to train on."
@@ -393,7 +403,7 @@ def main(argv: list[str] | None = None) -> None:
     results["minutes"] = (time.time() - started) / 60
     stages.write_json(folder / stages.RESULTS, results)
     print(
-        f"\n{len(pairs)} pairs, verdicts, solved.json, pairs.png and {stages.RESULTS} are in {folder} "
+        f"\n{count} pairs, verdicts, solved.json, pairs.png and {stages.RESULTS} are in {folder} "
         f"({results['minutes']:.1f} minutes)",
         flush=True,
     )

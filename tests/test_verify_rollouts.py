@@ -417,7 +417,7 @@ def test_a_flipped_bit_is_never_used(recipe, tmp_path, policy, what):
 def test_a_full_disk_and_the_same_command_again(recipe, tmp_path, policy):
     make_rollouts(tmp_path / "rollouts", policy, copies=9)
     folder = tmp_path / "outputs" / "verify"
-    for at_most, name in ((6_000, "verdicts-00000.parquet"), (30_000, "pairs.png")):
+    for at_most, name in ((6_000, "verdicts-00000.parquet"), (30_000, "pairs")):
         with files_of_at_most(at_most), pytest.raises(FileError, match=rf"^{folder}[/\w]*: File too large: {name} needs"):
             recipe.main(config(tmp_path))
         assert not list(folder.rglob(".*")) and not (folder / "results.json").exists()

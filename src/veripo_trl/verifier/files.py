@@ -210,17 +210,20 @@ def judged_questions(
         verdicts: the folder that holds the rollouts' verdicts, in the same order.
     """
     files = sorted(verdicts.glob(f"{verdicts.name}-*.parquet"))
-    judged = pa.concat_tables(read_parquet(file) for file in files)
-    counts = Counter(judged["question_id"].to_pylist())
+    counts: Counter = Counter()
+    for file in files:
+        counts.update(read_parquet(file, ["question_id"])[0].to_pylist())
     for questions in _slices(sorted(counts.items()), at_once):
         wanted = pa.array(questions)
-        parts = [table.filter(pc.is_in(table["question_id"], wanted)) for table in rollouts.tables()]
-        texts = pa.concat_tables(parts).combine_chunks()
-        checks = judged.filter(pc.is_in(judged["question_id"], wanted)).combine_chunks()
+        texts, checks = _of(wanted, rollouts.tables()), _of(wanted, map(read_parquet, files))
         if not texts["rollout_id"].equals(checks["rollout_id"]):
             raise RolloutFilesError(f"{verdicts}: not the verdicts of these rollouts, one each and in their order.")
-        order = pc.sort_indices(texts["question_id"])
-        yield from _grouped(texts.take(order), checks.take(order))
+        yield from _grouped(texts, checks, pc.sort_indices(texts["question_id"]))
+
+
+def _of(questions: pa.Array, tables: Iterable[pa.Table]) -> pa.Table:
+    parts = [table.filter(pc.is_in(table["question_id"], questions)) for table in tables]
+    return pa.concat_tables(parts).combine_chunks()
 
 
 def _slices(counts: list[tuple[str, int]], at_once: int) -> Iterator[list[str]]:
@@ -235,11 +238,11 @@ def _slices(counts: list[tuple[str, int]], at_once: int) -> Iterator[list[str]]:
         yield names
 
 
-def _grouped(texts: pa.Table, checks: pa.Table) -> Iterator[list[dict]]:
+def _grouped(texts: pa.Table, checks: pa.Table, order: pa.Array) -> Iterator[list[dict]]:
     def rows() -> Iterator[dict]:
-        for start in range(0, len(texts), BATCH):
-            part, verdicts = texts[start : start + BATCH].to_pylist(), checks[start : start + BATCH].to_pylist()
-            for rollout, verdict in zip(part, verdicts, strict=True):
+        for start in range(0, len(order), BATCH):
+            part = order[start : start + BATCH]
+            for rollout, verdict in zip(texts.take(part).to_pylist(), checks.take(part).to_pylist(), strict=True):
                 yield {**rollout, "verdict": verdict}
 
     for _, group in itertools.groupby(rows(), key=lambda rollout: rollout["question_id"]):
