@@ -14,6 +14,7 @@ made for; a difference ends the program.
 """
 
 import argparse
+import asyncio
 import json
 import os
 import random
@@ -159,10 +160,31 @@ def bench_rules(count: int, repeats: int) -> dict:
 # ----------------------------------------------------------------------------------------------------------- server
 
 
-def run_server(kind: str, count: int, *, delay_s: float, concurrency: int, tokenizer) -> dict:
+async def judge_all(judge, cache, rollouts: list[dict]) -> list[dict]:
     from veripo_trl.answers import split_completion
+    from veripo_trl.verifier.judge_prompts import judged_text
+
+    slots = asyncio.Semaphore(judge.concurrency)
+
+    async def judge_one(rollout: dict) -> dict:
+        async with slots:
+            think, answer = split_completion(rollout["completion"])
+            item = {"think": think, "answer": answer, **rollout}
+            key = cache.key(judge.name, judge.prompt_version, judged_text(item))
+            if cache.get(key) is not None:
+                raise SystemExit("expected an empty cache")
+            verdict = await judge(item)
+            cache.put(key, verdict["reply"], judge=judge.name, prompt_version=judge.prompt_version)
+            return verdict
+
+    verdicts = await asyncio.gather(*map(judge_one, rollouts))
+    await judge.close()
+    return verdicts
+
+
+def run_server(kind: str, count: int, *, delay_s: float, concurrency: int, tokenizer) -> dict:
     from veripo_trl.verifier.cache import VerdictCache
-    from veripo_trl.verifier.judge_prompts import judged_text, load_judge_prompt
+    from veripo_trl.verifier.judge_prompts import load_judge_prompt
     from veripo_trl.verifier.server import ServerJudge
     from veripo_trl.verifier.verify import verify_stream
 
@@ -178,20 +200,7 @@ def run_server(kind: str, count: int, *, delay_s: float, concurrency: int, token
             if kind == "everything":
                 verdicts = list(verify_stream(rollouts, judge=judge, tokenizer=tokenizer, cache=cache))
             else:
-                keys = []
-
-                def items():
-                    for place, rollout in enumerate(rollouts):
-                        think, answer = split_completion(rollout["completion"])
-                        item = {"place": place, "think": think, "answer": answer, **rollout}
-                        keys.append(cache.key(judge.name, judge.prompt_version, judged_text(item)))
-                        if cache.get(keys[-1]) is None:
-                            yield item
-
-                verdicts = [None] * count
-                for place, verdict in judge.judge_stream(items()):
-                    cache.put(keys[place], verdict["reply"], judge=judge.name, prompt_version=judge.prompt_version)
-                    verdicts[place] = verdict
+                verdicts = asyncio.run(judge_all(judge, cache, rollouts))
             seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
             counts = check(verdicts, expected)
             if (judge.requests, judge.retries, len(cache)) != (count, 0, count):

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoProcessor
 from trl import ModelConfig
 
 from veripo_trl import stages
+from veripo_trl.disk import room_for, write_whole
 from veripo_trl.encoding import PromptEncoder, PromptTooLongError
 from veripo_trl.policy import SUPPORTED, adapter_config
 from veripo_trl.rows import RowError, content_of, read_rows, rows_to_dataset
@@ -52,6 +53,9 @@ class CheckArguments:
             "also fills that folder, so that training finds its frames decoded."
         },
     )
+    limit: int | None = field(
+        default=None, metadata={"help": "Decode the first n rows only, to try it out; the manifest knows no others."}
+    )
     num_workers: int | None = field(
         default=None, metadata={"help": "Processes that decode; 0 for none besides this one. Default: one per core."}
     )
@@ -59,6 +63,8 @@ class CheckArguments:
     def __post_init__(self):
         if not self.output.endswith(".jsonl"):
             raise SystemExit(f"--output {self.output}: expected a name that ends in .jsonl.")
+        if self.limit is not None and self.limit < 1:
+            raise SystemExit(f"--limit: expected 1 or more, got {self.limit}.")
 
 
 class CheckedRows(Dataset):
@@ -139,7 +145,12 @@ def read_partial(path: Path, header: dict) -> dict[str, dict]:
     """{question_id: line} of a check that was broken off. Cuts off a line that was not written to its end."""
     content = path.read_bytes() if path.exists() else b""
     whole = content[: content.rfind(b"\n") + 1]
-    found, *lines = map(json.loads, whole.splitlines()) if whole else [header]
+    try:
+        found, *lines = map(json.loads, whole.splitlines()) if whole else [header]
+        found = dict(found)
+        done = {line["question_id"]: line for line in lines}
+    except (ValueError, TypeError, LookupError) as error:
+        raise SystemExit(f"{path} is damaged ({error}). Remove it: the check then starts from the first row.") from error
     if differing := [key for key in sorted({*found, *header}) if found.get(key) != header.get(key)]:
         raise SystemExit(
             f"{path} is of a check with other settings or rows (different: {', '.join(differing)}). Go on with the old "
@@ -152,7 +163,7 @@ def read_partial(path: Path, header: dict) -> dict[str, dict]:
         os.truncate(path, len(whole))
     if lines:
         print(f"{path}: going on, {len(lines)} rows are checked already", flush=True)
-    return {line["question_id"]: line for line in lines}
+    return done
 
 
 def check(rows: list[dict], encoder: PromptEncoder, partial: Path, done: dict[str, dict], *, num_workers: int) -> None:
@@ -164,10 +175,14 @@ def check(rows: list[dict], encoder: PromptEncoder, partial: Path, done: dict[st
     # Unordered, so that one slow video holds up no other row's line.
     lines = DataLoader(CheckedRows(todo, encoder), batch_size=None, num_workers=num_workers, in_order=num_workers == 0)
     failed = sum(not line["ok"] for line in done.values())
-    with open(partial, "a") as file, tqdm(lines, total=len(rows), initial=len(done), desc="rows", unit="row") as bar:
+    with (
+        open(partial, "ab", buffering=0) as file,
+        tqdm(lines, total=len(rows), initial=len(done), desc="rows", unit="row") as bar,
+    ):
         for line in bar:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
+            written = (json.dumps(line) + "\n").encode()
+            with room_for(partial, len(written)):
+                file.write(written)
             done[line["question_id"]] = line
             failed += not line["ok"]
             bar.set_postfix(bad=failed, refresh=False)
@@ -218,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     # Training drops rows by id, so the first of two rows with one id goes with the second.
     refused = {line["question_id"]: line for line in malformed}
     malformed += [refused[row["question_id"]] for row in rows if row["question_id"] in refused]
-    rows = [row for row in rows if row["question_id"] not in refused]
+    rows = [row for row in rows if row["question_id"] not in refused][: arguments.limit]
     encoder = make_encoder(model_args, data_args)
     header = settings_of(data_args, model_args, encoder, rows)
     partial = Path(arguments.output + ".partial")
@@ -227,9 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     if len(done) < len(rows):
         check(rows, encoder, partial, done, num_workers=num_workers)
     lines = malformed + [done[row["question_id"]] for row in rows]
-    whole = Path(f"{arguments.output}.{os.getpid()}")
-    whole.write_text("".join(json.dumps(line) + "\n" for line in [header, *lines]), encoding="utf-8")
-    os.replace(whole, arguments.output)
+    write_whole(arguments.output, "".join(json.dumps(line) + "\n" for line in [header, *lines]).encode())
     partial.unlink()
     report(lines, nameless, arguments.output)
     return 0 if any(line["ok"] for line in lines) else 1

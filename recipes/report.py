@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 
+from veripo_trl.disk import FileError
 from veripo_trl.report import write_report
 from veripo_trl.report_read import ReportError
 
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
             progress=True,
             say=lambda line: print(line, file=sys.stderr),
         )
-    except ReportError as error:
+    except (ReportError, FileError) as error:
         raise SystemExit(f"report: {error}") from None
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB, {time.time() - started:.1f} s): open it in a browser")
 

@@ -22,18 +22,19 @@ from tqdm import tqdm
 
 from veripo_trl import stages
 from veripo_trl.answers import REGRESSION_SCORES, SolutionError
+from veripo_trl.disk import read_json
 from veripo_trl.hub import HubError, dataset_card, fetch_dataset, prepare_repo, push_folder
 from veripo_trl.policy import looks_local
 from veripo_trl.prompts import PromptError, load_template
 from veripo_trl.rows import content_of
 from veripo_trl.verifier import files
-from veripo_trl.verifier.cache import CacheError, VerdictCache
+from veripo_trl.verifier.cache import VerdictCache
 from veripo_trl.verifier.curriculum import choose_solved
 from veripo_trl.verifier.judge_prompts import JudgePromptError, load_judge_prompt
 from veripo_trl.verifier.judges import RulesJudge
 from veripo_trl.verifier.pairs import PairError, PairOptions, build_pairs, generation_of
 from veripo_trl.verifier.server import JudgeError, ServerJudge
-from veripo_trl.verifier.summary import card_facts, plot, print_summary, summarize
+from veripo_trl.verifier.summary import PairsSeen, card_facts, plot, print_summary, summarize
 from veripo_trl.verifier.verify import verify_stream
 
 RECIPES = Path(__file__).resolve().parent
@@ -167,7 +168,7 @@ def pushed_rollouts(folder: Path) -> dict | None:
     results = folder.absolute().parent / stages.RESULTS
     if folder.name != "rollouts" or not results.is_file():
         return None
-    pushed = (json.loads(results.read_text(encoding="utf-8")).get("hub") or {}).get("rollouts")
+    pushed = (read_json(results, remedy="Take it from a copy, or remove it.").get("hub") or {}).get("rollouts")
     return pushed and {key: pushed[key] for key in ("repo_id", "revision")}
 
 
@@ -182,15 +183,24 @@ def load_matching_template(name: str, templates: Iterable[str]):
     return template
 
 
-def load_tokenizer(name: str | None, policies: Iterable[str]):
-    """The tokenizer of that name, or of the rollouts' only policy."""
+def load_tokenizer(name: str | None, rollouts: files.RolloutFiles):
+    """The tokenizer of that name; else the one that the run beside the rollouts has saved, or their only policy's.
+
+    A policy outside of the working directory is recorded by the last part of its path. That is not a name on the Hub.
+    """
     from transformers import AutoTokenizer
 
-    policies = sorted(set(policies))
+    policies, given = sorted(rollouts.policies), "`tokenizer`"
     if name is None and len(policies) > 1:
         raise SystemExit(f"The rollouts are of several policies ({', '.join(policies)}): give `tokenizer`.")
-    name, given = (policies[0], "the rollouts' policy") if name is None else (name, "`tokenizer`")
+    if name is None:
+        runs = {file.absolute().parents[1] for file in rollouts.files if file.parent.name == "rollouts"}
+        places = [place for run in sorted(runs) for place in (run, *sorted(run.glob("checkpoint-*")))]
+        saved = [str(place) for place in places if (place / "tokenizer_config.json").is_file()]
+        name, given = [*saved, policies[0]][0], "the rollouts' policy"
     try:
+        if given != "`tokenizer`" and not Path(name).is_dir() and ("/" not in name or looks_local(name)):
+            raise OSError("no such folder, and not the name of a model on the Hub.")
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise SystemExit(
@@ -284,6 +294,16 @@ def judge_rollouts(
     return counts
 
 
+def lowest_and_highest(question: list[dict]) -> list[tuple]:
+    """Of a question's rollouts what `choose_solved` has to know: of every generation the extremes of accuracy."""
+    generations: dict[tuple, list[float]] = {}
+    for rollout in question:
+        generations.setdefault(generation_of(rollout), []).append(rollout["verdict"]["accuracy"])
+    name = question[0]["question_id"]
+    both = {g: (min(values), max(values)) if len(values) > 1 else values for g, values in generations.items()}
+    return [(name, generation, accuracy) for generation, values in both.items() for accuracy in values]
+
+
 def push(folder: Path, arguments: VerifyArguments, results: dict) -> dict[str, dict]:
     """Push verdicts and pairs with cards of what happened; what the Hub holds then. With the pairs goes solved.json,
     which the next GRPO run leaves out (`leave_out`)."""
@@ -321,13 +341,11 @@ def main(argv: list[str] | None = None) -> None:
                 raise SystemExit(f"hub_pairs_id and hub_verdicts_id: expected two datasets, both are {names.pop()!r}.")
         rollouts, inputs = find_rollouts(arguments)
         template = load_matching_template(arguments.prompt_template, rollouts.templates)
-        tokenizer = load_tokenizer(arguments.tokenizer, rollouts.policies)
+        tokenizer = load_tokenizer(arguments.tokenizer, rollouts)
         judge = make_judge(arguments)
         cache = open_cache(arguments, judge)
     except (files.RolloutFilesError, PromptError, JudgePromptError, JudgeError, HubError) as error:
         raise SystemExit(str(error)) from error
-    except CacheError as error:
-        raise SystemExit(f"verdict_cache: {error}") from error
     folder = open_folder(arguments.output_dir)  # after all that can be wrong with the arguments
     stages.save_arguments(str(folder), arguments, options)
     try:
@@ -335,20 +353,20 @@ def main(argv: list[str] | None = None) -> None:
             counts = judge_rollouts(rollouts, folder, judge, tokenizer, cache, arguments, options.ngram)
     except (JudgeError, SolutionError) as error:
         raise SystemExit(str(error)) from error
-    accuracies, questions = [], {}
+    accuracies, questions, pairs = [], {}, PairsSeen()
 
     def watched(groups: Iterable[list[dict]]) -> Iterator[list[dict]]:
         for group in tqdm(groups, desc="pairs", unit="question"):
             questions[group[0]["question_id"]] = content_of(group[0])
-            accuracies.extend((r["question_id"], generation_of(r), r["verdict"]["accuracy"]) for r in group)
+            accuracies.extend(lowest_and_highest(group))
             yield group
 
     judged = watched(files.judged_questions(rollouts, folder / "verdicts"))
     try:
-        pairs, dropped = build_pairs(judged, options, template=template)
+        found, dropped = build_pairs(judged, options, template=template, folder=folder)
     except PairError as error:
         raise SystemExit(str(error)) from error
-    files.write_files(pairs, folder / "pairs", files.PAIR_SCHEMA)
+    count = files.write_files(pairs.watch(found), folder / "pairs", files.PAIR_SCHEMA)
     solved = choose_solved(accuracies, share=arguments.drop_solved_share, seed=options.seed)
     contents = [questions[question] for question in solved["dropped"]]
     stages.write_json(folder / "solved.json", {**solved, "contents": contents})
@@ -356,7 +374,7 @@ def main(argv: list[str] | None = None) -> None:
     plot(folder / "pairs.png", summary, pairs, title=folder.name)
     print(f"\n{judge.summary()}")
     print_summary(summary, solved, pairs)
-    if not pairs:
+    if not count:
         print(
             "\nNo pairs. A pair needs a question with a right and consistent rollout and a worse one beside it; the "
             "table above says what was missing. DPO has nothing to train on."
@@ -385,7 +403,7 @@ def main(argv: list[str] | None = None) -> None:
     results["minutes"] = (time.time() - started) / 60
     stages.write_json(folder / stages.RESULTS, results)
     print(
-        f"\n{len(pairs)} pairs, verdicts, solved.json, pairs.png and {stages.RESULTS} are in {folder} "
+        f"\n{count} pairs, verdicts, solved.json, pairs.png and {stages.RESULTS} are in {folder} "
         f"({results['minutes']:.1f} minutes)",
         flush=True,
     )

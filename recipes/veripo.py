@@ -26,7 +26,9 @@ from pathlib import Path
 
 import yaml
 
-import veripo_trl  # noqa: F401  lets the screen's encoding lack characters
+from veripo_trl.disk import FileError, read_json, room_for, write_whole  # the package lets the screen lack characters
+from veripo_trl.secrets import without_secrets
+from veripo_trl.tables import print_table, write_json
 
 RECIPES = Path(__file__).resolve().parent
 CONFIGS = RECIPES / "configs"
@@ -34,7 +36,6 @@ DEFAULT_CONFIG = CONFIGS / "tiny" / "veripo.yaml"
 RESULTS = "results.json"  # a stage's folder that has it is finished
 MARKER = "VERIPO_RUN"  # in the environment of every process that a run starts
 TRAINING = ("sft_video.py", "grpo_video.py", "dpo_video.py")  # these make a policy and are launched by accelerate
-SECRET_NAMES = ("token", "key", "secret", "password")  # how names of variables end that must not be written down
 LOOP_KEYS = {"output_dir", "iterations", "seed", "accelerate", "stages", "iteration", "push_to_hub", "hub_prefix"}
 STAGE_KEYS = {
     "name", "recipe", "config", "overrides", "later_config", "later_overrides",
@@ -67,6 +68,7 @@ def read_loop(arguments: argparse.Namespace) -> dict:
     loop = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(loop, dict) or not isinstance(loop.get("iteration"), list):
         raise SystemExit(f"{path}: expected a mapping with `iteration:`, the list of stages that are repeated.")
+    refuse_secrets(str(path), loop)
     for key in ("output_dir", "iterations", "seed"):
         if getattr(arguments, key) is not None:
             loop[key] = getattr(arguments, key)
@@ -93,18 +95,12 @@ def read_loop(arguments: argparse.Namespace) -> dict:
 
 
 def check_judge(stage: dict, path: Path) -> None:
-    """Refuse a judge's command that is not one, that holds a secret, or whose server all the network would reach."""
+    """Refuse a judge's command that is not one, or whose server all the network would reach."""
     command = stage.get("judge_command")
     if command is None:
         return
     if not isinstance(command, list) or not command:
         raise SystemExit(f"{path}: stage {stage['name']!r}: judge_command: expected a list of words, got {command!r}.")
-    if any(str(word).startswith("--api-key") for word in command):
-        raise SystemExit(
-            f"{path}: stage {stage['name']!r}: judge_command holds a key, which run.json would show. Leave it out: with "
-            f"--host 127.0.0.1 only this machine reaches the judge; or let the command read it from an environment "
-            f"variable."
-        )
     vllm = any(Path(str(word)).name == "vllm" or str(word).startswith("vllm.") for word in command)
     if vllm and not any(str(word).startswith("--host") for word in command):
         raise SystemExit(
@@ -114,14 +110,13 @@ def check_judge(stage: dict, path: Path) -> None:
 
 
 def refuse_secrets(name: str, settings: dict) -> None:
-    """Refuse settings that hold a secret: they are written to run.json and to the stage's YAML."""
-    env = settings["env"] if isinstance(settings.get("env"), dict) else {}
-    held = [f"env {key}" for key in env if str(key).lower().endswith(SECRET_NAMES)]
-    held += ["hub_token"] if settings.get("hub_token") else []
+    """Refuse settings that hold a secret: they are written to run.json and to the stage's YAML, and printed."""
+    without_secrets(settings, held := [])
     if held:
         raise SystemExit(
-            f"stage {name}: {', '.join(held)} would be written to run.json. Set the environment variable instead "
-            f"(HF_TOKEN for the Hub), and take it out of the configuration."
+            f"{name}: {', '.join(held)} would be written to run.json. Take it out of the configuration and set an "
+            f"environment variable, which all that the loop starts can read (HF_TOKEN for the Hub). A judge's server "
+            f"needs no key: with --host 127.0.0.1 only this machine reaches it."
         )
 
 
@@ -172,7 +167,7 @@ def plan(loop: dict) -> list[dict]:
             if recipe in TRAINING:  # what a stage ends with; its checkpoints only where they are asked for
                 content.setdefault("hub_strategy", "end")
         settings = {**content, **wired, **overrides}
-        refuse_secrets(key, settings)
+        refuse_secrets(f"stage {key}", settings)
         stages.append(
             {
                 "name": key,
@@ -274,7 +269,8 @@ class Run:
     def __init__(self, folder: Path, loop: dict):
         self.folder, self.file = folder, folder / "run.json"
         if self.file.exists():
-            self.content = json.loads(self.file.read_text(encoding="utf-8"))
+            remedy = "Take it from a copy. Without one, choose another output_dir; the folders of its stages are whole."
+            self.content = read_json(self.file, remedy=remedy)
         else:
             self.content = {"name": folder.name, "stages": []}
         self.content["loop"] = loop
@@ -291,9 +287,7 @@ class Run:
         self.save()
 
     def save(self) -> None:
-        temporary = self.file.with_name(f".run.json.{os.getpid()}")
-        temporary.write_text(json.dumps(self.content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, self.file)
+        write_json(self.file, self.content)
 
     def forget(self, stages: list[dict]) -> None:
         """Move the folders of stages aside, so that they are done again; nothing is deleted."""
@@ -312,9 +306,12 @@ class Run:
 
 
 def read_results(stage: dict) -> dict | None:
-    """A stage's results.json, or None while it is not finished."""
+    """A stage's results.json without its history, or None while it is not finished."""
     file = Path(stage["output_dir"]) / RESULTS
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    if not file.exists():
+        return None
+    results = read_json(file, remedy="Remove it, and start the same command again: the stage's end is done anew.")
+    return {key: value for key, value in results.items() if key != "history"}
 
 
 @contextlib.contextmanager
@@ -368,17 +365,28 @@ def end_leftovers(folder: Path, patience_s: float = 20.0) -> None:
 # ---- running a stage ------------------------------------------------------------------------------------------------
 
 
+def add_to_log(file, part: bytes, *, lost: bool) -> bool:
+    """Write to a stage's log, for want of which no stage is to end; whether any part of it is lost, said once."""
+    try:
+        with room_for(file.name, len(part)):
+            file.write(part)
+    except FileError as error:
+        if not lost:
+            print(f"The log is not whole, the stage goes on. {error}", flush=True)
+        return True
+    return lost
+
+
 def run_logged(command: list[str], log: Path, env: dict) -> int:
     """Run a command, its output on the screen and at the end of a file. Returns its exit code."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as file:
+    with open(log, "ab", buffering=0) as file:
         started_again = "\n" if file.tell() else ""  # a killed run ends in the middle of a line
-        file.write(f"{started_again}$ {' '.join(command)}\n".encode())
+        lost = add_to_log(file, f"{started_again}$ {' '.join(command)}\n".encode(), lost=False)
         process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         try:
             while part := os.read(process.stdout.fileno(), 65536):
-                file.write(part)
-                file.flush()
+                lost = add_to_log(file, part, lost=lost)
                 sys.stdout.buffer.write(part)
                 sys.stdout.flush()
             return process.wait()
@@ -489,8 +497,7 @@ def do_stage(stage: dict, run: Run, accelerate: list[str], *, before: str | None
         run.put(entry | {"status": "skipped", "reason": reason, "finished": timestamp()})
         return run.entry(name)
     config = run.folder / "configs" / f"{name}.yaml"
-    config.parent.mkdir(exist_ok=True)
-    config.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_whole(config, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
     command = command_of(stage, config, accelerate)
     run.put(entry | {"status": "running", "command": command, "started_at": time.time()})
     print(f"\n=== {name}: {' '.join(command)}", flush=True)
@@ -563,8 +570,6 @@ def table_row(entry: dict) -> dict:
 
 def show(run: Run, stages: list[dict]) -> None:
     """Print the table; draw the curves and write the report, unless they are newer than the run's state."""
-    from veripo_trl.tables import print_table
-
     entries = [entry for stage in stages if (entry := run.entry(stage["name"])) is not None]
     settings = [stage["settings"] for stage in stages]
     reporting = sorted({s["report_judge"] for s in settings if "report_judge" in s} or {"rules"})
@@ -628,7 +633,13 @@ def dry_run(run: Run, stages: list[dict], first: int | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
+    try:
+        do_loop(parse_arguments(argv))
+    except FileError as error:
+        raise SystemExit(str(error)) from None
+
+
+def do_loop(arguments: argparse.Namespace) -> None:
     loop = read_loop(arguments)
     stages = plan(loop)
     first, last = chosen(stages, arguments.first, arguments.last)

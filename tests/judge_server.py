@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 REASONS = {
     200: "OK", 307: "Temporary Redirect", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found",
-    429: "Too Many Requests", 500: "Internal Server Error", 503: "Service Unavailable",
+    429: "Too Many Requests", 500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable",
 }  # fmt: skip
 
 
@@ -55,10 +55,11 @@ class JudgeServer:
     """`log`: one dict per request: `number, at (monotonic seconds), status, headers, body (parsed)`."""
 
     def __init__(
-        self, script: Script = honest, *, api_key: str | None = None, json_schema: bool = True, keep_log: bool = True
-    ):
+        self, script: Script = honest, *, api_key: str | None = None, json_schema: bool = True, keep_log: bool = True,
+        port: int = 0,
+    ):  # fmt: skip
         self.script, self.api_key, self.json_schema, self.keep_log = script, api_key, json_schema, keep_log
-        self.log: list[dict] = []
+        self.port, self.log = port, []
         self.requests = self.in_flight = self.most_in_flight = 0
         self.connections: set[asyncio.Transport] = set()
 
@@ -66,9 +67,9 @@ class JudgeServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/v1"
 
-    async def start(self, port: int = 0) -> None:
+    async def start(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.server = await self.loop.create_server(lambda: _Connection(self), "127.0.0.1", port)
+        self.server = await self.loop.create_server(lambda: _Connection(self), "127.0.0.1", self.port)
         self.port = self.server.sockets[0].getsockname()[1]
 
     def __enter__(self):

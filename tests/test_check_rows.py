@@ -210,6 +210,13 @@ def test_a_broken_check_goes_on_where_it_stopped(check_rows, run, tmp_path, enco
     with pytest.raises(SystemExit, match="rows_sha256"):
         check_rows.main(arguments)
 
+    before = partial.read_bytes()
+    partial.write_bytes(before.replace(b'{"question_id": "q1"', b'{"question_id" "q1"'))
+    run(rows)
+    with pytest.raises(SystemExit, match="m.jsonl.partial is damaged .*Remove it"):
+        check_rows.main(arguments)
+    partial.write_bytes(before)
+
     run(rows, frame_cache=str(tmp_path / "frames"))  # the cache changes no verdict
     encoded.stop_at = None
     assert check_rows.main(arguments) == 0
@@ -220,6 +227,16 @@ def test_a_broken_check_goes_on_where_it_stopped(check_rows, run, tmp_path, enco
 
     assert check_rows.main(arguments) == 0  # a finished check starts anew: files may have been repaired
     assert len(encoded) == 10
+
+
+def test_the_first_rows_only(check_rows, run, tmp_path, encoded):
+    config, output = run(rows := clip_rows(tmp_path / "media", 4)), str(tmp_path / "m.jsonl")
+    assert check_rows.main(["--config", str(config), "--output", output, "--num_workers", "0", "--limit", "2"]) == 0
+    assert encoded == ["q0", "q1"] and list(read_manifest(output)) == encoded
+    sources = [{"path": str(tmp_path / "rows.jsonl"), "media_root": str(tmp_path / "media")}]
+    with pytest.raises(RowError, match="does not know 2 rows"):  # never taken for good
+        load_rows(sources, manifest=output)
+    assert len(rows) == 4
 
 
 def test_workers_give_what_one_process_gives(check_rows, run, tmp_path):

@@ -1,5 +1,6 @@
 """The local judge, and the server judge against `transformers serve`: a tiny model with random weights, real wires."""
 
+import asyncio
 import json
 import os
 import re
@@ -97,12 +98,24 @@ def test_replies_are_read_and_go_to_their_items(model_path, monkeypatch):
         return [json.dumps({"concluded_answer": "AB"[n % 2], "consistent": n % 2 == 1, "reason": str(n)}) for n in words]
 
     monkeypatch.setattr(judge, "_generate", generate)
-    items = [{"place": n, "think": "So " * (n * 7 % 50), "answer": "B", "problem_type": "multiple choice",
+    items = [{"think": "So " * (n * 7 % 50), "answer": "B", "problem_type": "multiple choice",
               "options": ["A. x", "B. y"]} for n in range(1, 40)]  # fmt: skip
-    found = dict(judge.judge_stream(items))
-    reason = {n: int(found[n]["reason"]) - PROMPT.system.count("So ") for n in found}
-    assert reason == {n: n * 7 % 50 for n in range(1, 40)}
-    assert batches[0] == sorted(batches[0]) and max(map(len, batches)) == 4
+
+    async def ask():
+        return await asyncio.gather(*map(judge, items))
+
+    found = [int(verdict["reason"]) - PROMPT.system.count("So ") for verdict in asyncio.run(ask())]
+    assert found == [n * 7 % 50 for n in range(1, 40)]
+    lengths = [length for batch in batches for length in batch]
+    assert lengths == sorted(lengths) and list(map(len, batches)) == [4] * 9 + [3]  # little is padded
+
+
+def test_what_is_read_at_once_is_judged_in_full_batches(model_path, monkeypatch):
+    judge = LocalJudge(str(model_path), PROMPT, batch_size=4, max_new_tokens=4, device="cpu")
+    batches = []
+    monkeypatch.setattr(judge, "_generate", lambda prompts: batches.append(len(prompts)) or [None] * len(prompts))
+    list(verify_stream(rollouts(100), judge=judge, tokenizer=judge.tokenizer, cache=None))
+    assert batches == [4] * 25
 
 
 def test_padding_changes_no_reply(model_path):
@@ -119,9 +132,9 @@ def test_padding_changes_no_reply(model_path):
 
 def test_a_prompt_beyond_the_models_length_is_unknown(model_path):
     judge = LocalJudge(str(model_path), PROMPT, max_new_tokens=8192, device="cpu")
-    item = {"place": 3, "think": "so B", "answer": "B", "problem_type": "multiple choice", "options": None}
-    ((place, verdict),) = judge.judge_stream([item])
-    assert place == 3 and verdict["reason"].startswith("too long: ") and dict(judge.failures) == {"too long": 1}
+    item = {"think": "so B", "answer": "B", "problem_type": "multiple choice", "options": None}
+    verdict = asyncio.run(judge(item))
+    assert verdict["reason"].startswith("too long: ") and dict(judge.failures) == {"too long": 1}
 
 
 def test_a_model_without_a_chat_template_is_refused(model_path, tmp_path):

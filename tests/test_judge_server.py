@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -267,8 +268,8 @@ def test_a_server_that_dies_stops_the_run_and_a_new_one_continues(tmp_path):
                 return Reply()
 
             server.script = script
-            judge = make_judge(server.url, max_failures=8)
-            with pytest.raises(JudgeError, match="failed 8 requests in a row.*cache.*the same command continues"):
+            judge = make_judge(server.url, max_wait_s=0.3)
+            with pytest.raises(JudgeError, match="has been gone for 0.3 s.*cache.*the same command continues"):
                 verify(judge, 400, cache)
         stored = len(cache)
         assert 150 <= stored <= 210
@@ -277,9 +278,47 @@ def test_a_server_that_dies_stops_the_run_and_a_new_one_continues(tmp_path):
         assert server.requests == 400 - stored
 
 
-def test_an_error_of_the_callers_leaves_no_thread():
-    import threading
+@pytest.mark.parametrize("how", ["connection", "HTTP 502", "HTTP 503"])
+def test_a_server_that_restarts_is_waited_for(how, caplog):
+    """Longer than all tries of a request take; behind a proxy, the proxy answers meanwhile."""
+    gone_until = []
 
+    def script(number, body):
+        if number == 100 and how == "connection":
+            server.loop.call_soon(server.stopping.set)
+        elif number >= 100 and how != "connection":
+            gone_until[:] = gone_until or [time.monotonic() + 1]
+            return Reply(status=int(how[-3:]) if time.monotonic() < gone_until[0] else 200)
+        return Reply()
+
+    def start_again():
+        server.thread.join()
+        time.sleep(1)
+        with JudgeServer(port=server.port):
+            done.wait(60)
+
+    done = threading.Event()
+    with JudgeServer(script) as server, caplog.at_level(logging.WARNING):
+        if how == "connection":
+            threading.Thread(target=start_again, daemon=True).start()
+        judge = make_judge(server.url)
+        try:
+            assert consistencies(verify(judge, 400)) == expected(400)
+        finally:
+            done.set()
+    said = [record.message for record in caplog.records if record.name.startswith("veripo")]
+    assert re.match(rf"The judge at {server.url} is gone \({how}.*Waiting for it, 300 s at most", said[0]), said
+    assert said[1:] == [f"The judge at {server.url} is back after 1 s."] and judge.retries > 2 * 8 and not judge.failures
+
+
+def test_one_text_that_a_proxy_refuses_is_not_waited_for_forever():
+    with JudgeServer(lambda n, b: Reply(status=503) if "Case 5:" in str(b) else Reply()) as server:
+        judge = make_judge(server.url, max_wait_s=0.5)
+        verdicts = verify(judge)
+    assert dict(judge.failures) == {"HTTP 503": 1} and verdicts[5]["reason"] == "HTTP 503"
+
+
+def test_an_error_of_the_callers_leaves_no_connection():
     def broken():
         yield from rollouts(100)
         raise OSError("the disk is gone")
@@ -289,8 +328,12 @@ def test_an_error_of_the_callers_leaves_no_thread():
             list(verify_stream(broken(), judge=make_judge(server.url), tokenizer=Words(), cache=None))
         stream = verify_stream(rollouts(500), judge=make_judge(server.url), tokenizer=Words(), cache=None)
         next(stream)
+        assert server.connections
         stream.close()
-    assert "judge" not in {thread.name for thread in threading.enumerate()}
+        deadline = time.monotonic() + 10
+        while server.connections:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 # ------------------------------------------------------------------------------------------------------ the key

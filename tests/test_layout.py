@@ -17,7 +17,7 @@ RANKS = [
     {"answers", "math_worker", "rows", "prompts", "containers", "verifier.conclusions", "verifier.judges",
      "tiny.clips", "tiny.questions", "tiny.parser",
      "hub_cards", "plots", "report_page", "tables", "verifier.checks", "verifier.cache", "verifier.judge_prompts",
-     "verifier.local", "verifier.server", "verifier.pairs", "verifier.curriculum",
+     "disk", "secrets", "verifier.local", "verifier.server", "verifier.pairs", "verifier.curriculum",
      "verifier.summary"},
     {"positions", "preferences", "questions", "rollouts", "rewards", "frame_cache", "video_process", "video_worker",
      "policy", "tiny.model", "report_read", "verifier.verify", "verifier.files", "hub", "hub_runs"},

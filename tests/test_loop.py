@@ -18,6 +18,7 @@ from hub_server import HubServer
 from judge_server import JudgeServer, Reply
 
 from veripo_trl.rollouts import RolloutStore
+from veripo_trl.secrets import without_secrets
 from veripo_trl.tiny.parser import conclude
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -326,6 +327,53 @@ def test_loops_that_cannot_run(change, message, tmp_path):
     assert result.returncode == 1 and message in result.stderr and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"judge_command": ["vllm", "serve", "x", "--hf-token", "SECRET"]},
+        {"judge_command": ["vllm", "serve", "x", "--hf-token=SECRET", "--port", 1]},
+        {"judge_command": ["env", "OPENAI_API_KEY=SECRET", "vllm", "serve"]},
+        {"judge_command": ["bash", "-c", "export PORT=1 HF_TOKEN='SECRET'; vllm serve"]},
+        {"judge_command": ["bash", "-c", "vllm serve x --api-key SECRET"]},
+        {"judge_command": "vllm serve x --api-key SECRET"},
+        {"judge_command": ["proxy", "--header", "X-Api-Key: SECRET"]},
+        {"judge_command": ["proxy", "--header", "Authorization: Bearer SECRET"]},
+        {"judge_command": ["proxy", "hf_SECRETSECRETSECRETSECRET"]},
+        {"judge_health": "http://me:SECRET@127.0.0.1:1/health"},
+        {"overrides": {"judge_url": "http://127.0.0.1:1/v1?api_key=SECRET"}},
+        {"overrides": {"judge_request_options": '{"extra_body": {"token": "SECRET"}}'}},
+        {"overrides": {"model_init_kwargs": {"password": "SECRET"}}},
+        {"later_overrides": {"report_to": "sk-SECRETSECRETSECRETSECRET"}},
+    ],
+)
+def test_a_secret_anywhere_is_refused_and_not_printed(setting, tmp_path, capsys):
+    (tmp_path / "loop.yaml").write_text(yaml.safe_dump({"output_dir": "run", "iteration": [{**GRPO, **setting}]}))
+    with pytest.raises(SystemExit, match="iteration .* would be written to run.json") as ended:
+        loop_module().main(["--config", str(tmp_path / "loop.yaml"), "--dry-run"])
+    assert "SECRET" not in f"{ended.value} {capsys.readouterr()}"
+
+
+def test_what_is_no_secret_is_left_alone():
+    command = ["bash", "-c", "HF_TOKEN=$HF_TOKEN vllm serve", "--hf-token", "--port", 1, "--lora-modules", "monkey=x"]
+    command += ["--ssl-keyfile", "/etc/key.pem", "--revision", "a" * 40, "--served-model-name", "task-sk-learn"]
+    settings = {"judge_command": command, "eos_token": "<|im_end|>", "pad_token": "x", "hub_token": None}
+    settings |= {"judge_api_key_env": "MY_KEY", "tokenizer": "x", "env": {"HF_TOKEN": "$MINE", "MAX_TOKENS": "5"}}
+    shipped = [yaml.safe_load(file.read_text()) for file in (RECIPES / "configs").rglob("*.yaml")]
+    for value in (settings, shipped):
+        assert without_secrets(value, held := []) == value and not held
+
+
+def test_recorded_arguments_hold_no_secret(tmp_path):
+    from trl import SFTConfig
+
+    from veripo_trl import stages
+
+    arguments = SFTConfig(hub_token="hf_x", model_init_kwargs={"token": "t0p"}, eos_token="<|im_end|>", use_cpu=True)
+    stages.save_arguments(str(tmp_path), arguments)
+    record = (tmp_path / "_arguments.json").read_text()
+    assert "hf_x" not in record and "t0p" not in record and json.loads(record)["SFTConfig"]["eos_token"] == "<|im_end|>"
+
+
 def loop_module():
     spec = importlib.util.spec_from_file_location("veripo_loop", LOOP)
     loop = importlib.util.module_from_spec(spec)
@@ -388,6 +436,40 @@ def test_a_broken_redo_goes_on_with_the_same_command(quick):
     quick.fail.clear()
     assert quick("--from", "search-2") == ["align-2"]  # what was redone stays
     assert quick("--from", "search-2") == ["search-2", "verify-2", "align-2"]  # it was through: this is another redo
+
+
+def test_damaged_state_is_named(quick):
+    quick("--until", "search-1")
+    for file, remedy in (("search-1/results.json", "Remove it, and start the same"), ("run.json", "Take it from a copy")):
+        path = Path("outputs/veripo") / file
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        with pytest.raises(SystemExit, match=f"^outputs/veripo/{file} is damaged: expected a JSON object: .*{remedy}"):
+            quick()
+        path.write_bytes(content)
+    assert quick() == ALL_STAGES[2:]
+
+
+def test_the_runs_state_holds_no_curves(quick):
+    quick("--until", "cold-start")
+    history = [{"step": step, "loss": 0.1} for step in range(1000)]
+    Path("outputs/veripo/cold-start/results.json").write_text(json.dumps({"steps": 1000, "history": history}))
+    state_file = Path("outputs/veripo/run.json")
+    content = json.loads(state_file.read_text())
+    content["stages"][0]["status"] = "running"  # killed before the loop could note that it was finished
+    state_file.write_text(json.dumps(content))
+    quick("--until", "search-1")
+    assert state(Path("."), "veripo")["cold-start"]["results"] == {"steps": 1000}
+
+
+def test_a_full_disk_does_not_end_a_stage_for_its_log(tmp_path, capfdbinary):
+    log = tmp_path / "stage.log"
+    log.symlink_to("/dev/full")
+    code = "for n in range(3): print('step', n, flush=True)"
+    assert loop_module().run_logged([sys.executable, "-c", code], log, dict(os.environ)) == 0
+    shown = capfdbinary.readouterr().out.decode()
+    assert shown.count(f"The log is not whole, the stage goes on. {tmp_path}: No space left on device: stage.log") == 1
+    assert "step 2" in shown
 
 
 def test_without_pairs_the_policy_before_goes_on(quick):

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 
@@ -10,9 +11,17 @@ import pytest
 from veripo_trl.answers import is_well_formed, split_completion
 from veripo_trl.prompts import build_messages, load_template
 from veripo_trl.verifier.judges import judge_by_rules
-from veripo_trl.verifier.pairs import KINDS, PairError, PairOptions, build_pairs, join_for_reflection
+from veripo_trl.verifier import pairs as pairs_module
+from veripo_trl.verifier.pairs import KINDS, PairError, PairOptions, join_for_reflection
 
 TEMPLATE = load_template("tiny")
+
+
+def build_pairs(*arguments, **options):
+    pairs, dropped = pairs_module.build_pairs(*arguments, **options)
+    return list(pairs), dropped
+
+
 QUESTION = {
     "question_id": "q1",
     "problem": "Which colour is first?",
@@ -396,6 +405,27 @@ def test_the_first_pairs_are_a_fair_sample_of_the_questions():
     pairs, _ = build_pairs(many(), PairOptions(), template=TEMPLATE)
     first = {int(p["question_id"][1:]) for p in pairs[:40]}
     assert min(first) < 10 and max(first) >= 50 and len({p["kind"] for p in pairs[:40]}) == 3
+
+
+def test_the_pairs_of_many_questions_are_not_held_in_memory(tmp_path):
+    """Long texts: those of 100 questions would be 16 MB."""
+    long = "word " * 8000
+
+    def questions():
+        for number in range(100):
+            texts = [f"<think>{n} {long} {answer}.</think><answer>{answer}</answer>" for n, answer in enumerate("BBAA")]
+            made = [right, right, wrong, wrong]
+            yield [make(f"{number}-{n}", text=text, question_id=f"q{number}")
+                   for n, (make, text) in enumerate(zip(made, texts, strict=True))]  # fmt: skip
+
+    tracemalloc.start()
+    try:
+        options = PairOptions(kinds=["penalty"])
+        pairs, _ = pairs_module.build_pairs(questions(), options, template=TEMPLATE, folder=tmp_path)
+        assert sum(1 for _ in pairs) == 200 and tracemalloc.get_traced_memory()[1] < 4e6
+    finally:
+        tracemalloc.stop()
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_id_for_two_questions_is_refused():

@@ -1,6 +1,6 @@
 """From rollouts to verdicts: the judge's prompt and reply, the rule for contradictions, the stream and its cache."""
 
-import itertools
+import asyncio
 import json
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ from veripo_trl.verifier.judge_prompts import (
     read_reply,
     settle,
 )
-from veripo_trl.verifier.judges import RulesJudge, judge_by_rules
+from veripo_trl.verifier.judges import Judge, RulesJudge, judge_by_rules
 from veripo_trl.verifier.files import VERDICT_SCHEMA, write_files
 from veripo_trl.verifier.verify import BATCH, MAX_OPEN, verify_stream
 
@@ -31,7 +31,7 @@ OPTIONS = ["A. red", "B. blue", "C. green", "D. yellow"]
 
 
 def make_item(think: str, answer: str, kind: str = "multiple choice", options: list[str] = OPTIONS) -> dict:
-    return {"place": 0, "think": think, "answer": answer, "problem_type": kind,
+    return {"think": think, "answer": answer, "problem_type": kind,
             "options": options if kind == "multiple choice" else []}  # fmt: skip
 
 
@@ -258,26 +258,26 @@ def test_the_verdict_from_a_reply(concluded, said, answer, kind, expected):
 # ----------------------------------------------------------------------------------------------------- the stream
 
 
-class ScriptedJudge:
-    """The protocol without a model: answers honestly, some later than others."""
+class ScriptedJudge(Judge):
+    """Answers honestly; `slow`: the first asked waits until no more are asked, and others for times of their own."""
 
     caches, max_think_chars, prompt_version = True, 1000, "v1"
 
-    def __init__(self, prompt, *, name="scripted", delay=0):
-        self.name, self.prompt, self.delay, self.asked = name, prompt, delay, []
+    def __init__(self, prompt, *, name="scripted", concurrency=1, slow=False):
+        super().__init__()
+        self.name, self.prompt, self.concurrency, self.slow, self.asked = name, prompt, concurrency, slow, []
 
-    def judge_stream(self, items):
-        held = []
-        for item in itertools.chain(items, itertools.repeat(None, 1)):
-            if item is not None:
-                self.asked.append(item)
-                held.append(item)
-            if item is None and not held:
-                yield None, None
-            while held and (item is None or len(held) > self.delay):
-                one = held.pop()  # the last first: any order will do
-                reply = honest_verdict(judge_messages(self.prompt, one)[-1]["content"])
-                yield one["place"], {**settle(reply, one), "reply": reply}
+    async def __call__(self, item):
+        self.asked.append(item)
+        if self.slow and len(self.asked) == 1:
+            known = 0
+            while len(self.asked) > known:
+                known = len(self.asked)
+                await asyncio.sleep(0.2)
+        elif self.slow:
+            await asyncio.sleep(hash(item["think"]) % 10 / 1000)
+        reply = honest_verdict(judge_messages(self.prompt, item)[-1]["content"])
+        return {**settle(reply, item), "reply": reply}
 
 
 def numbered(count: int, *, distinct: int | None = None) -> list[dict]:
@@ -309,10 +309,10 @@ def test_verdicts_by_rules(tokenizer):
     assert verdicts[11]["reason"].startswith("no spans:")
 
 
-@pytest.mark.parametrize("delay", [0, 1, 50, 10_000])
-def test_input_order_whatever_order_the_judge_answers_in(delay, tokenizer, prompt):
+@pytest.mark.parametrize("concurrency", [1, 50, 10_000])
+def test_input_order_whatever_order_the_judge_answers_in(concurrency, tokenizer, prompt):
     rollouts = numbered(500)
-    judge = ScriptedJudge(prompt, delay=delay)
+    judge = ScriptedJudge(prompt, concurrency=concurrency, slow=concurrency > 1)
     verdicts = list(verify_stream(rollouts, judge=judge, tokenizer=tokenizer, cache=None))
     assert [verdict["rollout_id"] for verdict in verdicts] == [rollout["rollout_id"] for rollout in rollouts]
     assert [verdict["concluded_answer"] for verdict in verdicts] == ["ABCD"[n % 4] for n in range(500)]
@@ -321,7 +321,7 @@ def test_input_order_whatever_order_the_judge_answers_in(delay, tokenizer, promp
 
 def test_equal_texts_are_asked_once_and_a_second_run_asks_nothing(tmp_path, tokenizer, prompt):
     rollouts = numbered(400, distinct=90)
-    first = ScriptedJudge(prompt, delay=30)
+    first = ScriptedJudge(prompt, concurrency=30, slow=True)
     with VerdictCache(tmp_path / "verdicts.sqlite") as cache:
         verdicts = list(verify_stream(rollouts, judge=first, tokenizer=tokenizer, cache=cache))
         assert len(first.asked) == len({item["think"] for item in first.asked}) == len(cache) == 90
@@ -355,17 +355,18 @@ def test_memory_is_bounded(cached, tmp_path, tokenizer, prompt):
 
     def rollouts():
         nonlocal read
-        for rollout in numbered(3 * MAX_OPEN, distinct=50 if cached else None):
+        for rollout in numbered(2 * MAX_OPEN, distinct=50 if cached else None):
             read += 1
             yield rollout
 
-    judge = ScriptedJudge(prompt, delay=0 if cached else 10**9)
+    judge = ScriptedJudge(prompt, concurrency=1 if cached else 50, slow=not cached)
     with VerdictCache(tmp_path / "c.sqlite") as cache:
         for _ in verify_stream(rollouts(), judge=judge, tokenizer=tokenizer, cache=cache if cached else None):
             yielded += 1
             most_ahead = max(most_ahead, read - yielded)
-    assert yielded == 3 * MAX_OPEN
+    assert yielded == 2 * MAX_OPEN
     assert most_ahead <= (3 * BATCH if cached else MAX_OPEN + BATCH)
+    assert cached or most_ahead > MAX_OPEN  # one slow reply does not hold up the others
 
 
 def test_nothing_comes_of_nothing(tokenizer):

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from hub_server import HubServer
 from judge_server import JudgeServer, Reply
+from test_disk import files_of_at_most
 
 from veripo_trl import preferences
+from veripo_trl.disk import FileError
 from veripo_trl.hub import push_folder
 from veripo_trl.preferences import load_pairs
 from veripo_trl.prompts import load_template
@@ -24,6 +28,7 @@ from veripo_trl.rollouts import RolloutStore
 from veripo_trl.rows import content_of
 from veripo_trl.rows import RowError
 from veripo_trl.verifier import files
+from veripo_trl.verifier.cache import CacheError
 from veripo_trl.verifier.summary import shown
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "verify_rollouts.py"
@@ -200,6 +205,22 @@ def test_only_the_first_process_of_a_launcher_works(recipe, tmp_path, policy, mo
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.parametrize("place", [".", "checkpoint-4"])
+def test_the_tokenizer_is_the_one_that_the_run_has_saved(recipe, tmp_path, policy, place, monkeypatch):
+    """A model outside of the working directory is recorded as "qwen": whoever has a repository of that name."""
+    store = make_rollouts(tmp_path / "grpo" / "rollouts", "qwen")
+    with HubServer() as hub:
+        hub.use_in_this_process(monkeypatch, tmp_path / "hf_home")
+        with pytest.raises(SystemExit, match="(?s)No tokenizer in 'qwen', the rollouts' policy: no such folder.*Give"):
+            recipe.main(config(tmp_path, rollouts=[str(store.folder)]))
+        (tmp_path / "grpo" / place).mkdir(exist_ok=True)
+        for file in policy.glob("token*"):
+            shutil.copy(file, tmp_path / "grpo" / place)
+        recipe.main(config(tmp_path, rollouts=[str(store.folder)]))
+        assert not hub.log
+    assert {verdict["think_tokens"] > 0 for verdict in read(tmp_path / "outputs" / "verify" / "verdicts")} == {True}
+
+
 # ---- refused, before anything is moved or written ----------------------------------------------------------------
 
 
@@ -270,7 +291,7 @@ def settings(**given):
 REFUSED = [
     (twice, r"48 rollout ids are there more than once:\n  'run/step0-part0-rank0-0' in .*/rollouts/.*and in .*/more/"),
     (foreign_file, r"table.parquet: not the rollouts of a GRPO run: no column rollout_id, .*it has question_id, text"),
-    (cut_file, r"rollouts-step0000001.*expected a parquet file of rollouts; it cannot be read"),
+    (cut_file, r"rollouts-step0000001.*not a readable Parquet file"),
     (wrong_type, r"step0000000.*columns of other types than a rollout's: videos int64; expected videos list"),
     (one_null, r"48 rollouts without `completion`|24 rollouts without `completion`"),
     (no_rollouts, r"rollouts: expected a folder with the rollouts of a GRPO run.*no parquet file is in it"),
@@ -290,7 +311,7 @@ REFUSED = [
     (settings(judge="local", judge_model="x", judge_request_options={"max_tokens": 9, "dtype": "auto"}),
      r"judge: local does not know max_tokens; expected any of revision, dtype, device, batch_size, max_new_tokens"),
     (settings(judge="local", judge_model="x", judge_request_options={"dtype": "int4"}), r"'x' cannot be loaded: dtype: "),
-    (cache_is_another_file, r"verdict_cache: .*rollouts/.*expected a cache of verdicts"),
+    (cache_is_another_file, r"verdict_cache .*rollouts/.*expected a cache of verdicts"),
     (settings(judge="local", judge_model="x", judge_prompt="absent"), r"judge_prompt 'absent': no such file"),
     (settings(kinds=["length"]), r"kinds: expected some of .*got \['length'\]. Nothing was run"),
     (settings(max_pair=3), r"unknown key 'max_pair' \(close: max_penalty"),
@@ -308,7 +329,7 @@ def test_refused(recipe, tmp_path, policy, make, message):
     finished = tmp_path / "outputs" / "verify"
     finished.mkdir(parents=True)
     (finished / "results.json").write_text("{}")
-    with pytest.raises((SystemExit, files.RolloutFilesError), match=f"(?s){message}"):
+    with pytest.raises((SystemExit, FileError, CacheError), match=f"(?s){message}"):
         recipe.main(config(tmp_path, **changes))
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["verify"]  # not moved aside
 
@@ -366,6 +387,44 @@ def test_files_that_another_library_wrote(tmp_path, policy):
 def test_text_for_the_screen():
     assert shown("a\x1b[31m\nb\u202e") == "a�[31m b�"
     assert shown("x" * 1000, limit=10) == "xxxxx … xxxxx"
+
+
+@pytest.mark.parametrize("what", ["rollouts", "pairs"])
+def test_a_flipped_bit_is_never_used(recipe, tmp_path, policy, what):
+    store = make_rollouts(tmp_path / "rollouts", policy, steps=1)
+    recipe.main(config(tmp_path))
+    folder = tmp_path / "outputs" / "verify" / "pairs"
+    file = store.files()[0] if what == "rollouts" else folder / "pairs-00000.parquet"
+
+    def read_all():
+        if what == "rollouts":
+            return list(files.open_rollouts(store.files()))
+        return load_pairs([{"path": str(folder), "media_root": str(tmp_path)}], template=TEMPLATE).dataset[:]
+
+    content, right, flip, refused = file.read_bytes(), read_all(), random.Random(0), 0
+    for _ in range(60):
+        damaged = bytearray(content)
+        damaged[flip.randrange(len(content))] ^= 1 << flip.randrange(8)
+        file.write_bytes(damaged)
+        try:
+            assert read_all() == right
+        except (FileError, files.RolloutFilesError, RowError) as error:
+            assert file.name in str(error)
+            refused += 1
+    assert refused > 25
+
+
+def test_a_full_disk_and_the_same_command_again(recipe, tmp_path, policy):
+    make_rollouts(tmp_path / "rollouts", policy, copies=9)
+    folder = tmp_path / "outputs" / "verify"
+    for at_most, name in ((6_000, "verdicts-00000.parquet"), (30_000, "pairs")):
+        with files_of_at_most(at_most), pytest.raises(FileError, match=rf"^{folder}[/\w]*: File too large: {name} needs"):
+            recipe.main(config(tmp_path))
+        assert not list(folder.rglob(".*")) and not (folder / "results.json").exists()
+    recipe.main(config(tmp_path))
+    recipe.main(config(tmp_path, output_dir=str(tmp_path / "unbroken")))
+    for name in ("verdicts/verdicts-00000.parquet", "pairs/pairs-00000.parquet", "solved.json"):
+        assert (folder / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
 
 
 # ---- a judge's server, and SIGKILL ----------------------------------------------------------------------------------

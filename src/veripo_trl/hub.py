@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-import pyarrow.parquet as pq
 from huggingface_hub import HfApi, constants, get_token, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -24,8 +23,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.file_download import repo_folder_name
-from pyarrow import ArrowInvalid
 
+from .disk import FileError, read_parquet, write_whole
 from .hub_cards import TAG, dataset_card, model_card, read_card, shown_name, tagged, tags_of
 
 __all__ = ["HubError", "Pushed", "dataset_card", "fetch_dataset", "fetch_file", "input_revision", "model_card",
@@ -169,13 +168,11 @@ def find_files(folder: Path, patterns: list[str]) -> list[str]:
 def refuse_absolute_paths(file: Path) -> None:
     """Raise HubError if a parquet file names media or a policy by a path of this machine, or cannot be read."""
     try:
-        parquet = pq.ParquetFile(file)
-    except ArrowInvalid as error:
-        raise HubError(f"{file}: expected a parquet file; it cannot be read: {error}. Nothing was pushed.") from error
-    columns = [name for name in ("videos", "images", "policy") if name in parquet.schema_arrow.names]
-    for batch in parquet.iter_batches(columns=columns) if columns else ():
-        for name in columns:
-            column = batch.column(name)
+        table = read_parquet(file)
+    except FileError as error:
+        raise HubError(f"{error} Nothing was pushed.") from error
+    for name in ("videos", "images", "policy"):
+        for column in table[name].chunks if name in table.column_names else ():
             values = column if name == "policy" else column.flatten()
             for value in values.unique().to_pylist():
                 leaves = name == "policy" and value is not None and shown_name(value) != value
@@ -189,9 +186,7 @@ def refuse_absolute_paths(file: Path) -> None:
 
 def write_card(folder: Path, card: str) -> None:
     """Write a folder's README.md whole or not at all."""
-    temporary = folder / f"_README.{os.getpid()}"
-    temporary.write_text(card, encoding="utf-8")
-    os.replace(temporary, folder / "README.md")
+    write_whole(folder / "README.md", card.encode())
 
 
 def prepare_repo(repo_id: str, *, repo_type: str, private: bool, branch: str = "main", token: str | None = None) -> str:

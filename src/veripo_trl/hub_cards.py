@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import yaml
+
+from .disk import read_parquet
 
 TAG = "veripo_trl"  # of every card that is pushed: it tells repositories that a push of ours made from all others
 METHOD = (
@@ -130,7 +131,7 @@ def rollout_counts(files: Iterable[Path]) -> tuple[dict[str, object], str]:
     columns = ["question_id", "problem_type", "step", "finish_reason", "policy"]
     questions, steps, policies, kinds, cut, total = set(), set(), set(), Counter(), 0, 0
     for file in files:
-        table = pq.read_table(file, columns=columns).to_pydict()
+        table = read_parquet(file, columns).to_pydict()
         questions.update(table["question_id"])
         steps.update(table["step"])
         policies.update(table["policy"])

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from . import hub
+from .disk import read_json
 from .hub_cards import dataset_card, model_card, rollout_counts, shown_name
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -103,7 +104,7 @@ def local_pairs(folder: Path) -> dict[str, dict | str]:
     arguments = folder / "_arguments.json"
     if not arguments.exists():
         return {}
-    sources = json.loads(arguments.read_text(encoding="utf-8")).get("PairArguments", {}).get("pairs") or []
+    sources = _read(arguments).get("PairArguments", {}).get("pairs") or []
     found = {}
     for path in (Path(source["path"]).expanduser() for source in sources):
         if not path.exists():  # of the Hub, and among the run's inputs
@@ -117,7 +118,7 @@ def local_pairs(folder: Path) -> dict[str, dict | str]:
 
 
 def _read(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_json(file, remedy="Take it from a copy, or remove it: cards then do not name what it was pushed to.")
 
 
 def _base(name: str, revision: str | None) -> dict:
@@ -126,7 +127,7 @@ def _base(name: str, revision: str | None) -> dict:
     if not folder.is_dir():
         return {"base": name, "base_revision": revision, "base_on_hub": hub.HUB_ID.fullmatch(name) is not None}
     results = folder / "results.json"
-    pushed = json.loads(results.read_text(encoding="utf-8")).get("hub") if results.exists() else None
+    pushed = _read(results).get("hub") if results.exists() else None
     if pushed:
         pushed = pushed["model"]
         return {"base": pushed["repo_id"], "base_revision": pushed["revision"], "base_on_hub": True}

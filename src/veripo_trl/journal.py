@@ -13,9 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .disk import room_for
 from .encoding import EncodedPrompt, PromptEncoder
 from .evaluate import Waiting, describe_completion, encoded_batches
 from .questions import place_image
+from .tables import write_json
 
 
 class JournalError(RuntimeError):
@@ -82,7 +84,9 @@ class Journal:
         whole = content[: content.rfind(b"\n") + 1]
         found = _parse(whole.split(b"\n", 1)[0]) if whole else header
         if found is None or found.get("journal") != 1:
-            raise JournalError(f"{path}: not a journal of an evaluation. Choose another output_path.")
+            raise JournalError(
+                f"{path}: not a journal of an evaluation, or a damaged one. Choose another output_path, or remove it."
+            )
         if found != header:
             differing = sorted(name for name in {*found, *header} if found.get(name) != header.get(name))
             told = "; ".join(f"{name}: {_short(found.get(name))} → {_short(header.get(name))}" for name in differing)
@@ -121,22 +125,20 @@ class Journal:
 
     def _write(self, text: str) -> None:
         # One write in append mode: lines of several processes do not mix.
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            rest = memoryview(text.encode())
+        rest = memoryview(text.encode())
+        with room_for(self.path, len(rest)), open(self.path, "ab", buffering=0) as file:
             while rest:
-                rest = rest[os.write(descriptor, rest) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
 
 
 def _parse(line: bytes) -> dict | None:
-    """A line, or None for one that a killed process did not finish: its row is done again."""
+    """A line, or None for one that a killed process did not finish, or that is damaged: its row is done again."""
     try:
-        return json.loads(line)
-    except ValueError:
+        parsed = json.loads(line)
+    except (ValueError, RecursionError):
         return None
+    return parsed if isinstance(parsed, dict) and ("journal" in parsed or isinstance(parsed.get("key"), str)) else None
 
 
 def _short(value: Any) -> str:
@@ -283,21 +285,10 @@ def write_outputs(files: OutputFiles, questions: list[dict], journal: Journal, s
         truth = raw["answer"] if "processed_question" in raw else raw["solution"]
         results.append({"question": raw, "ground_truth": truth, "model_output": line.get("model_output", "")})
         records.append({name: value for name, value in line.items() if name != "model_output"})
-    write_whole(files.record, {"settings": settings, "errors": len(errors), "rows": records})
+    write_json(files.record, {"settings": settings, "errors": len(errors), "rows": records})
     if errors:
-        write_whole(files.errors, errors)
+        write_json(files.errors, errors)
     else:
         files.errors.unlink(missing_ok=True)
-    write_whole(files.output, results)
+    write_json(files.output, results)
     return errors
-
-
-def write_whole(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all, and have it on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

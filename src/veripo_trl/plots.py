@@ -13,6 +13,8 @@ from pathlib import Path
 
 import matplotlib
 
+from .disk import write_whole
+
 DECODINGS = ("sampled", "greedy")
 COLOURS = ("#2457c5", "#c2571a", "#7d8794", "#b9a27f")
 MEASURES = (  # of the held-out evaluation: key, title, percent, which direction is better
@@ -120,7 +122,9 @@ def save_charts(path: Path, charts: list[dict], *, title: str) -> None:
             axis.set_title(chart["title"], fontsize=10)
             draw(axis, chart)
         figure.suptitle(title, fontsize=11, parse_math=False)
-        figure.savefig(path, dpi=120)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=120)
+        write_whole(path, buffer.getvalue())
 
     _with_figure((3.4 * columns, 2.8 * rows), write)
 

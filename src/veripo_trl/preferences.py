@@ -7,10 +7,11 @@ import pyarrow as pa
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from .disk import read_parquet
 from .hub import fetch_dataset, input_revision
 from .policy import looks_local
 from .prompts import PromptTemplate
-from .rows import RowError, read_parquet, read_rows, rows_to_dataset
+from .rows import RowError, read_rows, rows_to_dataset
 from .verifier.pairs import KINDS
 
 # What a pair has beside its question's columns.

@@ -8,7 +8,6 @@ hashes of our own script and style) lets nothing else run or load.
 import base64
 import io
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import report_read
+from .disk import write_whole
 from .report_page import embed, render
 from .rows import RowError, resolve_media
 from .video import MediaError, VideoLoader, VideoSettings, load_image
@@ -80,10 +80,7 @@ def write_report(
         sample={"seed": seed, "questions": len(sizes), "pairs": all_pairs},
     )
     path = Path(output) if output is not None else Path(runs[0]) / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(page.encode("utf-8", "backslashreplace"))  # half a surrogate pair would not be UTF-8
-    os.replace(temporary, path)
+    write_whole(path, page.encode("utf-8", "backslashreplace"))  # half a surrogate pair would not be UTF-8
     return path
 
 

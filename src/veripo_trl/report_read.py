@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
+from .disk import FileError, read_parquet
 from .rollouts import RolloutStore
-from .rows import RowError, content_of, read_parquet
+from .rows import content_of
 
 MAX_ROLLOUTS = 64  # of one question on the page
 MAX_PAIRS = 400
@@ -194,8 +195,8 @@ def survey(stages: list[dict], *, progress: bool) -> tuple[list[dict], dict[str,
 def _read(path: Path, columns: list[str] | None = None) -> pa.Table:
     try:
         return read_parquet(path, columns)
-    except RowError as error:
-        raise ReportError(f"{error} Without it: remove it.") from None
+    except FileError as error:
+        raise ReportError(str(error)) from error
 
 
 def _accuracies(table: pa.Table):

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+
+from .disk import read_parquet, write_parquet
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +53,8 @@ class RolloutStore:
         """
         rewards = pa.struct([(name, pa.float64()) for name in reward_names])
         schema = pa.schema([*SCHEMA_FIELDS, ("rewards", rewards)])
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"rollouts-step{step:07d}-part{part:04d}-rank{rank:04d}.parquet"
-        temporary = path.with_suffix(f".tmp-{os.getpid()}")
-        pq.write_table(pa.Table.from_pylist(rollouts, schema=schema), temporary)
-        os.replace(temporary, path)
+        write_parquet(pa.Table.from_pylist(rollouts, schema=schema), path)
         return path
 
     def files(self) -> list[Path]:
@@ -65,11 +63,11 @@ class RolloutStore:
 
     def read(self) -> list[dict]:
         """All rollouts, in the order of steps and processes."""
-        return [row for path in self.files() for row in pq.read_table(path).to_pylist()]
+        return [row for path in self.files() for row in read_parquet(path).to_pylist()]
 
     def count(self) -> int:
         """The number of rollouts in the store."""
-        return sum(pq.read_metadata(path).num_rows for path in self.files())
+        return sum(len(read_parquet(path, ["rollout_id"])) for path in self.files())
 
     def set_aside_from(self, step: int) -> int:
         """Move the files of `step` and later out of the store, into `set_aside/`.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import answers
+from .disk import FileError, read_parquet
 from .tables import printable
 
 if TYPE_CHECKING:
@@ -359,7 +360,10 @@ def _read_file(file: Path) -> list[tuple[str, int, Any]]:
     if not is_data_file(file):
         raise RowError(f"{file}: expected a {', '.join(SUFFIXES)} file (JSON also as {' or '.join(COMPRESSED)}).")
     if file.suffix == ".parquet":
-        return _records(str(file), read_parquet(file))
+        try:
+            return _records(str(file), read_parquet(file))
+        except FileError as error:
+            raise RowError(str(error)) from error
     if uncompressed(file).suffix == ".jsonl":
         lines = enumerate(_content(file).splitlines(), start=1)
         records = [(str(file), number, _parse(line, file, number)) for number, line in lines if line.strip()]
@@ -397,20 +401,6 @@ def _parse(content: bytes, file: Path, line: int) -> Any:
         line += content.count(b"\n", 0, found.end() if found else 0)
         reason = "a number of over 4,300 digits, or a value nested hundreds deep. Correct or remove it."
     raise RowError(f"{file}, line {line}: {reason}")
-
-
-def read_parquet(file: str | Path, columns: list[str] | None = None):
-    """A Parquet file's pyarrow.Table, its pages' checksums compared where it has some. Raises RowError."""
-    from pyarrow import parquet
-
-    with _named_where_damaged(file, "Parquet file"):
-        # ParquetFile, which reads no partitions out of folders' names
-        with parquet.ParquetFile(file, page_checksum_verification=True) as opened:
-            table = opened.read(columns=columns)
-        table.validate(full=True)  # UTF-8, which reading does not look at
-    if missing := sorted(set(columns or ()) - set(table.column_names)):
-        raise RowError(f"{file}: no column {', '.join(missing)}; it has {', '.join(table.column_names)}.")
-    return table
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from trl.models import unwrap_model_for_generation
 
 from .answers import SolutionError
+from .disk import FileError
 from .encoding import PromptEncoder, PromptTooLongError
 from .evaluate import generate, summarize
 from .hub import HUB_ID, SHA, HubError, fetch_file, input_revision
@@ -32,9 +33,11 @@ from .plots import save_charts, training_charts
 from .policy import LANGUAGE_MODEL_LINEAR, SEEING, load_policy, read_settings
 from .prompts import PromptError, load_template
 from .rows import RowError, check_media, content_of, is_data_file, load_rows
+from .secrets import without_secrets
 from .tables import print_table, write_json
 from .tiny.parser import judge as judge_by_templates
 from .tiny.world import WorldError
+from .verifier.cache import CacheError
 from .verifier.judges import judge_by_rules
 from .video import MediaError, VideoLoader, VideoSettings
 from .video_process import DecoderError
@@ -193,7 +196,8 @@ def run(main) -> int | None:
     try:
         return main()
     except (
-        RowError, PromptError, MediaError, DecoderError, PromptTooLongError, SolutionError, WorldError, HubError
+        RowError, PromptError, MediaError, DecoderError, PromptTooLongError, SolutionError, WorldError, HubError,
+        FileError, CacheError,
     ) as error:  # fmt: skip
         raise SystemExit(f"{type(error).__name__}: {message_of(error)}") from None
 
@@ -576,11 +580,9 @@ def result_row(when: str, decoding: str, summary: dict) -> dict:
 def save_arguments(output_dir: str, *arguments) -> None:
     """Record what a run was started with, secrets left out."""
     record = {type(item).__name__: asdict(item) for item in arguments}
-    for values in record.values():
-        for key in [key for key in values if key.endswith("token")]:
-            values.pop(key)
+    record = without_secrets(json.loads(json.dumps(record, default=str)), [])
     # Named so that the trainer's push leaves it out: it may hold paths of this machine.
-    write_json(Path(output_dir) / "_arguments.json", json.loads(json.dumps(record, default=str)))
+    write_json(Path(output_dir) / "_arguments.json", record)
 
 
 def finish(

@@ -2,10 +2,11 @@
 
 import json
 import math
-import os
 import re
 import sys
 from pathlib import Path
+
+from .disk import write_whole
 
 # All but line ends and tabs: a terminal would obey what a file's name, a row or a model brings along.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -20,12 +21,8 @@ def printable(text: str) -> str:
 
 
 def write_json(path: str | Path, content) -> None:
-    """Write JSON whole or not at all; NaN becomes null."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write JSON whole or not at all, to the disk itself; NaN becomes null."""
+    write_whole(path, (json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def finite(value):

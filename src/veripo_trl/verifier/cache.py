@@ -1,8 +1,10 @@
 """Judges' replies on disk, by content: what was asked once is not asked again."""
 
+import contextlib
 import hashlib
 import json
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -21,7 +23,7 @@ class VerdictCache:
     def __init__(self, path: str | Path):
         """Raises CacheError if `path` is a file of another kind, or cannot be opened and written."""
         self.path = Path(path).expanduser()
-        try:
+        with self._usable("expected a cache of verdicts (SQLite), or no file yet"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.connection = sqlite3.connect(self.path, isolation_level=None, timeout=60)
             # With a write-ahead log a commit is an append; NORMAL leaves out the wait for the disk, which only a power
@@ -32,10 +34,17 @@ class VerdictCache:
                 "CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, judge TEXT, prompt_version TEXT, reply TEXT) "
                 "WITHOUT ROWID"
             )
-        except (sqlite3.Error, OSError) as error:
+
+    @contextlib.contextmanager
+    def _usable(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError, ValueError) as error:
+            full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+            remedy = "Make room on its disk" if full else "Name another file, or remove this one"
             raise CacheError(
-                f"{self.path}: expected a cache of verdicts (SQLite), or no file yet: {error}. Name another file, or "
-                "remove this one."
+                f"verdict_cache {self.path}: {what}: {error}. {remedy}, then start the same command again: what the "
+                "cache does not hold is asked for."
             ) from error
 
     @staticmethod
@@ -45,15 +54,18 @@ class VerdictCache:
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
 
     def get(self, key: bytes) -> dict | None:
-        found = self.connection.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
-        return None if found is None else json.loads(found[0])
+        with self._usable("it is damaged"):
+            found = self.connection.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
+            return None if found is None else json.loads(found[0])
 
     def put(self, key: bytes, reply: dict, *, judge: str, prompt_version: str) -> None:
         row = (key, judge, prompt_version, json.dumps(reply))
-        self.connection.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", row)
+        with self._usable(f"a reply of {len(row[3]):,} bytes cannot be stored"):
+            self.connection.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", row)
 
     def __len__(self) -> int:
-        return self.connection.execute("SELECT COUNT(*) FROM replies").fetchone()[0]
+        with self._usable("it is damaged"):
+            return self.connection.execute("SELECT COUNT(*) FROM replies").fetchone()[0]
 
     def close(self) -> None:
         self.connection.close()

@@ -1,7 +1,6 @@
 """Files of the verifier: rollouts in, verdicts and preference pairs out, a bounded number of them in memory."""
 
 import itertools
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -9,8 +8,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from ..disk import FileError, open_parquet, read_parquet, write_parquet
 from ..rollouts import SCHEMA_FIELDS
 
 _UNREAD = ("completion_tokens", "advantage", "seed")
@@ -54,7 +53,7 @@ BATCH = 5_000  # rollouts per read, rows per written file
 GROUPED_AT_ONCE = 50_000  # rollouts in memory while pairs are built
 
 
-class RolloutFilesError(ValueError):
+class RolloutFilesError(FileError):
     """Files that are not the rollouts of finished generations, each once."""
 
 
@@ -126,22 +125,20 @@ def open_rollouts(files: Iterable[Path], *, limit: int | None = None) -> Rollout
 
 def _places(rollout_id: str, files: list[Path]) -> list[str]:
     """The files that hold a rollout id, one as often as it does."""
-    found = {file: pq.read_table(file, columns=["rollout_id"])[0].to_pylist().count(rollout_id) for file in files}
+    found = {file: read_parquet(file, ["rollout_id"])[0].to_pylist().count(rollout_id) for file in files}
     return [str(file) for file, count in found.items() for _ in range(count)]
 
 
 def _tables_of(file: Path) -> Iterator[pa.Table]:
-    try:
-        with pq.ParquetFile(file) as parquet:
-            if missing := [name for name in ROLLOUT_SCHEMA.names if name not in parquet.schema_arrow.names]:
-                raise RolloutFilesError(
-                    f"{file}: not the rollouts of a GRPO run: no column {', '.join(missing)}; it has "
-                    f"{', '.join(parquet.schema_arrow.names)}. Move it out of the folder, or name the right folder."
-                )
-            for batch in parquet.iter_batches(BATCH, columns=ROLLOUT_SCHEMA.names):
-                yield _typed(pa.Table.from_batches([batch]).select(ROLLOUT_SCHEMA.names), file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise RolloutFilesError(f"{file}: expected a parquet file of rollouts; it cannot be read: {error}") from error
+    with open_parquet(file) as parquet:
+        if missing := [name for name in ROLLOUT_SCHEMA.names if name not in parquet.schema_arrow.names]:
+            raise RolloutFilesError(
+                f"{file}: not the rollouts of a GRPO run: no column {', '.join(missing)}; it has "
+                f"{', '.join(parquet.schema_arrow.names)}. Move it out of the folder, or name the right folder."
+            )
+        for batch in parquet.iter_batches(BATCH, columns=ROLLOUT_SCHEMA.names):
+            batch.validate(full=True)
+            yield _typed(pa.Table.from_batches([batch]).select(ROLLOUT_SCHEMA.names), file)
 
 
 def _typed(table: pa.Table, file: Path) -> pa.Table:
@@ -184,22 +181,18 @@ def write_files(rows: Iterable[dict], folder: Path, schema: pa.Schema, *, rows_p
     Returns:
         The number of rows.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     rows, count = iter(rows), 0
     for number in itertools.count():
         part = list(itertools.islice(rows, rows_per_file))
         if number and not part:
             return count
-        path = folder / f"{folder.name}-{number:05d}.parquet"
-        temporary = path.with_suffix(f".tmp-{os.getpid()}")
-        pq.write_table(pa.Table.from_pylist(part, schema=schema), temporary)
-        os.replace(temporary, path)
+        write_parquet(pa.Table.from_pylist(part, schema=schema), folder / f"{folder.name}-{number:05d}.parquet")
         count += len(part)
 
 
 def remove_files(folder: Path) -> int:
     """Remove what `write_files` left in a folder; the number of files."""
-    found = [*folder.glob(f"{folder.name}-*.parquet"), *folder.glob(f"{folder.name}-*.tmp-*")]
+    found = [*folder.glob(f"{folder.name}-*.parquet"), *folder.glob(f".{folder.name}-*")]
     for path in found:
         path.unlink()
     return len(found)
@@ -217,17 +210,20 @@ def judged_questions(
         verdicts: the folder that holds the rollouts' verdicts, in the same order.
     """
     files = sorted(verdicts.glob(f"{verdicts.name}-*.parquet"))
-    judged = pa.concat_tables(pq.read_table(file, schema=VERDICT_SCHEMA) for file in files)
-    counts = Counter(judged["question_id"].to_pylist())
+    counts: Counter = Counter()
+    for file in files:
+        counts.update(read_parquet(file, ["question_id"])[0].to_pylist())
     for questions in _slices(sorted(counts.items()), at_once):
         wanted = pa.array(questions)
-        parts = [table.filter(pc.is_in(table["question_id"], wanted)) for table in rollouts.tables()]
-        texts = pa.concat_tables(parts).combine_chunks()
-        checks = judged.filter(pc.is_in(judged["question_id"], wanted)).combine_chunks()
+        texts, checks = _of(wanted, rollouts.tables()), _of(wanted, map(read_parquet, files))
         if not texts["rollout_id"].equals(checks["rollout_id"]):
             raise RolloutFilesError(f"{verdicts}: not the verdicts of these rollouts, one each and in their order.")
-        order = pc.sort_indices(texts["question_id"])
-        yield from _grouped(texts.take(order), checks.take(order))
+        yield from _grouped(texts, checks, pc.sort_indices(texts["question_id"]))
+
+
+def _of(questions: pa.Array, tables: Iterable[pa.Table]) -> pa.Table:
+    parts = [table.filter(pc.is_in(table["question_id"], questions)) for table in tables]
+    return pa.concat_tables(parts).combine_chunks()
 
 
 def _slices(counts: list[tuple[str, int]], at_once: int) -> Iterator[list[str]]:
@@ -242,11 +238,11 @@ def _slices(counts: list[tuple[str, int]], at_once: int) -> Iterator[list[str]]:
         yield names
 
 
-def _grouped(texts: pa.Table, checks: pa.Table) -> Iterator[list[dict]]:
+def _grouped(texts: pa.Table, checks: pa.Table, order: pa.Array) -> Iterator[list[dict]]:
     def rows() -> Iterator[dict]:
-        for start in range(0, len(texts), BATCH):
-            part, verdicts = texts[start : start + BATCH].to_pylist(), checks[start : start + BATCH].to_pylist()
-            for rollout, verdict in zip(part, verdicts, strict=True):
+        for start in range(0, len(order), BATCH):
+            part = order[start : start + BATCH]
+            for rollout, verdict in zip(texts.take(part).to_pylist(), checks.take(part).to_pylist(), strict=True):
                 yield {**rollout, "verdict": verdict}
 
     for _, group in itertools.groupby(rows(), key=lambda rollout: rollout["question_id"]):

@@ -16,6 +16,7 @@ import yaml
 from veripo_trl.answers import answers_match, read_choice, read_number
 
 from .conclusions import same_text
+from .judges import Judge
 
 MAX_THINK_CHARS = 20_000  # about 5,000 tokens; of a longer thinking the judge sees the end, where it concludes
 MAX_ANSWER_CHARS = 2_000
@@ -214,3 +215,42 @@ def settle(reply: dict, item: dict) -> dict:
         "concluded_answer": concluded,
         "reason": reason,
     }
+
+
+class ModelJudge(Judge):
+    """What the judges that are language models share: their prompt, and how a reply becomes a verdict."""
+
+    caches = True
+
+    def __init__(self, prompt: JudgePrompt, *, max_think_chars: int):
+        super().__init__()
+        self.prompt, self.prompt_version, self.max_think_chars = prompt, prompt.version, max_think_chars
+
+    def messages(self, item: dict) -> list[dict[str, str]]:
+        return judge_messages(self.prompt, item, max_think_chars=self.max_think_chars)
+
+    def read(self, item: dict, text: str | None) -> dict:
+        """The verdict from a reply's text."""
+        try:
+            reply = read_reply(text)
+        except ReplyError as error:
+            return self.unknown(error)
+        verdict = settle(reply, item)
+        if verdict["consistency"] == "unknown" and verdict["reason"].startswith("contradiction:"):
+            self.failures["contradiction"] += 1
+        return {**verdict, "reply": reply}
+
+    def unknown(self, error: ReplyError) -> dict:
+        """The verdict without a readable reply: counted, not cached, and so asked for again by the next run."""
+        self.failures[error.cause] += 1
+        return {"consistency": "unknown", "concluded_answer": None, "reason": str(error), "reply": None}
+
+    def summary(self) -> str:
+        """One line: prompts, and verdicts that are unknown because of the judge, by cause."""
+        return f"{self.requests:,} prompts; {self.unusable()}"
+
+    def unusable(self) -> str:
+        if not self.failures:
+            return "every reply was readable."
+        causes = ", ".join(f"{cause} {count:,}" for cause, count in self.failures.most_common())
+        return f"without a usable verdict: {causes}."

@@ -7,7 +7,7 @@ labelled chains: tests/test_judges_rules.py.
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 from veripo_trl.answers import answers_match, split_completion
 
@@ -71,31 +71,36 @@ def shown_model(model: str, *, is_path: bool = False) -> str:
     return re.split(r"[/\\]", model.rstrip("/\\"))[-1] if path else model
 
 
-class RulesJudge:
-    """The judge that needs no model. It shares the judges' protocol:
+class Judge:
+    """A judge is one coroutine, `await judge(item) -> verdict`, and says who it is: what is below is there to override.
 
-    - `name`, `prompt_version`: who judged and by what text; both go into verdicts and into the cache's key.
-    - `judge_stream(items)`: yields `(place, verdict)` for each item, in any order. An item is a dict `place, think,
-      answer, problem_type, options`; a verdict is `consistency, concluded_answer, reason, reply`, where `reply` is what
-      may be cached, None for nothing. The items may contain None for "none at the moment": the judge then yields at
-      least once before it asks for the next one, `(None, None)` if it has nothing else.
-    - `requests`, `retries`, `failures` (a Counter by cause): what judging took so far.
+    An item is a dict `think, answer, problem_type, options`; a verdict is `consistency ("consistent", "inconsistent" or
+    "unknown"), concluded_answer, reason`, of a judge that `caches` also `reply`: what `settle` can make the verdict from
+    again, None for nothing. It runs in the caller's thread, where maths may be compared.
     """
 
-    name = "rules"
+    name: str  # who judged, and by what text: both stand in verdicts and in the cache's key
     prompt_version = ""
-    caches = False  # reading again is cheaper than looking up
+    caches = False
+    concurrency = 1  # items that are asked at once
 
     def __init__(self):
-        self.requests, self.retries, self.failures = 0, 0, Counter()
+        self.requests, self.retries, self.failures = 0, 0, Counter()  # what judging took; failures by their cause
 
-    def judge_stream(self, items: Iterable[dict | None]) -> Iterator[tuple[int | None, dict | None]]:
-        for item in items:
-            if item is None:
-                yield None, None
-                continue
-            task = (item["problem_type"], item["options"])
-            yield item["place"], {**_verdict_by_rules(item["think"], item["answer"], *task), "reply": None}
+    async def __call__(self, item: dict) -> dict:
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        """After the last item, or an error: in the event loop that the items were asked in."""
 
     def summary(self) -> str:
-        return "Judged by rules, without requests."
+        return f"Judged by {self.name}, without requests."
+
+
+class RulesJudge(Judge):
+    """The judge that needs no model."""
+
+    name = "rules"
+
+    async def __call__(self, item: dict) -> dict:
+        return _verdict_by_rules(item["think"], item["answer"], item["problem_type"], item["options"])

@@ -1,24 +1,21 @@
 """A judge in this process: any causal language model of transformers with a chat template."""
 
+import asyncio
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .judge_prompts import MAX_THINK_CHARS, JudgePrompt, ReplyError, judge_messages, read_reply, settle
+from .judge_prompts import MAX_THINK_CHARS, JudgePrompt, ModelJudge, ReplyError
 from .judges import shown_model
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-class LocalJudge:
+class LocalJudge(ModelJudge):
     """Asks a model that it loads, with greedy decoding, by the prompt and the parser of `ServerJudge`."""
-
-    caches = True
 
     def __init__(
         self,
@@ -48,8 +45,9 @@ class LocalJudge:
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}: expected a whole number from 1, got {value!r}.")
         self.device = _device(device)
-        self.prompt, self.batch_size, self.max_new_tokens = prompt, batch_size, max_new_tokens
-        self.max_think_chars = max_think_chars
+        super().__init__(prompt, max_think_chars=max_think_chars)
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+        self.concurrency = 8 * batch_size  # to be sorted by length
         self.tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, revision=revision, padding_side="left")
         if self.tokenizer.chat_template is None:
             raise ValueError(
@@ -67,39 +65,35 @@ class LocalJudge:
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
         shown = shown_model(model_name_or_path, is_path=Path(model_name_or_path).exists())
         self.name = f"local:{shown}@{revision or 'main'}:{digest}"
-        self.prompt_version = prompt.version
-        self.requests, self.retries, self.failures = 0, 0, Counter()
+        self._asked: list[dict] = []
+        self._judged: dict[int, dict] = {}
 
-    def judge_stream(self, items: Iterable[dict | None]) -> Iterator[tuple[int | None, dict | None]]:
-        """See `RulesJudge`. Some batches are collected and sorted by length, so that little is padded."""
-        collected = []
-        for item in items:
-            if item is not None:
-                collected.append(item)
-                if len(collected) < 8 * self.batch_size:
-                    continue
-            elif not collected:
-                yield None, None
-            yield from self._judge(collected)
-            collected = []
-        yield from self._judge(collected)
+    async def __call__(self, item: dict) -> dict:
+        self._asked.append(item)
+        await asyncio.sleep(0)  # what is asked in one turn of the event loop is judged together
+        if self._asked:
+            asked, self._asked = self._asked, []
+            self._judge(asked)
+        return self._judged.pop(id(item))
 
-    def _judge(self, items: list[dict]) -> Iterator[tuple[int, dict]]:
+    def _judge(self, items: list[dict]) -> None:
+        """Verdicts by the ids of their items; sorted by length, so that little is padded."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         prompts = []
         for item in items:
-            messages = judge_messages(self.prompt, item, max_think_chars=self.max_think_chars)
+            messages = self.messages(item)
             ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
             if limit is not None and len(ids) + self.max_new_tokens > limit:
-                cause = ReplyError("too long", f"{len(ids)} + {self.max_new_tokens} tokens, the model takes {limit}")
-                yield item["place"], self._unknown(cause)
+                error = ReplyError("too long", f"{len(ids)} + {self.max_new_tokens} tokens, the model takes {limit}")
+                self._judged[id(item)] = self.unknown(error)
             else:
                 prompts.append((ids, item))
         prompts.sort(key=lambda prompt: len(prompt[0]))
         for start in range(0, len(prompts), self.batch_size):
             batch = prompts[start : start + self.batch_size]
             for (_, item), text in zip(batch, self._generate([ids for ids, _ in batch]), strict=True):
-                yield item["place"], self._verdict(item, text)
+                cut_off = ReplyError("cut off", f"the reply reached {self.max_new_tokens} tokens")
+                self._judged[id(item)] = self.unknown(cut_off) if text is None else self.read(item, text)
 
     @torch.no_grad()
     def _generate(self, prompts: list[list[int]]) -> list[str | None]:
@@ -122,29 +116,6 @@ class LocalJudge:
         return [
             self.tokenizer.decode(ids, skip_special_tokens=True) if ends & set(ids) else None for ids in replies
         ]
-
-    def _verdict(self, item: dict, text: str | None) -> dict:
-        try:
-            if text is None:
-                raise ReplyError("cut off", f"the reply reached {self.max_new_tokens} tokens")
-            reply = read_reply(text)
-        except ReplyError as error:
-            return self._unknown(error)
-        verdict = settle(reply, item)
-        if verdict["consistency"] == "unknown" and verdict["reason"].startswith("contradiction:"):
-            self.failures["contradiction"] += 1
-        return {**verdict, "reply": reply}
-
-    def _unknown(self, error: ReplyError) -> dict:
-        self.failures[error.cause] += 1
-        return {"consistency": "unknown", "concluded_answer": None, "reason": str(error), "reply": None}
-
-    def summary(self) -> str:
-        """One line: prompts, and verdicts that are unknown because of the judge, by cause."""
-        if not self.failures:
-            return f"{self.requests:,} prompts; every reply was readable."
-        causes = ", ".join(f"{cause} {count:,}" for cause, count in self.failures.most_common())
-        return f"{self.requests:,} prompts; without a usable verdict: {causes}."
 
 
 def _device(name: str | None) -> torch.device:

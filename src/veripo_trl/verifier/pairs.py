@@ -20,12 +20,16 @@ of a reflection is consistent: thinking that concludes something else than the w
 
 import hashlib
 import heapq
+import json
 import statistics
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..answers import split_completion
+from ..disk import room_for
 from ..prompts import PromptTemplate, build_messages
 from ..rows import QUESTION
 from .checks import repetition_share
@@ -104,13 +108,13 @@ class PairOptions:
 
 
 def build_pairs(
-    questions: Iterable[list[dict]], options: PairOptions, *, template: PromptTemplate
-) -> tuple[list[dict], Counter]:
+    questions: Iterable[list[dict]], options: PairOptions, *, template: PromptTemplate, folder: Path | None = None
+) -> tuple[Iterator[dict], Counter]:
     """The pairs of a run: the same for every order of questions and of rollouts.
 
     Args:
-        questions: for each question all of its rollouts, every one with its `verdict`. Taken one at a time; kept are
-            the texts of the pairs only.
+        questions: for each question all of its rollouts, every one with its `verdict`. Taken one at a time.
+        folder: for an unnamed file that holds the pairs until their order is known.
 
     Returns:
         The pairs (columns: `files.PAIR_SCHEMA`) in a seeded order, so that any first n of them are a fair
@@ -121,26 +125,37 @@ def build_pairs(
         PairError: two rollouts of one question id differ in the question itself.
     """
     dropped: Counter = Counter()
-    kept: dict[str, list] = {kind: [] for kind in options.kinds}
+    kept: dict[str, list] = {kind: [] for kind in options.kinds}  # heaps of (order, place in the file)
+    folder = Path(folder or tempfile.gettempdir())
+    spool = tempfile.TemporaryFile(dir=folder)
     for rollouts in questions:
         for pair in _pairs_of_question(rollouts, options, template, dropped):
-            kind, ids = pair["kind"], (*pair["chosen_ids"], pair["rejected_id"])
-            entry = (-seeded_order(options.seed, kind, *ids), ids, pair)
-            cap = getattr(options, f"max_{kind}")
-            if cap is None or len(kept[kind]) < cap:
-                heapq.heappush(kept[kind], entry)
-            else:
-                dropped[f"pairs: over max_{kind}"] += 1
-                if cap:
-                    heapq.heappushpop(kept[kind], entry)
-    entries = sorted((entry for heap in kept.values() for entry in heap), key=lambda entry: entry[:2], reverse=True)
-    return [pair for *_, pair in entries], dropped
+            heap, cap = kept[pair["kind"]], getattr(options, f"max_{pair['kind']}")
+            order = -seeded_order(options.seed, pair["kind"], *pair["chosen_ids"], pair["rejected_id"])
+            full = cap is not None and len(heap) >= cap
+            dropped[f"pairs: over max_{pair['kind']}"] += full
+            if full and (not cap or order < heap[0][0]):
+                continue
+            (heapq.heappushpop if full else heapq.heappush)(heap, (order, spool.tell()))
+            line = json.dumps(pair).encode() + b"\n"
+            with room_for(folder / "pairs", len(line)):
+                spool.write(line)
+    with room_for(folder / "pairs", spool.tell()):
+        spool.flush()
+    return _read(spool, sorted((entry for heap in kept.values() for entry in heap), reverse=True)), dropped
+
+
+def _read(spool, entries: list[tuple[int, int]]) -> Iterator[dict]:
+    with spool:
+        for _, place in entries:
+            spool.seek(place)
+            yield json.loads(spool.readline())
 
 
 def seeded_order(seed: int, *parts: str) -> int:
-    """A number below 2**64 that looks random, is the same on every machine, and differs between seeds."""
+    """A number below 2**128 that looks random, is the same on every machine, and differs between seeds."""
     text = "\0".join([str(seed), *parts])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
 
 
 def generation_of(rollout: dict) -> tuple[str, int]:

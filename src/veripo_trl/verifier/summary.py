@@ -1,16 +1,38 @@
 """What a verification found: counts, tables on the screen, a picture, and facts for the cards of what is pushed."""
 
+import io
 import math
 import statistics
+from array import array
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ..disk import write_whole
 from ..hub_cards import shown_name
 from ..tables import print_table
 from .pairs import KINDS
 
 
-def summarize(rollouts: int, questions: int, counts: Counter, pairs: list[dict], dropped: Counter) -> dict:
+class PairsSeen:
+    """What is shown of pairs, gathered while they pass by: counts, lengths of their thinking, one of each kind."""
+
+    def __init__(self):
+        self.kinds, self.faults, self.examples = Counter(), Counter(), {}
+        self.lengths: dict[str, array] = {"chosen": array("q"), "rejected": array("q")}
+
+    def watch(self, pairs: Iterable[dict]) -> Iterator[dict]:
+        for pair in pairs:
+            kind, verdicts = pair["kind"], pair["verdicts"]
+            self.kinds[kind] += 1
+            self.faults[f"{kind}: {verdicts['fault']}"] += 1
+            self.examples.setdefault(kind, pair)
+            self.lengths["chosen"].append(sum(verdict["think_tokens"] for verdict in verdicts["chosen"]))
+            self.lengths["rejected"].append(verdicts["rejected"]["think_tokens"])
+            yield pair
+
+
+def summarize(rollouts: int, questions: int, counts: Counter, pairs: PairsSeen, dropped: Counter) -> dict:
     """The counts of results.json."""
     known = counts["consistent"] + counts["inconsistent"]
     return {
@@ -22,13 +44,13 @@ def summarize(rollouts: int, questions: int, counts: Counter, pairs: list[dict],
         "unknown_why": {why.split(": ")[1]: n for why, n in counts.most_common() if why.startswith("unknown: ")},
         "inconsistency": counts["inconsistent"] / known if known else None,
         "unknown": counts["unknown"] / rollouts,
-        "pairs": {**dict.fromkeys(KINDS, 0), **Counter(pair["kind"] for pair in pairs)},
-        "faults": dict(Counter(f"{pair['kind']}: {pair['verdicts']['fault']}" for pair in pairs).most_common()),
+        "pairs": {**dict.fromkeys(KINDS, 0), **pairs.kinds},
+        "faults": dict(pairs.faults.most_common()),
         "dropped": {why: n for why, n in sorted(dropped.items()) if n},
     }
 
 
-def print_summary(counts: dict, solved: dict, pairs: list[dict]) -> None:
+def print_summary(counts: dict, solved: dict, pairs: PairsSeen) -> None:
     """Tables on the screen, and one pair of each kind."""
     verdicts = counts["verdicts"]
     line = {"rollouts": counts["rollouts"], "questions": counts["questions"], "accuracy": counts["accuracy"]}
@@ -51,8 +73,7 @@ def print_summary(counts: dict, solved: dict, pairs: list[dict]) -> None:
     line["groups without variance"] = math.nan if solved["zero_variance"] is None else solved["zero_variance"]
     print_table("Questions (solved: every rollout right)", [line])
     for kind in KINDS:
-        pair = next((pair for pair in pairs if pair["kind"] == kind), None)
-        if pair is not None:
+        if (pair := pairs.examples.get(kind)) is not None:
             print(f"\nA {kind} pair, question {shown(pair['question_id'])} (solution {shown(pair['solution'])})")
             print(f"  chosen:   {shown(pair['chosen'][0]['content'])}")
             print(f"  rejected: {shown(pair['rejected'][0]['content'])} ({pair['verdicts']['fault']})")
@@ -64,7 +85,7 @@ def shown(text: str, limit: int = 400) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
 
 
-def plot(path: Path, counts: dict, pairs: list[dict], *, title: str) -> None:
+def plot(path: Path, counts: dict, pairs: PairsSeen, *, title: str) -> None:
     """Verdicts, pairs by kind, and the thinking's length of chosen and rejected, as a picture."""
     import matplotlib
 
@@ -78,18 +99,16 @@ def plot(path: Path, counts: dict, pairs: list[dict], *, title: str) -> None:
         axis.bar_label(bars, fontsize=8)
         axis.margins(y=0.12)
         axis.set_title(name, fontsize=10)
-    lengths = {
-        "chosen": [sum(verdict["think_tokens"] for verdict in pair["verdicts"]["chosen"]) for pair in pairs],
-        "rejected": [pair["verdicts"]["rejected"]["think_tokens"] for pair in pairs],
-    }
-    if pairs:
-        labels = [f"{name}, median {statistics.median(values):.0f}" for name, values in lengths.items()]
-        axes[2].hist(list(lengths.values()), bins=20, label=labels)
+    if pairs.kinds:
+        labels = [f"{name}, median {statistics.median(values):.0f}" for name, values in pairs.lengths.items()]
+        axes[2].hist(list(pairs.lengths.values()), bins=20, label=labels)
         axes[2].legend(fontsize=8)
     axes[2].set_title("tokens of the thinking", fontsize=10)
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120)
+    write_whole(path, buffer.getvalue())
     pyplot.close(figure)
 
 

@@ -1,5 +1,7 @@
 """Rollouts in, verdicts out: the checks and the judge over a stream of any length."""
 
+import asyncio
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
 
@@ -7,7 +9,8 @@ from .cache import VerdictCache
 from .checks import check_rollouts
 from .judge_prompts import MAX_ANSWER_CHARS, ReplyError, check_reply, judged_text, settle
 
-BATCH = 64  # rollouts that are checked at once; a judge's server waits meanwhile, so not many
+BATCH = 16  # rollouts that are checked at once; a judge's server waits meanwhile, so not many
+HIGH, LOW = 2, 1.5
 MAX_OPEN = 8192  # rollouts read whose verdict was not yielded yet: one slow request holds up the order, not the rest
 
 
@@ -15,13 +18,13 @@ def verify_stream(
     rollouts: Iterable[dict], *, judge, tokenizer, cache: VerdictCache | None = None, ngram: int = 10, progress=None,
     regression_score: str = "mean_relative_accuracy",
 ) -> Iterator[dict]:  # fmt: skip
-    """Verify rollouts, lazily.
+    """Verify rollouts, lazily. Not from within a coroutine: the event loop of the judge's requests runs in here.
 
     Args:
         rollouts: dicts as `RolloutStore` reads them.
-        judge: `RulesJudge`, `ServerJudge` or `LocalJudge`.
+        judge: see `judges.Judge`.
         tokenizer, ngram, regression_score: of `check_rollouts`.
-        cache: of the judge's replies; not used by `RulesJudge`. Equal texts in the stream are judged once.
+        cache: of the judge's replies; not used by a judge that does not cache. Equal texts in the stream are judged once.
         progress: a tqdm bar, updated with each verdict.
 
     Yields:
@@ -32,84 +35,109 @@ def verify_stream(
     Raises:
         JudgeError: the judge cannot go on; what it had said is in the cache. SolutionError: an unreadable truth.
     """
-    stream = _Stream(judge, cache)
-    asked = stream.items(rollouts, tokenizer=tokenizer, ngram=ngram, regression_score=regression_score)
-    replies = judge.judge_stream(asked)
+    loop, rollouts = asyncio.new_event_loop(), iter(rollouts)
+    asking = _Asking(judge, cache)
+    batches = iter(lambda: list(itertools.islice(rollouts, BATCH)), [])
     try:
-        for place, verdict in replies:
-            if place is not None:
-                stream.take(place, verdict)
-            yield from stream.ready(progress)
-        yield from stream.ready(progress)
+        for batch in itertools.chain(batches, [[]]):  # the empty one: no more to read
+            checks = check_rollouts(batch, tokenizer=tokenizer, ngram=ngram, regression_score=regression_score)
+            for rollout, check in zip(batch, checks, strict=True):
+                asking.open(loop.create_task(asking.verdict(rollout, check)))
+            loop.run_until_complete(asking.room(2 * judge.concurrency if batch else 0))
+            while asking.tasks and asking.tasks[0].done():
+                if progress is not None:
+                    progress.update()
+                yield asking.tasks.popleft().result()
     finally:
-        replies.close()
+        loop.run_until_complete(asking.end())
+        loop.close()
 
 
-class _Stream:
-    """What is between reading and yielding."""
+class _Asking:
+    """From checked rollouts to verdicts; asks the judge what the cache does not know, each text once."""
 
     def __init__(self, judge, cache: VerdictCache | None):
-        self.judge, self.cache = judge, cache if judge.caches else None
-        self.open: deque[dict] = deque()  # verdicts in input order; `consistency` is None until judged
-        self.waiting: dict[int, tuple] = {}  # place: (key, item, verdict) of what the judge was asked
-        self.same: dict[bytes, list[tuple]] = {}  # key: (item, verdict) of the same text, while it is asked
-        self.places = 0
+        self.judge, self.cache = judge, cache
+        self.slots = asyncio.Semaphore(judge.concurrency)
+        self.tasks: deque[asyncio.Task] = deque()  # in input order, from the first whose verdict was not yielded
+        self.unfinished, self.error, self.changed = 0, None, asyncio.Event()
+        self.asked: dict[bytes, asyncio.Future] = {}  # what is being asked, for others with the same text
 
-    def items(self, rollouts: Iterable[dict], **options) -> Iterator[dict | None]:
-        """What the judge is to be asked; None whenever verdicts can go out or enough are open."""
-        batch = []
-        for rollout in rollouts:
-            batch.append(rollout)
-            if len(batch) == BATCH:
-                yield from self.open_batch(batch, **options)
-                batch = []
-                # Once is not enough: a None is answered by one verdict, which need not be the one that is due.
-                while self.open and (self.open[0]["consistency"] is not None or len(self.open) > MAX_OPEN - BATCH):
-                    yield None
-        yield from self.open_batch(batch, **options)
+    def open(self, task: asyncio.Task) -> None:
+        self.tasks.append(task)
+        self.unfinished += 1
+        task.add_done_callback(self.note)
 
-    def open_batch(self, rollouts: list[dict], **options) -> Iterator[dict]:
-        for rollout, check in zip(rollouts, check_rollouts(rollouts, **options), strict=True):
-            think, answer = check.pop("think"), check.pop("answer")
-            verdict = {
-                "rollout_id": rollout["rollout_id"],
-                "question_id": rollout["question_id"],
-                "format_ok": check["format_ok"],
-                "accuracy": check["accuracy"],
-                "concluded_answer": None,
-                "consistency": None,
-                "repetition": check["repetition"],
-                "think_tokens": check["think_tokens"],
-                "judge": self.judge.name,
-                "prompt_version": self.judge.prompt_version,
-                "reason": "",
-            }
-            self.open.append(verdict)
-            if not think or not answer:
-                # Never shown to a judge: there is nothing that it could compare.
-                verdict |= {"consistency": "unknown", "reason": "no spans: not one readable think and answer span"}
-            elif len(answer) > MAX_ANSWER_CHARS:
-                verdict |= {"consistency": "unknown", "reason": f"long answer: {len(answer)} characters"}
-            else:
-                item = {"think": think, "answer": answer} | {key: rollout[key] for key in ("problem_type", "options")}
-                yield from self.ask(item, verdict)
+    def note(self, task: asyncio.Task) -> None:
+        self.unfinished -= 1
+        if not task.cancelled():
+            self.error = self.error or task.exception()
+        self.changed.set()
 
-    def ask(self, item: dict, verdict: dict) -> Iterator[dict]:
-        """Nothing if the cache knows, or if the same text is being asked."""
-        key = None
-        if self.judge.caches:
-            text = judged_text(item, max_think_chars=self.judge.max_think_chars)
-            key = VerdictCache.key(self.judge.name, self.judge.prompt_version, text)
-            if (reply := self.cached(key)) is not None:
-                verdict |= settle(reply, item)
-                return
-            if key in self.same:
-                self.same[key].append((item, verdict))
-                return
-            self.same[key] = []
-        place, self.places = self.places, self.places + 1
-        self.waiting[place] = (key, verdict)
-        yield {"place": place, **item}
+    async def room(self, at_most: int) -> None:
+        """Wait until at most so many are unfinished; not for all: requests are to be sent while rollouts are checked."""
+        while self.unfinished > at_most or (len(self.tasks) > MAX_OPEN and not self.tasks[0].done()):
+            self.changed.clear()
+            await self.changed.wait()
+            if self.error is not None:  # of any task: the first in the order may be waiting
+                raise self.error
+
+    async def end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self.judge.close()
+
+    async def verdict(self, rollout: dict, check: dict) -> dict:
+        think, answer = check["think"], check["answer"]
+        if not think or not answer:
+            # Never shown to a judge: there is nothing that it could compare.
+            judged = _unknown("no spans: not one readable think and answer span")
+        elif len(answer) > MAX_ANSWER_CHARS:
+            judged = _unknown(f"long answer: {len(answer)} characters")
+        else:
+            item = {"think": think, "answer": answer} | {key: rollout[key] for key in ("problem_type", "options")}
+            judged = await (self.once(item) if self.judge.caches else self.ask(item))
+        return {
+            "rollout_id": rollout["rollout_id"],
+            "question_id": rollout["question_id"],
+            "format_ok": check["format_ok"],
+            "accuracy": check["accuracy"],
+            "concluded_answer": judged["concluded_answer"],
+            "consistency": judged["consistency"],
+            "repetition": check["repetition"],
+            "think_tokens": check["think_tokens"],
+            "judge": self.judge.name,
+            "prompt_version": self.judge.prompt_version,
+            "reason": judged["reason"],
+        }
+
+    async def ask(self, item: dict) -> dict:
+        async with self.slots:
+            return await self.judge(item)
+
+    async def once(self, item: dict) -> dict:
+        """`ask`, unless the cache knows, or the same text is being asked."""
+        judge = self.judge
+        key = VerdictCache.key(
+            judge.name, judge.prompt_version, judged_text(item, max_think_chars=judge.max_think_chars)
+        )
+        if (reply := self.cached(key)) is not None:
+            return settle(reply, item)
+        if key in self.asked:
+            judged = await self.asked[key]
+            # Two rows may ask the same text under different problem types.
+            return judged if judged["reply"] is None else settle(judged["reply"], item)
+        self.asked[key] = asyncio.get_running_loop().create_future()
+        try:
+            judged = await self.ask(item)
+            if self.cache is not None and judged["reply"] is not None:
+                self.cache.put(key, judged["reply"], judge=judge.name, prompt_version=judge.prompt_version)
+            self.asked[key].set_result(judged)
+            return judged
+        finally:
+            self.asked.pop(key).cancel()  # without effect if there is a result
 
     def cached(self, key: bytes) -> dict | None:
         """A reply of the cache that is still a reply; any other is asked for anew, and replaced."""
@@ -119,19 +147,6 @@ class _Stream:
         except ReplyError:
             return None
 
-    def take(self, place: int, judged: dict) -> None:
-        key, verdict = self.waiting.pop(place)
-        reply = judged.pop("reply")
-        verdict |= judged
-        if self.cache is not None and reply is not None:
-            self.cache.put(key, reply, judge=self.judge.name, prompt_version=self.judge.prompt_version)
-        for item, other in self.same.pop(key, ()):
-            # Two rows may ask the same text under different problem types.
-            other |= judged if reply is None else settle(reply, item)
 
-    def ready(self, progress) -> Iterator[dict]:
-        while self.open and self.open[0]["consistency"] is not None:
-            verdict = self.open.popleft()
-            if progress is not None:
-                progress.update()
-            yield verdict
+def _unknown(reason: str) -> dict:
+    return {"consistency": "unknown", "concluded_answer": None, "reason": reason}
