@@ -14,7 +14,8 @@ SOURCE = ROOT / "src" / "veripo_trl"
 
 # Rank by rank: a module imports ours from its own rank or a lower one.
 RANKS = [
-    {"answers", "rows", "prompts", "containers", "verifier.judges", "tiny.clips", "tiny.questions", "tiny.parser",
+    {"errors", "run_folder", "answers", "rows", "prompts", "containers", "verifier.judges", "tiny.clips",
+     "tiny.questions", "tiny.parser",
      "hub_cards", "plots", "report_page", "tables", "verifier.checks", "verifier.cache", "verifier.judge_prompts",
      "verifier.local", "verifier.server", "verifier.pairs", "verifier.curriculum",
      "verifier.summary"},

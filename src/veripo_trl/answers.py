@@ -23,6 +23,8 @@ import time
 import unicodedata
 from collections.abc import Callable, Sequence
 
+from .errors import VeripoError
+
 PROBLEM_TYPES = ("multiple choice", "numerical", "regression", "math", "OCR", "free-form")
 REGRESSION_SCORES = ("mean_relative_accuracy", "relative_error")
 
@@ -48,7 +50,7 @@ _LEAD_IN = re.compile(
 _FILLERS = {"and", "then", "the", "a", "an"}  # "red, then blue" says what "red blue" says
 
 
-class SolutionError(ValueError):
+class SolutionError(VeripoError):
     """A row's ground truth cannot be compared with any answer."""
 
 

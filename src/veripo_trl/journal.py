@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from .encoding import EncodedPrompt, PromptEncoder
+from .errors import VeripoError
 from .evaluate import Waiting, describe_completion, encoded_batches
 from .questions import place_image
 
 
-class JournalError(RuntimeError):
+class JournalError(VeripoError):
     """The output belongs to another process or to a run of other settings."""
 
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
+from .errors import VeripoError
 from .rollouts import RolloutStore
 from .rows import RowError, read_parquet
 
@@ -18,7 +19,7 @@ MAX_PAIRS = 400
 MAX_CHARS = 20_000  # of one completion on the page
 
 
-class ReportError(RuntimeError):
+class ReportError(VeripoError):
     """A folder that holds nothing to report."""
 
 

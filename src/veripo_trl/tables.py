@@ -20,11 +20,14 @@ def printable(text: str) -> str:
 
 
 def write_json(path: str | Path, content) -> None:
-    """Write JSON whole or not at all; NaN becomes null."""
+    """Write JSON whole or not at all, to the disk itself; NaN becomes null."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

@@ -5,8 +5,10 @@ import json
 import sqlite3
 from pathlib import Path
 
+from ..errors import VeripoError
 
-class CacheError(ValueError):
+
+class CacheError(VeripoError):
     """A file that cannot be the cache."""
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ..errors import VeripoError
 from ..rollouts import SCHEMA_FIELDS
 
 _UNREAD = ("completion_tokens", "advantage", "seed")
@@ -54,7 +55,7 @@ BATCH = 5_000  # rollouts per read, rows per written file
 GROUPED_AT_ONCE = 50_000  # rollouts in memory while pairs are built
 
 
-class RolloutFilesError(ValueError):
+class RolloutFilesError(VeripoError):
     """Files that are not the rollouts of finished generations, each once."""
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from veripo_trl.answers import answers_match, read_choice, read_number
+from veripo_trl.errors import VeripoError
 
 from .judges import MAX_PROSE_WORDS
 
@@ -40,7 +41,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _BRACKET_TAG = re.compile(r"\[(?=/?[A-Z_]{3,}\])")
 
 
-class JudgePromptError(ValueError):
+class JudgePromptError(VeripoError):
     """A judge's prompt file that cannot be used."""
 
 

@@ -26,6 +26,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ..answers import split_completion
+from ..errors import VeripoError
 from ..prompts import PromptTemplate, build_messages
 from .checks import repetition_share
 from .judges import conclude_by_rules
@@ -36,7 +37,7 @@ MAX_TRIED = 64  # combinations looked at per group and kind: a run's group may h
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
-class PairError(ValueError):
+class PairError(VeripoError):
     """Rollouts that cannot be compared with each other."""
 
 

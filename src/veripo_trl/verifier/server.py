@@ -18,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from urllib.parse import urlsplit
 
+from ..errors import VeripoError
 from .judge_prompts import MAX_THINK_CHARS, REPLY_SCHEMA, JudgePrompt, ReplyError, judge_messages, read_reply, settle
 from .judges import shown_model
 
@@ -32,7 +33,7 @@ RESPONSE_FORMAT = {
 }
 
 
-class JudgeError(RuntimeError):
+class JudgeError(VeripoError):
     """The judge cannot go on. What it had said is in the cache: the same command continues from there."""
 
 
