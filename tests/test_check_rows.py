@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from conftest import make_row, write_video
 
-from veripo_trl import stages
 from veripo_trl.encoding import PromptEncoder
 from veripo_trl.errors import ConfigError
 from veripo_trl.policy import save_settings
 from veripo_trl.rows import COLUMNS, RowError, load_rows, read_manifest
+from veripo_trl.video_process import DecoderError
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 REASONS = {
@@ -242,8 +242,8 @@ def test_a_decoder_that_cannot_start_is_no_fault_of_the_rows(check_rows, run, tm
     (tmp_path / "av.py").write_text("raise ImportError('no decoder here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     arguments = ["--config", str(run(clip_rows(tmp_path / "media", 2))), "--output", str(tmp_path / "m.jsonl")]
-    with pytest.raises(SystemExit, match="^DecoderError: the process that decodes .*: no decoder here.*") as caught:
-        stages.run(lambda: check_rows.main([*arguments, "--num_workers", workers]))
+    with pytest.raises(DecoderError, match="^the process that decodes .*: no decoder here.*") as caught:
+        check_rows.main([*arguments, "--num_workers", workers])
     assert "Traceback" not in str(caught.value)
     assert len((tmp_path / "m.jsonl.partial").read_text().splitlines()) == 1 and not (tmp_path / "m.jsonl").exists()
 
