@@ -1,7 +1,7 @@
 """Check the rows of a training run before it: decode every video and image, count prompt tokens, write a manifest.
 
     python recipes/check_rows.py --config qwen2_5_vl_3b_lora/grpo.yaml --output manifest.jsonl
-    accelerate launch recipes/grpo_video.py --config qwen2_5_vl_3b_lora/grpo.yaml --manifest manifest.jsonl
+    accelerate launch -q recipes/grpo_video.py --config qwen2_5_vl_3b_lora/grpo.yaml --manifest manifest.jsonl
 
 Takes the YAML and the options of the training recipe; those that do not concern rows are ignored. Needs the model's
 config and processor, not its weights. A check that was broken off goes on where it stopped. Without arguments it

@@ -1,7 +1,7 @@
 """DPO on preference pairs that verify_rollouts.py made of a GRPO run's rollouts (arXiv 2505.19000, the fast alignment).
 
-    accelerate launch recipes/dpo_video.py                                       # the tiny world, after its GRPO run
-    accelerate launch recipes/dpo_video.py --config qwen2_5_vl_3b_lora/dpo.yaml \\
+    accelerate launch -q recipes/dpo_video.py                                       # the tiny world, after its GRPO run
+    accelerate launch -q recipes/dpo_video.py --config qwen2_5_vl_3b_lora/dpo.yaml \\
         --model_name_or_path outputs/qwen2_5_vl_3b_grpo --pairs '{"path": "my-org/my-pairs", "media_root": "clips"}'
 
 `model_name_or_path` is the policy that made the rollouts. It is the reference too: its full weights, or, where it is an

@@ -1,7 +1,7 @@
 """GRPO on questions about videos, images and text (arXiv 2505.19000, the slow search).
 
-    accelerate launch recipes/grpo_video.py                                      # the tiny world, CPU, minutes
-    accelerate launch recipes/grpo_video.py --config qwen2_5_vl_3b_lora/grpo.yaml \\
+    accelerate launch -q recipes/grpo_video.py                                      # the tiny world, CPU, minutes
+    accelerate launch -q recipes/grpo_video.py --config qwen2_5_vl_3b_lora/grpo.yaml \\
         --datasets '{"path": "Video-R1-260k.json", "where": {"data_type": "video"}}'
 
 Without arguments it makes the embedded world, cold-starts the tiny model, trains it and evaluates it on held-out clips.

@@ -59,8 +59,8 @@ def launch(name: str) -> tuple[str | None, Path, list[str]]:
     if name in {*LOOPS, *VERIFY}:  # one process, whatever the machine has
         assert words[0] == "python"
         return None, ROOT / words[1], words[2:]
-    assert words[:2] == ["accelerate", "launch"], name
-    words, config_file = words[2:], None
+    assert words[:3] == ["accelerate", "launch", "-q"], name  # without the launcher's traceback behind a message
+    words, config_file = words[3:], None
     if words[0] == "--config_file":
         config_file, words = words[1], words[2:]
     return config_file, ROOT / words[0], words[1:]
