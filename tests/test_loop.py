@@ -202,7 +202,7 @@ def test_killed_in_grpo_in_a_push_in_verification_and_in_dpo(workplace, whole):
         process = start(workplace, "--config", "broken.yaml", env=env)
         said = kill_when(process, lambda: store.files(), "step 1 of GRPO", number=signal.SIGTERM)
         assert process.returncode == 143 and "ended by SIGTERM: the same command goes on" in said, said[-3000:]
-        step = re.search(r"terminated after step (\d) of 4, of which there is a checkpoint", said)[1]
+        step = re.search(r"terminated after step (\d) of 4; the same command goes on", said)[1]
         assert last_checkpoint(folder / "search-1") == str(folder / "search-1" / f"checkpoint-{step}")
         assert state(workplace, "broken")["search-1"]["status"] == "stopped"
 

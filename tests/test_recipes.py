@@ -72,7 +72,7 @@ def test_main_job_and_its_second_start(workplace):
     assert "outputs/tiny_sft is not there yet. Cold start" in first
     assert "development accuracy" in first
     assert "→ 16 tokens" in first  # what the first rows became
-    step = int(re.search(r"outputs/tiny_grpo: terminated after step (\d) of 4, of which there is", first)[1])
+    step = int(re.search(r"outputs/tiny_grpo: terminated after step (\d) of 4; the same command", first)[1])
     assert not (run / "results.json").exists() and "Traceback" not in first
     before = [row["rollout_id"] for row in store.read()]
     made = (workplace / "outputs" / "tiny_sft" / "results.json").stat().st_mtime_ns

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 from .errors import ConfigError, VeripoError
@@ -71,6 +72,16 @@ def holder(folder: str | Path) -> int | None:
     except FileNotFoundError:
         pass
     return None
+
+
+def outlive_sigterm(worker_id: int, then=None) -> None:
+    """`worker_init_fn` of loaders: a scheduler signals workers too, and their batches are needed until a step is done.
+
+    Only the first is ignored: the loader's own, where it has to end a worker by force, comes twice.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if then is not None:
+        then(worker_id)
 
 
 def changed_keys(before: dict, now: dict) -> str:

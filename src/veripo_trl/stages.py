@@ -576,8 +576,8 @@ def finish(
         if trainer.accelerator.is_main_process:
             state = trainer.state
             print(
-                f"{trainer.args.output_dir}: terminated after step {state.global_step} of {state.max_steps}, of which "
-                f"there is a checkpoint: the same command goes on",
+                f"{trainer.args.output_dir}: terminated after step {state.global_step} of {state.max_steps}; the same "
+                f"command goes on from its checkpoint",
                 flush=True,
             )
         return 128 + signal.SIGTERM

@@ -19,7 +19,7 @@ from .. import hub, hub_runs
 from ..errors import VeripoError
 from ..hub_cards import model_card
 from ..policy import save_settings, share_weights
-from ..run_folder import RECORD, sync_folder
+from ..run_folder import RECORD, outlive_sigterm, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class CheckpointMixin:
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
-        loader.base_dataloader.worker_init_fn = partial(outlive_sigterm, loader.worker_init_fn)
+        loader.base_dataloader.worker_init_fn = partial(outlive_sigterm, then=loader.worker_init_fn)
         return loader
 
     def _run_epoch(self, **kwargs):
@@ -74,7 +74,7 @@ class CheckpointMixin:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
     def _note_sigterm(self, *_):
-        os.write(2, b"\nSIGTERM: this step is finished and a checkpoint written\n")  # print is not safe here
+        os.write(2, b"\nSIGTERM: finishing this step, then writing a checkpoint\n")  # print is not safe here
         self.accelerator.set_trigger()
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
@@ -212,15 +212,6 @@ class CheckpointMixin:
 def _tell(job, step: int) -> None:
     if (error := job.exception()) is not None:
         logger.warning("The push of step %d failed; the last push sends what is missing. %s", step, error)
-
-
-def outlive_sigterm(then, worker_id: int) -> None:
-    """For a loader's worker: a scheduler signals it as well, and its batches are needed until the step is done.
-
-    Only the first is ignored: the loader's own, where it has to end a worker by force, comes twice.
-    """
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    then(worker_id)
 
 
 def content_hash(dataset) -> str:
