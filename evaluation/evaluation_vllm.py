@@ -26,16 +26,16 @@ from huggingface_hub.errors import HTTPError
 from tqdm import tqdm
 
 from veripo_trl import stages
+from veripo_trl.errors import VeripoError
 from veripo_trl.evaluate import Decoding, TransformersEngine
 from veripo_trl.hub import PATTERNS, HubError, input_revision
-from veripo_trl.journal import Journal, JournalError, OutputFiles, answer_questions, lock_output, write_outputs
+from veripo_trl.journal import Journal, OutputFiles, answer_questions, lock_output, write_outputs
 from veripo_trl.policy import SEEING, adapter_config, check_base, load_policy, looks_local, weights_hash
 from veripo_trl.prompts import PromptError
 from veripo_trl.questions import read_questions
 from veripo_trl.rows import RowError
 from veripo_trl.tables import printable
 from veripo_trl.video import VideoSettings
-from veripo_trl.video_process import DecoderError
 
 RANK = "VERIPO_EVALUATION_RANK"  # set for the processes of a data-parallel run
 BATCH_SIZES = {"transformers": 8, "vllm": 64}
@@ -44,11 +44,11 @@ DEFAULTS = {**SEEING, "max_pixels": 256 * 28 * 28}  # VerIPO's, where they have 
 MODEL_FILES = [*PATTERNS["model"], "*model*.bin", "*.jinja"]
 
 
-class Refusal(Exception):
+class Refusal(VeripoError):
     """What is asked for cannot be run."""
 
 
-class EngineError(RuntimeError):
+class EngineError(VeripoError):
     """An engine of a data-parallel run ended before its rows did."""
 
 
@@ -396,6 +396,6 @@ def report(files: OutputFiles, questions: list[dict], errors: list[dict]) -> int
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (Refusal, JournalError, RowError, PromptError, DecoderError, EngineError) as error:
-        print(f"{type(error).__name__}: {stages.message_of(error)}", file=sys.stderr)
+    except VeripoError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, EngineError) else 2)

@@ -1,7 +1,7 @@
 """Check the rows of a training run before it: decode every video and image, count prompt tokens, write a manifest.
 
     python recipes/check_rows.py --config qwen2_5_vl_3b_lora/grpo.yaml --output manifest.jsonl
-    accelerate launch recipes/grpo_video.py --config qwen2_5_vl_3b_lora/grpo.yaml --manifest manifest.jsonl
+    accelerate launch -q recipes/grpo_video.py --config qwen2_5_vl_3b_lora/grpo.yaml --manifest manifest.jsonl
 
 Takes the YAML and the options of the training recipe; those that do not concern rows are ignored. Needs the model's
 config and processor, not its weights. A check that was broken off goes on where it stopped. Without arguments it
@@ -28,8 +28,10 @@ from trl import ModelConfig
 from veripo_trl import stages
 from veripo_trl.disk import room_for, write_whole
 from veripo_trl.encoding import PromptEncoder, PromptTooLongError
+from veripo_trl.errors import ConfigError, run, settings_checked
 from veripo_trl.policy import SUPPORTED, adapter_config
 from veripo_trl.rows import RowError, content_of, read_rows, rows_to_dataset
+from veripo_trl.run_folder import only_process
 from veripo_trl.tables import printable
 from veripo_trl.trainers.grpo import VideoGRPOConfig
 from veripo_trl.trainers.sft import VideoSFTConfig
@@ -62,9 +64,9 @@ class CheckArguments:
 
     def __post_init__(self):
         if not self.output.endswith(".jsonl"):
-            raise SystemExit(f"--output {self.output}: expected a name that ends in .jsonl.")
+            raise ConfigError(f"--output {self.output}: expected a name that ends in .jsonl.")
         if self.limit is not None and self.limit < 1:
-            raise SystemExit(f"--limit: expected 1 or more, got {self.limit}.")
+            raise ConfigError(f"--limit: expected 1 or more, got {self.limit}.")
 
 
 class CheckedRows(Dataset):
@@ -118,6 +120,7 @@ def describe(problem: dict) -> str:
     return printable(f"{place}: expected {problem['expected']}; came {problem['came']}. {problem['remedy']}")
 
 
+@settings_checked()
 def make_encoder(model_args: ModelConfig, data_args: stages.DataArguments) -> PromptEncoder:
     """The training stage's encoder, of the config and processor of a model, or of an adapter's base, alone."""
     name = model_args.model_name_or_path
@@ -127,7 +130,7 @@ def make_encoder(model_args: ModelConfig, data_args: stages.DataArguments) -> Pr
         name, revision = adapter["base_model_name_or_path"], adapter.get("revision")
     config = AutoConfig.from_pretrained(name, revision=revision)
     if config.model_type not in SUPPORTED:
-        raise SystemExit(f"{name} is a model of type {config.model_type!r}; expected one of {sorted(SUPPORTED)}.")
+        raise ConfigError(f"{name} is a model of type {config.model_type!r}; expected one of {sorted(SUPPORTED)}.")
     processor = AutoProcessor.from_pretrained(name, revision=revision, padding_side="left")
     return stages.encoder_from_config(config, processor, data_args)
 
@@ -152,7 +155,7 @@ def read_partial(path: Path, header: dict) -> dict[str, dict]:
     except (ValueError, TypeError, LookupError) as error:
         raise SystemExit(f"{path} is damaged ({error}). Remove it: the check then starts from the first row.") from error
     if differing := [key for key in sorted({*found, *header}) if found.get(key) != header.get(key)]:
-        raise SystemExit(
+        raise ConfigError(
             f"{path} is of a check with other settings or rows (different: {', '.join(differing)}). Go on with the old "
             f"ones, remove it, or choose another --output."
         )
@@ -221,8 +224,13 @@ def main(argv: list[str] | None = None) -> int:
             stages.ReportArguments, stages.PushArguments, GRPOArguments, StopArguments, VideoGRPOConfig, VideoSFTConfig
         ),
     )
+    with only_process(arguments.output):
+        return write_manifest(data_args, model_args, arguments)
+
+
+def write_manifest(data_args: stages.DataArguments, model_args: ModelConfig, arguments: CheckArguments) -> int:
     if not data_args.datasets:
-        raise SystemExit("Expected `datasets:`, a list of {path: …}; none was given.")
+        raise ConfigError("Expected `datasets:`, a list of {path: …}; none was given.")
     if data_args.tiny_world is not None:
         from veripo_trl.tiny.world import make_world
 
@@ -249,4 +257,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(stages.run(main))
+    sys.exit(run(main))

@@ -1,7 +1,7 @@
 """DPO on preference pairs that verify_rollouts.py made of a GRPO run's rollouts (arXiv 2505.19000, the fast alignment).
 
-    accelerate launch recipes/dpo_video.py                                       # the tiny world, after its GRPO run
-    accelerate launch recipes/dpo_video.py --config qwen2_5_vl_3b_lora/dpo.yaml \\
+    accelerate launch -q recipes/dpo_video.py                                       # the tiny world, after its GRPO run
+    accelerate launch -q recipes/dpo_video.py --config qwen2_5_vl_3b_lora/dpo.yaml \\
         --model_name_or_path outputs/qwen2_5_vl_3b_grpo --pairs '{"path": "my-org/my-pairs", "media_root": "clips"}'
 
 `model_name_or_path` is the policy that made the rollouts. It is the reference too: its full weights, or, where it is an
@@ -13,17 +13,18 @@ import os
 # The loader's workers share the cores with the model: threads that spin while they wait would slow both many times over.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
 
-import json
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from veripo_trl import stages
-from veripo_trl.hub import HubError
+from veripo_trl.errors import ConfigError, run
 from veripo_trl.preferences import load_pairs
 from veripo_trl.prompts import load_template
-from veripo_trl.rows import RowError, check_media
+from veripo_trl.rows import check_media
+from veripo_trl.run_folder import only_process
 from veripo_trl.trainers.dpo import VideoDPOConfig, VideoDPOTrainer
 
 # after ours, which keeps peft from importing bitsandbytes
@@ -46,8 +47,8 @@ class PairArguments:
 
     def __post_init__(self):
         if not self.pairs:
-            raise SystemExit("Expected `pairs:`, a list of {path: …} that verify_rollouts.py wrote; none was given.")
-        self.pairs = [json.loads(item) if isinstance(item, str) else item for item in self.pairs]
+            raise ConfigError("Expected `pairs:`, a list of {path: …} that verify_rollouts.py wrote; none was given.")
+        self.pairs = stages.read_sources("pairs", self.pairs)
 
 
 ARGUMENTS = (
@@ -60,29 +61,27 @@ ARGUMENTS = (
 )
 
 
-def main(argv: list[str] | None = None) -> None:
-    data_args, report, push, pair_args, training_args, model_args = stages.parse(
-        ARGUMENTS,
-        default_config=DEFAULT_CONFIG,
-        argv=argv,
-    )
+def main(argv: list[str] | None = None) -> int | None:
+    arguments = stages.parse(ARGUMENTS, default_config=DEFAULT_CONFIG, argv=argv)
+    with only_process(arguments[4].output_dir):
+        return train(*arguments)
+
+
+def train(data_args, report, push, pair_args, training_args, model_args) -> int | None:
     started = time.time()
     stages.allow_many_open_files()
     stages.use_all_cores(training_args)
     if stages.push_trained(training_args, push):
-        return
+        return None
     stages.make_tiny_world(data_args, training_args)
     stages.see_as_trained(data_args, model_args.model_name_or_path, model_args.model_revision)
-    try:
-        pairs = load_pairs(
-            pair_args.pairs, template=load_template(data_args.prompt_template), allow_urls=data_args.allow_urls
-        )
-    except (RowError, HubError) as error:
-        raise SystemExit(str(error)) from error
+    pairs = load_pairs(
+        pair_args.pairs, template=load_template(data_args.prompt_template), allow_urls=data_args.allow_urls
+    )
     check_media(pairs.dataset, allow_urls=data_args.allow_urls)
     heldout = stages.load_eval_rows(data_args)
     if data_args.holdout and (seen := set(heldout["question_id"]) & set(pairs.dataset["question_id"])):
-        raise SystemExit(
+        raise ConfigError(
             f"holdout: {len(seen)} of the {data_args.holdout} questions have pairs ({', '.join(sorted(seen)[:3])}, …): "
             f"the GRPO run trained on them. Give that run the same datasets, manifest and holdout, or give this one "
             f"eval_datasets."
@@ -102,17 +101,18 @@ def main(argv: list[str] | None = None) -> None:
     kinds = Counter(pairs.dataset["kind"])
     if trainer.accelerator.is_main_process:
         print(f"{len(pairs.dataset)} pairs ({', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))})", flush=True)
-        stages.save_arguments(training_args.output_dir, data_args, report, push, pair_args, training_args, model_args)
+    trainer.started = started
+    arguments = (data_args, report, push, pair_args, training_args, model_args)
+    stages.save_arguments(training_args.output_dir, *arguments, resumed=checkpoint is not None)
     evaluation = None
     if heldout is not None:
         evaluation = stages.HeldOutEvaluation(trainer, heldout, report, before=report.report_before)
         trainer.add_callback(evaluation)
     trainer.train(resume_from_checkpoint=checkpoint)
-    stages.finish(
+    return stages.finish(
         trainer,
         evaluation,
         title="Held-out questions",
-        started=started,
         extra={
             "seconds": dict(trainer.seconds),
             "pairs": dict(kinds),
@@ -123,4 +123,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    stages.run(main)
+    sys.exit(run(main))

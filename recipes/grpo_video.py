@@ -1,7 +1,7 @@
 """GRPO on questions about videos, images and text (arXiv 2505.19000, the slow search).
 
-    accelerate launch recipes/grpo_video.py                                      # the tiny world, CPU, minutes
-    accelerate launch recipes/grpo_video.py --config qwen2_5_vl_3b_lora/grpo.yaml \\
+    accelerate launch -q recipes/grpo_video.py                                      # the tiny world, CPU, minutes
+    accelerate launch -q recipes/grpo_video.py --config qwen2_5_vl_3b_lora/grpo.yaml \\
         --datasets '{"path": "Video-R1-260k.json", "where": {"data_type": "video"}}'
 
 Without arguments it makes the embedded world, cold-starts the tiny model, trains it and evaluates it on held-out clips.
@@ -13,6 +13,7 @@ import os
 # The loader's workers share the cores with the model: threads that spin while they wait would slow both many times over.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
 
+import signal
 import subprocess
 import sys
 import time
@@ -20,9 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from veripo_trl import stages
+from veripo_trl.errors import ConfigError, VeripoError, run
 from veripo_trl.hub_cards import shown_name
 from veripo_trl.rewards import REWARDS
 from veripo_trl.rollouts import RolloutStore
+from veripo_trl.run_folder import only_process
 from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer
 
 # after ours, which keeps peft from importing bitsandbytes
@@ -50,7 +53,7 @@ class GRPOArguments:
     def __post_init__(self):
         unknown = sorted(set(self.rewards) - set(REWARDS))
         if unknown:
-            raise SystemExit(f"Unknown rewards {unknown}; expected some of {sorted(REWARDS)}.")
+            raise ConfigError(f"Unknown rewards {unknown}; expected some of {sorted(REWARDS)}.")
 
 
 def cold_start(config: str, model_path: str, seed: int) -> None:
@@ -69,7 +72,12 @@ def cold_start(config: str, model_path: str, seed: int) -> None:
         launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         kept = ("ACCELERATE_", "TORCHELASTIC_", "GROUP_", "ROLE_")
         env = {k: v for k, v in os.environ.items() if k not in launcher and not k.startswith(kept)}
-        subprocess.run(command, check=True, env=env)
+        process = subprocess.Popen(command, env=env)
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # it writes a checkpoint
+        code = process.wait()
+        signal.signal(signal.SIGTERM, before)
+        if code:
+            raise VeripoError(f"the cold start ended with exit code {code}, see above. The same command goes on with it.")
     state.wait_for_everyone()
 
 
@@ -83,17 +91,18 @@ ARGUMENTS = (
 )
 
 
-def main(argv: list[str] | None = None) -> None:
-    data_args, report, push, grpo_args, training_args, model_args = stages.parse(
-        ARGUMENTS,
-        default_config=DEFAULT_CONFIG,
-        argv=argv,
-    )
+def main(argv: list[str] | None = None) -> int | None:
+    arguments = stages.parse(ARGUMENTS, default_config=DEFAULT_CONFIG, argv=argv)
+    with only_process(arguments[4].output_dir):
+        return train(*arguments)
+
+
+def train(data_args, report, push, grpo_args, training_args, model_args) -> int | None:
     started = time.time()
     stages.allow_many_open_files()
     stages.use_all_cores(training_args)
     if stages.push_trained(training_args, push):
-        return
+        return None
     stages.make_tiny_world(data_args, training_args)
     dataset = stages.load_training_rows(data_args, seed=training_args.seed)
     heldout = stages.load_eval_rows(data_args)
@@ -115,18 +124,18 @@ def main(argv: list[str] | None = None) -> None:
         # relative: rollouts are given to others
         policy_name=shown_name(os.path.relpath(name) if os.path.isabs(name := model_args.model_name_or_path) else name),
     )
-    if trainer.accelerator.is_main_process:
-        stages.save_arguments(training_args.output_dir, data_args, report, push, grpo_args, training_args, model_args)
+    trainer.started = started
+    arguments = (data_args, report, push, grpo_args, training_args, model_args)
+    stages.save_arguments(training_args.output_dir, *arguments, resumed=checkpoint is not None)
     evaluation = None
     if heldout is not None:
         evaluation = stages.HeldOutEvaluation(trainer, heldout, report, before=report.report_before)
         trainer.add_callback(evaluation)
     trainer.train(resume_from_checkpoint=checkpoint)
-    stages.finish(
+    return stages.finish(
         trainer,
         evaluation,
         title="Held-out questions",
-        started=started,
         extra={
             "seconds": dict(trainer.seconds),
             "rollouts": store.count(),
@@ -137,4 +146,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    stages.run(main)
+    sys.exit(run(main))

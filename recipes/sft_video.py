@@ -1,7 +1,8 @@
 """Cold start: supervised fine-tuning on questions with thinking (`process`), loss on the assistant's tokens only.
 
-    accelerate launch recipes/sft_video.py                                       # the tiny world, CPU
-    accelerate launch recipes/sft_video.py --config video_r1_7b/sft.yaml --datasets '{"path": "Video-R1-COT-165k.json"}'
+    accelerate launch -q recipes/sft_video.py                                       # the tiny world, CPU
+    accelerate launch -q recipes/sft_video.py --config video_r1_7b/sft.yaml \\
+        --datasets '{"path": "Video-R1-COT-165k.json"}'
 
 Without arguments it trains the embedded tiny model. A run that was broken off goes on from its last checkpoint.
 """
@@ -11,12 +12,15 @@ import os
 # The loader's workers share the cores with the model: threads that spin while they wait would slow both many times over.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
 
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from veripo_trl import stages
+from veripo_trl.errors import run
 from veripo_trl.rows import load_rows
+from veripo_trl.run_folder import only_process
 from veripo_trl.trainers.sft import VideoSFTConfig, VideoSFTTrainer
 
 # after ours, which keeps peft from importing bitsandbytes
@@ -40,11 +44,20 @@ class StopArguments:
 
 
 class StopAtAccuracy(TrainerCallback):
-    """Ends training once greedy accuracy on development rows is reached."""
+    """Ends training once greedy accuracy on development rows is reached.
+
+    What it saw, and so why training ended, is in the checkpoints: a run that is resumed from the end is at its end.
+    """
+
+    STATE = "stop_at_accuracy"
 
     def __init__(self, trainer, dataset, report, *, threshold: float, every: int):
         self.trainer, self.dataset, self.report, self.threshold, self.every = trainer, dataset, report, threshold, every
         self.history: list[dict] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.history = state.stateful_callbacks.setdefault(self.STATE, [])
+        control.should_training_stop = bool(self.history) and self.history[-1]["accuracy"] >= self.threshold
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every:
@@ -58,7 +71,8 @@ class StopAtAccuracy(TrainerCallback):
                 f"format {summary['format']:.2f}; stops at {self.threshold}",
                 flush=True,
             )
-        control.should_training_stop = control.should_training_stop or summary["accuracy"] >= self.threshold
+        if summary["accuracy"] >= self.threshold:
+            control.should_training_stop = control.should_save = True
 
 
 ARGUMENTS = (
@@ -71,17 +85,18 @@ ARGUMENTS = (
 )
 
 
-def main(argv: list[str] | None = None) -> None:
-    data_args, report, push, stop, training_args, model_args = stages.parse(
-        ARGUMENTS,
-        default_config=DEFAULT_CONFIG,
-        argv=argv,
-    )
+def main(argv: list[str] | None = None) -> int | None:
+    arguments = stages.parse(ARGUMENTS, default_config=DEFAULT_CONFIG, argv=argv)
+    with only_process(arguments[4].output_dir):
+        return train(*arguments)
+
+
+def train(data_args, report, push, stop, training_args, model_args) -> int | None:
     started = time.time()
     stages.allow_many_open_files()
     stages.use_all_cores(training_args)
     if stages.push_trained(training_args, push):
-        return
+        return None
     stages.make_tiny_world(data_args, training_args)
     dataset = stages.load_training_rows(data_args, seed=training_args.seed)
     heldout = stages.load_eval_rows(data_args)
@@ -96,7 +111,9 @@ def main(argv: list[str] | None = None) -> None:
         encoder=stages.make_encoder(model, processor, data_args),
     )
     checkpoint = stages.open_run(training_args.output_dir, accelerator=trainer.accelerator)
-    stages.save_arguments(training_args.output_dir, data_args, push, stop, training_args, model_args)
+    trainer.started = started
+    arguments = (data_args, push, stop, training_args, model_args)
+    stages.save_arguments(training_args.output_dir, *arguments, resumed=checkpoint is not None)
     stopper = None
     if stop.stop_at_accuracy is not None:
         development = load_rows(stop.stop_datasets, shuffle=False, allow_urls=data_args.allow_urls, unique_ids=False)
@@ -109,11 +126,10 @@ def main(argv: list[str] | None = None) -> None:
         evaluation = stages.HeldOutEvaluation(trainer, heldout, report, before=False)
         trainer.add_callback(evaluation)
     trainer.train(resume_from_checkpoint=checkpoint)
-    stages.finish(
+    return stages.finish(
         trainer,
         evaluation,
         title="Cold start on held-out questions",
-        started=started,
         extra={
             "development": stopper.history if stopper else [],
             "inputs": stages.hub_inputs(data_args, model_args),
@@ -123,4 +139,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    stages.run(main)
+    sys.exit(run(main))

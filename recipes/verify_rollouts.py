@@ -12,6 +12,7 @@ same command: what a judge model said is kept in the verdict cache, and the pair
 import contextlib
 import json
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -21,19 +22,21 @@ from pathlib import Path
 from tqdm import tqdm
 
 from veripo_trl import stages
-from veripo_trl.answers import REGRESSION_SCORES, SolutionError
+from veripo_trl.answers import REGRESSION_SCORES
 from veripo_trl.disk import read_json
+from veripo_trl.errors import ConfigError, run
 from veripo_trl.hub import HubError, dataset_card, fetch_dataset, prepare_repo, push_folder
 from veripo_trl.policy import looks_local
-from veripo_trl.prompts import PromptError, load_template
+from veripo_trl.prompts import load_template
 from veripo_trl.rows import content_of
+from veripo_trl.run_folder import move_finished_aside, only_process, write_results
 from veripo_trl.verifier import files
 from veripo_trl.verifier.cache import VerdictCache
 from veripo_trl.verifier.curriculum import choose_solved
-from veripo_trl.verifier.judge_prompts import JudgePromptError, load_judge_prompt
+from veripo_trl.verifier.judge_prompts import load_judge_prompt
 from veripo_trl.verifier.judges import RulesJudge
-from veripo_trl.verifier.pairs import PairError, PairOptions, build_pairs, generation_of
-from veripo_trl.verifier.server import JudgeError, ServerJudge
+from veripo_trl.verifier.pairs import PairOptions, build_pairs, generation_of
+from veripo_trl.verifier.server import ServerJudge
 from veripo_trl.verifier.summary import PairsSeen, card_facts, plot, print_summary, summarize
 from veripo_trl.verifier.verify import verify_stream
 
@@ -104,40 +107,40 @@ class VerifyArguments:
 
     def __post_init__(self):
         if not self.rollouts:
-            raise SystemExit("Expected `rollouts:`, a list of folders or a Hub dataset; none was given.")
+            raise ConfigError("Expected `rollouts:`, a list of folders or a Hub dataset; none was given.")
         if self.judge not in JUDGES:
-            raise SystemExit(f"judge: expected one of {', '.join(JUDGES)}, got {self.judge!r}.")
+            raise ConfigError(f"judge: expected one of {', '.join(JUDGES)}, got {self.judge!r}.")
         needed = {"server": ("judge_url", "judge_model"), "local": ("judge_model",)}.get(self.judge, ())
         if self.push_to_hub:
             needed += ("hub_pairs_id", "hub_verdicts_id")
         if missing := [name for name in needed if getattr(self, name) is None]:
             why = "push_to_hub" if missing[0].startswith("hub") else f"judge: {self.judge}"
-            raise SystemExit(f"{why} needs {' and '.join(missing)}; not given.")
+            raise ConfigError(f"{why} needs {' and '.join(missing)}; not given.")
         if self.push_to_hub and self.hub_pairs_id.lower() == self.hub_verdicts_id.lower():
-            raise SystemExit(f"hub_pairs_id and hub_verdicts_id: expected two datasets, both are {self.hub_pairs_id!r}.")
+            raise ConfigError(f"hub_pairs_id and hub_verdicts_id: expected two datasets, both are {self.hub_pairs_id!r}.")
         self.judge_request_options = read_request_options(self.judge_request_options, self.judge)
         if self.regression_score not in REGRESSION_SCORES:
-            raise SystemExit(f"regression_score: expected one of {REGRESSION_SCORES}, got {self.regression_score!r}.")
+            raise ConfigError(f"regression_score: expected one of {REGRESSION_SCORES}, got {self.regression_score!r}.")
         if not 0 <= self.drop_solved_share <= 1:
-            raise SystemExit(f"drop_solved_share: expected a share from 0 to 1, got {self.drop_solved_share}.")
+            raise ConfigError(f"drop_solved_share: expected a share from 0 to 1, got {self.drop_solved_share}.")
         if self.limit is not None and self.limit < 1:
-            raise SystemExit(f"limit: expected 1 or more, got {self.limit}.")
+            raise ConfigError(f"limit: expected 1 or more, got {self.limit}.")
 
 
 ARGUMENTS = (VerifyArguments, PairOptions)
 
 
 def read_request_options(given: str | dict | None, judge: str) -> dict | None:
-    """`judge_request_options` as a dict; SystemExit if it is none, or has a key that a local judge does not know."""
+    """`judge_request_options` as a dict; ConfigError if it is none, or has a key that a local judge does not know."""
     expected = f"judge_request_options: expected a JSON object, like {{\"max_tokens\": 2048}}, got {given!r}"
     try:
         options = json.loads(given) if isinstance(given, str) else given
     except ValueError as error:
-        raise SystemExit(f"{expected}: {error}.") from error
+        raise ConfigError(f"{expected}: {error}.") from error
     if options is not None and not isinstance(options, dict):
-        raise SystemExit(f"{expected}.")
+        raise ConfigError(f"{expected}.")
     if judge == "local" and (unknown := [key for key in options or () if key not in LOCAL_OPTIONS]):
-        raise SystemExit(
+        raise ConfigError(
             f"judge_request_options: judge: local does not know {', '.join(map(str, unknown))}; expected any of "
             f"{', '.join(LOCAL_OPTIONS)}."
         )
@@ -159,7 +162,7 @@ def find_rollouts(arguments: VerifyArguments) -> tuple[files.RolloutFiles, dict[
             pushed[name] = origin
         found += here
     if arguments.rollouts_revision and len(fetched) != 1:
-        raise SystemExit(f"rollouts_revision is for one Hub dataset; of {arguments.rollouts} {len(fetched)} are such.")
+        raise ConfigError(f"rollouts_revision is for one Hub dataset; of {arguments.rollouts} {len(fetched)} are such.")
     return files.open_rollouts(found, limit=arguments.limit), fetched | pushed
 
 
@@ -176,7 +179,7 @@ def load_matching_template(name: str, templates: Iterable[str]):
     """The prompt template, if it is the one of all rollouts: pairs repeat the prompt that the policy saw."""
     template = load_template(name)
     if others := sorted(set(templates) - {template.hash}):
-        raise SystemExit(
+        raise ConfigError(
             f"prompt_template {name!r} has the hash {template.hash}, but rollouts were made with {', '.join(others)}. "
             "Set prompt_template to the one of the GRPO run."
         )
@@ -192,7 +195,7 @@ def load_tokenizer(name: str | None, rollouts: files.RolloutFiles):
 
     policies, given = sorted(rollouts.policies), "`tokenizer`"
     if name is None and len(policies) > 1:
-        raise SystemExit(f"The rollouts are of several policies ({', '.join(policies)}): give `tokenizer`.")
+        raise ConfigError(f"The rollouts are of several policies ({', '.join(policies)}): give `tokenizer`.")
     if name is None:
         runs = {file.absolute().parents[1] for file in rollouts.files if file.parent.name == "rollouts"}
         places = [place for run in sorted(runs) for place in (run, *sorted(run.glob("checkpoint-*")))]
@@ -203,7 +206,7 @@ def load_tokenizer(name: str | None, rollouts: files.RolloutFiles):
             raise OSError("no such folder, and not the name of a model on the Hub.")
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise SystemExit(
+        raise ConfigError(
             f"No tokenizer in {name!r}, {given}: {str(error).splitlines()[0]}\nGive `tokenizer`: the folder or Hub name "
             "of the model that made the rollouts. Relative folders are seen from the working directory."
         ) from error
@@ -216,7 +219,7 @@ def find_judge_prompt(name: str) -> Path:
         if path.is_file():
             return path
     known = ", ".join(sorted(path.stem for path in shipped.glob("*.yaml"))) or "none there"
-    raise SystemExit(f"judge_prompt {name!r}: no such file here, and not one of {shipped} ({known}).")
+    raise ConfigError(f"judge_prompt {name!r}: no such file here, and not one of {shipped} ({known}).")
 
 
 def make_judge(arguments: VerifyArguments):
@@ -230,7 +233,7 @@ def make_judge(arguments: VerifyArguments):
         try:
             return LocalJudge(arguments.judge_model, prompt, **(arguments.judge_request_options or {}))
         except (OSError, ValueError) as error:
-            raise SystemExit(f"judge_model {arguments.judge_model!r} cannot be loaded: {error}") from error
+            raise ConfigError(f"judge_model {arguments.judge_model!r} cannot be loaded: {error}") from error
     return ServerJudge(
         arguments.judge_url,
         arguments.judge_model,
@@ -247,7 +250,7 @@ def open_folder(output_dir: str) -> Path:
     """The run's folder, ready to write. A finished run is moved aside; what an unfinished one wrote is made anew: its
     expensive part, the judge's replies, is in the cache."""
     folder = Path(output_dir)
-    stages.move_finished_aside(folder)
+    move_finished_aside(folder)
     if sum(files.remove_files(folder / name) for name in ("verdicts", "pairs")):
         print(f"{folder} holds an unfinished verification: starting it again", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -326,33 +329,28 @@ def push(folder: Path, arguments: VerifyArguments, results: dict) -> dict[str, d
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        arguments, options = stages.parse(ARGUMENTS, default_config=DEFAULT_CONFIG, argv=argv)
-    except ValueError as error:
-        raise SystemExit(f"{error} Nothing was run.") from error
-    if int(os.environ.get("RANK", "0")):
-        return  # one process of a launcher's does the work
+    arguments, options = stages.parse(ARGUMENTS, default_config=DEFAULT_CONFIG, argv=argv)
+    if not int(os.environ.get("RANK", "0")):  # one process of a launcher's does the work
+        with only_process(arguments.output_dir):
+            verify(arguments, options)
+
+
+def verify(arguments: VerifyArguments, options: PairOptions) -> None:
     started = time.time()
-    try:
-        if arguments.push_to_hub:  # a name or a token that is refused shall not be found out at the end
-            ids = (arguments.hub_verdicts_id, arguments.hub_pairs_id)
-            names = {prepare_repo(name, repo_type="dataset", private=arguments.hub_private).lower() for name in ids}
-            if len(names) < len(ids):
-                raise SystemExit(f"hub_pairs_id and hub_verdicts_id: expected two datasets, both are {names.pop()!r}.")
-        rollouts, inputs = find_rollouts(arguments)
-        template = load_matching_template(arguments.prompt_template, rollouts.templates)
-        tokenizer = load_tokenizer(arguments.tokenizer, rollouts)
-        judge = make_judge(arguments)
-        cache = open_cache(arguments, judge)
-    except (files.RolloutFilesError, PromptError, JudgePromptError, JudgeError, HubError) as error:
-        raise SystemExit(str(error)) from error
+    if arguments.push_to_hub:  # a name or a token that is refused shall not be found out at the end
+        ids = (arguments.hub_verdicts_id, arguments.hub_pairs_id)
+        names = {prepare_repo(name, repo_type="dataset", private=arguments.hub_private).lower() for name in ids}
+        if len(names) < len(ids):
+            raise ConfigError(f"hub_pairs_id and hub_verdicts_id: expected two datasets, both are {names.pop()!r}.")
+    rollouts, inputs = find_rollouts(arguments)
+    template = load_matching_template(arguments.prompt_template, rollouts.templates)
+    tokenizer = load_tokenizer(arguments.tokenizer, rollouts)
+    judge = make_judge(arguments)
+    cache = open_cache(arguments, judge)
     folder = open_folder(arguments.output_dir)  # after all that can be wrong with the arguments
     stages.save_arguments(str(folder), arguments, options)
-    try:
-        with cache or contextlib.nullcontext():
-            counts = judge_rollouts(rollouts, folder, judge, tokenizer, cache, arguments, options.ngram)
-    except (JudgeError, SolutionError) as error:
-        raise SystemExit(str(error)) from error
+    with cache or contextlib.nullcontext():
+        counts = judge_rollouts(rollouts, folder, judge, tokenizer, cache, arguments, options.ngram)
     accuracies, questions, pairs = [], {}, PairsSeen()
 
     def watched(groups: Iterable[list[dict]]) -> Iterator[list[dict]]:
@@ -362,10 +360,7 @@ def main(argv: list[str] | None = None) -> None:
             yield group
 
     judged = watched(files.judged_questions(rollouts, folder / "verdicts"))
-    try:
-        found, dropped = build_pairs(judged, options, template=template, folder=folder)
-    except PairError as error:
-        raise SystemExit(str(error)) from error
+    found, dropped = build_pairs(judged, options, template=template, folder=folder)
     count = files.write_files(pairs.watch(found), folder / "pairs", files.PAIR_SCHEMA)
     solved = choose_solved(accuracies, share=arguments.drop_solved_share, seed=options.seed)
     contents = [questions[question] for question in solved["dropped"]]
@@ -399,9 +394,9 @@ def main(argv: list[str] | None = None) -> None:
         try:
             results["hub"] = push(folder, arguments, results)
         except HubError as error:
-            raise SystemExit(f"{error} Or start the same command again.") from error
+            raise HubError(f"{error} Or start the same command again.") from error
     results["minutes"] = (time.time() - started) / 60
-    stages.write_json(folder / stages.RESULTS, results)
+    write_results(folder, results)
     print(
         f"\n{count} pairs, verdicts, solved.json, pairs.png and {stages.RESULTS} are in {folder} "
         f"({results['minutes']:.1f} minutes)",
@@ -410,4 +405,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    stages.run(main)
+    sys.exit(run(main))

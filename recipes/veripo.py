@@ -6,12 +6,11 @@
 
 One YAML names the stages in order, each a recipe of this folder with its configuration and overrides. Every stage runs
 as its own process, as a user would run it. The state of the run is `<output_dir>/run.json`: killed anywhere, the same
-command goes on; finished stages are not run again.
+command goes on; finished stages are not run again. SIGTERM is passed to the trainer, which writes a checkpoint.
 """
 
 import argparse
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -26,14 +25,16 @@ from pathlib import Path
 
 import yaml
 
-from veripo_trl.disk import FileError, read_json, room_for, write_whole  # the package lets the screen lack characters
+from veripo_trl.disk import read_json, room_for, write_whole  # the package lets the screen lack characters
+from veripo_trl.errors import VeripoError
+from veripo_trl.errors import run as run_command
+from veripo_trl.run_folder import RESULTS, changed_keys, holder, only_process
 from veripo_trl.secrets import without_secrets
 from veripo_trl.tables import print_table, write_json
 
 RECIPES = Path(__file__).resolve().parent
 CONFIGS = RECIPES / "configs"
 DEFAULT_CONFIG = CONFIGS / "tiny" / "veripo.yaml"
-RESULTS = "results.json"  # a stage's folder that has it is finished
 MARKER = "VERIPO_RUN"  # in the environment of every process that a run starts
 TRAINING = ("sft_video.py", "grpo_video.py", "dpo_video.py")  # these make a policy and are launched by accelerate
 LOOP_KEYS = {"output_dir", "iterations", "seed", "accelerate", "stages", "iteration", "push_to_hub", "hub_prefix"}
@@ -204,7 +205,8 @@ def command_of(stage: dict, config: Path, accelerate: list[str]) -> list[str]:
     if stage["recipe"] not in TRAINING:
         return [sys.executable, recipe, "--config", str(config)]
     options = [str(CONFIGS / part) if (CONFIGS / part).is_file() else part for part in map(str, accelerate)]
-    return [sys.executable, "-m", "accelerate.commands.launch", *options, recipe, "--config", str(config)]
+    # quiet: the stage's own message is the last, not the launcher's traceback
+    return [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *options, recipe, "--config", str(config)]
 
 
 def check_settings(stages: list[dict]) -> None:
@@ -264,7 +266,10 @@ def look_at_inputs(stage: dict, made: list[str]) -> None:
 
 
 class Run:
-    """`run.json` of a run: what its stages read, wrote and took."""
+    """`run.json` of a run: what its stages read, wrote and took. `at_work`: the folder of the stage that is running."""
+
+    at_work: Path | None = None
+    stopped_by: signal.Signals | None = None
 
     def __init__(self, folder: Path, loop: dict):
         self.folder, self.file = folder, folder / "run.json"
@@ -288,6 +293,20 @@ class Run:
 
     def save(self) -> None:
         write_json(self.file, self.content)
+
+    def pass_on(self, number: int, frame) -> None:
+        """Of a signal: to the trainer alone, which knows what to do, and whose end is waited for."""
+        again = self.stopped_by is signal.SIGINT
+        self.stopped_by = signal.Signals(number)
+        trainer = holder(self.at_work) if self.at_work else None
+        if trainer is None or again:
+            self.leave()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(trainer, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+    def leave(self) -> None:
+        print(f"\n{self.folder}: ended by {self.stopped_by.name}: the same command goes on", file=sys.stderr, flush=True)
+        raise SystemExit(128 + self.stopped_by)
 
     def forget(self, stages: list[dict]) -> None:
         """Move the folders of stages aside, so that they are done again; nothing is deleted."""
@@ -317,14 +336,8 @@ def read_results(stage: dict) -> dict | None:
 @contextlib.contextmanager
 def only_run(folder: Path):
     """Hold the run's folder alone; end what an earlier start of it left running, and what this one would leave."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SystemExit(f"{folder}: another veripo.py is at work on this run; wait for it, or end it.") from None
-        except OSError as error:
-            raise SystemExit(f"{folder} cannot be locked ({error}): choose an output_dir on another disk.") from error
+    with only_process(folder):
+        folder.mkdir(parents=True, exist_ok=True)
         end_leftovers(folder)
         try:
             yield
@@ -370,7 +383,7 @@ def add_to_log(file, part: bytes, *, lost: bool) -> bool:
     try:
         with room_for(file.name, len(part)):
             file.write(part)
-    except FileError as error:
+    except VeripoError as error:
         if not lost:
             print(f"The log is not whole, the stage goes on. {error}", flush=True)
         return True
@@ -383,7 +396,10 @@ def run_logged(command: list[str], log: Path, env: dict) -> int:
     with open(log, "ab", buffering=0) as file:
         started_again = "\n" if file.tell() else ""  # a killed run ends in the middle of a line
         lost = add_to_log(file, f"{started_again}$ {' '.join(command)}\n".encode(), lost=False)
-        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        # a session of its own: Ctrl-C comes to the loop alone
+        process = subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             while part := os.read(process.stdout.fileno(), 65536):
                 lost = add_to_log(file, part, lost=lost)
@@ -445,11 +461,6 @@ def tail(log: Path, lines: int = 15) -> str:
     return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
 
 
-def changed_keys(before: dict, now: dict) -> str:
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    return ", ".join(f"{key}: {before.get(key)!r} → {now.get(key)!r}" for key in keys)
-
-
 def no_pairs(stage: dict, run: Run) -> str | None:
     """Why a DPO stage has nothing to do, or None."""
     path = (stage["settings"].get("pairs") or [{}])[0].get("path")
@@ -504,12 +515,16 @@ def do_stage(stage: dict, run: Run, accelerate: list[str], *, before: str | None
     env = {**os.environ, MARKER: str(run.folder.resolve()), "PYTHONUNBUFFERED": "1"}
     started = time.monotonic()
     with judge_server(stage["judge"], run.folder / "logs" / f"{name}-judge.log", env):
+        run.at_work = Path(stage["output_dir"])
         code = run_logged(command, log, env)
+        run.at_work = None
     entry = run.entry(name)
     entry["minutes"] += (time.monotonic() - started) / 60
     results = read_results(stage)
     if code != 0 or results is None:
-        run.put(entry | {"status": "failed", "exit_code": code})
+        run.put(entry | {"status": "stopped" if run.stopped_by else "failed", "exit_code": code})
+        if run.stopped_by:
+            run.leave()
         raise SystemExit(
             f"\n{name} failed (exit code {code}{'' if results else f', no {RESULTS}'}). Its log: {log}. Mend what it "
             f"says and start the same command again: finished stages are kept, this one goes on where it can."
@@ -626,20 +641,14 @@ def dry_run(run: Run, stages: list[dict], first: int | None) -> None:
         if stage["recipe"] in TRAINING and state not in ("done", "skipped"):
             try:
                 look_at_inputs(stage, [before["output_dir"] for before in stages[:place]])
-            except (SystemExit, RuntimeError, ValueError, OSError, TypeError) as error:
+            except (SystemExit, VeripoError, RuntimeError, ValueError, OSError, TypeError) as error:
                 problems.setdefault(str(error), f"stage {stage['name']}: ")
     if problems:
         raise SystemExit("\n".join(["\nThis would not run:", *(name + what for what, name in problems.items())]))
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        do_loop(parse_arguments(argv))
-    except FileError as error:
-        raise SystemExit(str(error)) from None
-
-
-def do_loop(arguments: argparse.Namespace) -> None:
+    arguments = parse_arguments(argv)
     loop = read_loop(arguments)
     stages = plan(loop)
     first, last = chosen(stages, arguments.first, arguments.last)
@@ -650,8 +659,10 @@ def do_loop(arguments: argparse.Namespace) -> None:
     if not (folder / "run.json").exists():
         check_settings(stages)
     with only_run(folder):
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated; the same command goes on"))
         run = Run(folder, loop)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, run.pass_on)
         if not run.file.exists():
             run.save()
         if arguments.first is not None and run.content.get("redone_from") != arguments.first:
@@ -659,6 +670,8 @@ def do_loop(arguments: argparse.Namespace) -> None:
         before = None
         for place, stage in enumerate(stages[: last + 1]):
             entry = do_stage(stage, run, loop["accelerate"], before=before)
+            if run.stopped_by:
+                run.leave()
             before = entry["finished"]
             if entry["status"] == "skipped":
                 skip_policies(stages, place)
@@ -668,4 +681,4 @@ def do_loop(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

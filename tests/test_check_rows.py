@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from conftest import make_row, write_video
 
-from veripo_trl import stages
 from veripo_trl.encoding import PromptEncoder
+from veripo_trl.errors import ConfigError
 from veripo_trl.policy import save_settings
 from veripo_trl.rows import COLUMNS, RowError, load_rows, read_manifest
+from veripo_trl.video_process import DecoderError
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 REASONS = {
@@ -153,7 +154,7 @@ def test_the_real_script(run, tmp_path):
     for text in ("2 rows have no usable id", "rows.jsonl row 18", f"--manifest {manifest}", "tokens median"):
         assert text in done.stdout, done.stdout
     assert "rows: 100%" in done.stderr
-    assert sorted(path.name for path in manifest.parent.iterdir()) == ["manifest.jsonl"]
+    assert sorted(path.name for path in manifest.parent.glob("[!.]*")) == ["manifest.jsonl"]
     assert any(path.is_file() for path in (tmp_path / "frames").rglob("*"))  # the cache is warm
     assert not (tmp_path / "run").exists()
 
@@ -203,11 +204,11 @@ def test_a_broken_check_goes_on_where_it_stopped(check_rows, run, tmp_path, enco
     for change, key in (({"max_frames": 4}, "max_frames"), ({"max_prompt_tokens": 20}, "max_prompt_tokens")):
         before = partial.read_bytes()
         run(rows, **change)
-        with pytest.raises(SystemExit, match=key):
+        with pytest.raises(ConfigError, match=key):
             check_rows.main(arguments)
         assert partial.read_bytes() == before
     run([*rows[:4], rows[4] | {"problem": "Another question?"}])
-    with pytest.raises(SystemExit, match="rows_sha256"):
+    with pytest.raises(ConfigError, match="rows_sha256"):
         check_rows.main(arguments)
 
     before = partial.read_bytes()
@@ -265,8 +266,8 @@ def test_a_decoder_that_cannot_start_is_no_fault_of_the_rows(check_rows, run, tm
     (tmp_path / "av.py").write_text("raise ImportError('no decoder here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     arguments = ["--config", str(run(clip_rows(tmp_path / "media", 2))), "--output", str(tmp_path / "m.jsonl")]
-    with pytest.raises(SystemExit, match="^DecoderError: the process that decodes .*: no decoder here.*") as caught:
-        stages.run(lambda: check_rows.main([*arguments, "--num_workers", workers]))
+    with pytest.raises(DecoderError, match="^the process that decodes .*: no decoder here.*") as caught:
+        check_rows.main([*arguments, "--num_workers", workers])
     assert "Traceback" not in str(caught.value)
     assert len((tmp_path / "m.jsonl.partial").read_text().splitlines()) == 1 and not (tmp_path / "m.jsonl").exists()
 
@@ -290,7 +291,7 @@ def test_no_good_rows(check_rows, run, tmp_path, capsys):
 )
 def test_refused(check_rows, run, tmp_path, monkeypatch, changes, arguments, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(ConfigError, match=message):
         check_rows.main(["--config", str(run([make_row("q", tmp_path)], **changes)), *arguments])
     assert not (tmp_path / "manifest.jsonl").exists()
 

@@ -12,6 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from trl import ModelConfig
 
 from veripo_trl import stages
+from veripo_trl.errors import ConfigError
 from veripo_trl.policy import SEEING
 from veripo_trl.preferences import PairSource
 from veripo_trl.rows import DatasetSource
@@ -58,8 +59,8 @@ def launch(name: str) -> tuple[str | None, Path, list[str]]:
     if name in {*LOOPS, *VERIFY}:  # one process, whatever the machine has
         assert words[0] == "python"
         return None, ROOT / words[1], words[2:]
-    assert words[:2] == ["accelerate", "launch"], name
-    words, config_file = words[2:], None
+    assert words[:3] == ["accelerate", "launch", "-q"], name  # without the launcher's traceback behind a message
+    words, config_file = words[3:], None
     if words[0] == "--config_file":
         config_file, words = words[1], words[2:]
     return config_file, ROOT / words[0], words[1:]
@@ -143,7 +144,6 @@ def test_recipe_parses_it(name, parsed):
     if launch(name)[1].name == "grpo_video.py":
         for key in ("loss_type", "beta", "scale_rewards", "num_generations", "temperature", "max_completion_length"):
             assert key in written, key
-        assert values["save_steps"] * values["gradient_accumulation_steps"] % values["steps_per_generation"] == 0
 
 
 def test_servers_listen_on_this_machine_alone():
@@ -161,7 +161,7 @@ def test_mistyped_key_is_named(name, key, mistyped, tmp_path):
     file = tmp_path / "mistyped.yaml"
     file.write_text(re.sub(rf"^{key}:", f"{mistyped}:", ALL[name].read_text(), flags=re.MULTILINE))
     with pytest.raises(
-        SystemExit, match=rf"mistyped.yaml: unknown key '{mistyped}' \(close: .*{key}.*Nothing was run"
+        ConfigError, match=rf"mistyped.yaml: unknown key '{mistyped}' \(close: .*{key}.*Nothing was run"
     ):
         parse(file, launch(name)[1])
 
@@ -170,17 +170,10 @@ def test_unknown_reward_and_missing_file_are_named(tmp_path):
     recipe = ROOT / "recipes" / "grpo_video.py"
     file = tmp_path / "reward.yaml"
     file.write_text("model_name_or_path: x\noutput_dir: outputs/x\nrewards: [accuracy, fromat]\n")
-    with pytest.raises(SystemExit, match=r"\['fromat'\]; expected some of \['accuracy', .*'format'"):
+    with pytest.raises(ConfigError, match=r"\['fromat'\]; expected some of \['accuracy', .*'format'"):
         parse(file, recipe)
-    with pytest.raises(SystemExit, match=r"--config absent.yaml: no such file"):
+    with pytest.raises(ConfigError, match=r"--config absent.yaml: no such file"):
         parse(Path("absent.yaml"), recipe)
-
-
-def test_checkpoint_inside_a_generation_batch_is_refused(tmp_path):
-    file = tmp_path / "search.yaml"
-    file.write_text(ALL[GRPO_7B[1]].read_text().replace("save_steps: 96", "save_steps: 100"))
-    with pytest.raises(ValueError, match="Change save_steps"):
-        parse(file, ROOT / "recipes" / "grpo_video.py")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from conftest import make_row
 from test_dpo import stored_pair, write_pairs
 
 from veripo_trl import stages
+from veripo_trl.errors import ConfigError
 from veripo_trl.verifier.curriculum import choose_solved
 
 
@@ -87,10 +88,10 @@ def test_held_out_rows_are_taken_by_id(tmp_path):
 
 def test_held_out_rows_that_cannot_be(tmp_path):
     datasets = rows_file(tmp_path / "a.jsonl", ["q1", "q2"])
-    with pytest.raises(SystemExit, match="8 of 2 rows of `datasets` leave none to train on"):
+    with pytest.raises(ConfigError, match="8 of 2 rows of `datasets` leave none to train on"):
         sides(datasets)
     for options in ({"eval_datasets": datasets}, {"holdout": -1}):
-        with pytest.raises(SystemExit, match="holdout: expected a number of rows"):
+        with pytest.raises(ConfigError, match="holdout: expected a number of rows"):
             sides(datasets, **options)
 
 
@@ -105,5 +106,5 @@ def test_pairs_of_held_out_questions_are_refused(model_paths, tmp_path):
         "model_name_or_path": str(model_paths["qwen2_5_vl"]), "output_dir": str(tmp_path / "run"), "use_cpu": True,
         "bf16": False, "pairs": [{"path": pairs}], "datasets": datasets, "holdout": 1, "prompt_template": "tiny",
     }))  # fmt: skip
-    with pytest.raises(SystemExit, match=r"1 of the 1 questions have pairs \(q[123], …\): the GRPO run trained on them"):
+    with pytest.raises(ConfigError, match=r"1 of the 1 questions have pairs \(q[123], …\): the GRPO run trained on them"):
         dpo.main(["--config", str(tmp_path / "dpo.yaml")])

@@ -15,6 +15,7 @@ from test_adapters import make as make_policy
 from test_grpo_parity import plain_log_probs
 from trl import DPOConfig, DPOTrainer
 
+from veripo_trl.encoding import PromptTooLongError
 from veripo_trl.policy import LANGUAGE_MODEL_LINEAR
 from veripo_trl.preferences import load_pairs
 from veripo_trl.prompts import build_messages, load_template
@@ -320,7 +321,7 @@ def test_weighted_pairs_run(load, mixed_rows, tmp_path):
 
 def test_too_long_a_pair_is_refused_not_cut(load, mixed_rows):
     encoder = load()[1]
-    with pytest.raises(ValueError, match=r"'video' has \d+ tokens .*max_length=30.*never cut"):
+    with pytest.raises(PromptTooLongError, match=r"'video' has \d+ tokens .*max_length=30.*never cut"):
         DPOCollator(encoder, max_length=30)(list(pair_dataset([mixed_rows[2]])))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProce
 from veripo_trl.rollouts import RolloutStore
 from veripo_trl.rows import RowError
 from veripo_trl.trainers.dpo import VideoDPOConfig
+from veripo_trl.run_folder import last_checkpoint
 from veripo_trl.trainers.grpo import VideoGRPOConfig
 from veripo_trl.trainers.sft import VideoSFTConfig
 from veripo_trl.video import VideoLoader
@@ -100,15 +102,6 @@ def test_a_repeat_that_must_be_generated_from_is_encoded_on_the_spot(load, media
     assert output["row_index"].tolist() == [0, 1, 2, 3]
 
 
-def test_a_checkpoint_inside_a_generation_batch_is_refused(tmp_path):
-    options = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True, "per_device_train_batch_size": 4}
-    options |= {"num_generations": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 1, "num_iterations": 1}
-    with pytest.raises(ValueError, match="multiple of steps_per_generation"):
-        VideoGRPOConfig(**options, save_steps=6)
-    VideoGRPOConfig(**options, save_steps=8)
-    VideoGRPOConfig(**options, save_steps=6, save_strategy="no")
-
-
 @pytest.mark.parametrize(
     "config, option, value",
     [
@@ -150,13 +143,21 @@ class _KilledError(RuntimeError):
     pass
 
 
-@pytest.mark.parametrize("break_at", [3, 5])
-def test_resume_repeats_nothing_and_loses_nothing(break_at, load, media_root, tmp_path):
-    """Broken off and resumed, also in the second epoch, the store holds what an unbroken run's holds."""
+# 8 micro-batches an epoch, in steps of 3, 3 and 2; generation batches of 4, so that a step may end amid one
+CUT = {"steps_per_generation": 2, "num_iterations": 2, "gradient_accumulation_steps": 3, "save_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("stop", "how", "checkpoint", "changes"),
+    [(3, "killed", 2, {}), (5, "killed", 4, {}), (4, "killed", 4, CUT), (1, "SIGTERM", 2, {**CUT, "save_steps": 99})],
+)
+def test_resume_repeats_nothing_and_loses_nothing(stop, how, checkpoint, changes, load, media_root, tmp_path):
+    """Broken off and resumed, in the second epoch and amid a generation batch too, a run is what an unbroken one is."""
     rows = video_rows(media_root, 8)
     options = {
         "per_device_train_batch_size": 4, "steps_per_generation": 1, "num_generations": 2, "max_steps": 7,
         "save_strategy": "steps", "save_steps": 2, "max_completion_length": 4, "shuffle_dataset": True, "seed": 3,
+        "logging_steps": 1, "enable_jit_checkpoint": True, **changes,
     }  # fmt: skip
 
     def reward(completion_ids, **kwargs):
@@ -170,27 +171,49 @@ def test_resume_repeats_nothing_and_loses_nothing(break_at, load, media_root, tm
         if stop is not None:
             generate = trainer._generate_single_turn
 
-            def generate_or_die(*args, **kwargs):
+            def generate_or_stop(*args, **kwargs):
                 result = generate(*args, **kwargs)
-                if trainer.state.global_step == stop:
+                if trainer.state.global_step == stop and how == "killed":
                     trainer.rollout_store.write([], step=stop, part=9, rank=0, reward_names=["accuracy_reward"])
                     raise _KilledError
+                if trainer.state.global_step == stop:
+                    os.kill(os.getpid(), signal.SIGTERM)
                 return result
 
-            trainer._generate_single_turn = generate_or_die
-        trainer.train(resume_from_checkpoint=resume)
-        return trainer.rollout_store.read()
+            trainer._generate_single_turn = generate_or_stop
+        trainer.train(resume_from_checkpoint=resume and str(resume))
+        return trainer
 
+    folder = tmp_path / "broken" / "run"
     whole = run(tmp_path / "whole" / "run")
-    with pytest.raises(_KilledError):
-        run(tmp_path / "broken" / "run", stop=break_at)
-    checkpoint = tmp_path / "broken" / "run" / f"checkpoint-{break_at - break_at % 2}"
-    resumed = run(tmp_path / "broken" / "run", resume=str(checkpoint))
-    assert [row["rollout_id"] for row in resumed] == [row["rollout_id"] for row in whole]
-    assert len({row["rollout_id"] for row in resumed}) == len(resumed) == 28
-    for key in ("question_id", "completion", "advantage"):  # the same rows, weights and random state
-        assert [row[key] for row in resumed] == [row[key] for row in whole], key
-    assert list((tmp_path / "broken" / "run" / "rollouts" / "set_aside").glob("*/*.parquet"))
+    if how == "killed":
+        with pytest.raises(_KilledError):
+            run(folder, stop=stop)
+    else:
+        assert run(folder, stop=stop).terminated and not whole.terminated
+    state = folder / f"checkpoint-{checkpoint}" / "trainer_state.json"
+    content = json.loads(state.read_text())
+    record = content["stateful_callbacks"]["run"]
+    record["seconds"]["rollout"], record["minutes"], record["train_s"] = 1e6, 1e6, 1e6
+    state.write_text(json.dumps(content))
+    resumed = run(folder, resume=last_checkpoint(folder))
+    stored, expected = resumed.rollout_store.read(), whole.rollout_store.read()
+    assert len({row["rollout_id"] for row in stored}) == len(stored)
+    for key in ("rollout_id", "question_id", "completion", "advantage"):  # the same rows, weights and random state
+        assert [row[key] for row in stored] == [row[key] for row in expected], key
+    weights = whole.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in resumed.model.state_dict().items())
+    assert (how == "killed") == bool(list((folder / "rollouts" / "set_aside").glob("*/*.parquet")))
+    # of the whole run, and not of its last start
+    logged, before = resumed.state.log_history, whole.state.log_history
+    assert logged[-1]["train_loss"] == pytest.approx(before[-1]["train_loss"])
+    assert [entry.get("num_tokens") for entry in logged] == [entry.get("num_tokens") for entry in before]
+    assert resumed.seconds["rollout"] > 1e6 and resumed.minutes > 1e6 and logged[-1]["train_runtime"] > 1e6
+    assert all(entry["time/rollout"] < 1e5 for entry in logged[:-1])  # a step's own seconds
+
+    again = run(folder, resume=folder / "checkpoint-7")  # killed before it said that it was finished: no step is made
+    assert again.state.global_step == 7 and again.rollout_store.read() == stored
+    assert all(torch.equal(value, weights[name]) for name, value in again.model.state_dict().items())
 
 
 def test_the_store_holds_training_rollouts_only(load, mixed_rows, tmp_path):

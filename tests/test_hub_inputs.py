@@ -9,6 +9,7 @@ from hub_server import HubServer
 
 from veripo_trl import hub as hub_module
 from veripo_trl import hub_runs, stages
+from veripo_trl.errors import VeripoError
 from veripo_trl.hub import Pushed, push_folder
 from veripo_trl.hub_runs import local_pairs
 from veripo_trl.rows import content_of
@@ -72,7 +73,7 @@ def test_solved_questions_of_other_data_are_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("entry", ["verify/solved.json", "outputs/verify", "tester/pairs", "./pairs", "../pairs"])
 def test_a_path_of_this_machine_is_not_asked_for_on_the_hub(hub, tmp_path, entry):
     (tmp_path / "tester" / "pairs").mkdir(parents=True)  # exists here: no dataset
-    with pytest.raises(SystemExit, match=f"leave_out: {entry}: expected a solved.json"):
+    with pytest.raises(VeripoError, match=f"leave_out: {entry}: expected a solved.json"):
         stages.load_training_rows(arguments(tmp_path, [entry]), seed=0)
     assert hub.log == []
 
@@ -89,7 +90,7 @@ def test_what_the_hub_does_not_have_is_said(hub, tmp_path, entry, message):
     push_solved(tmp_path, ["q0"])
     (tmp_path / "pushed" / "other.json").write_text("{}")
     push_folder(tmp_path / "pushed", "tester/empty", repo_type="dataset", card="# x\n", patterns=["other.json"])
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(VeripoError, match=message):
         stages.load_training_rows(arguments(tmp_path, [entry]), seed=0)
 
 
@@ -103,7 +104,7 @@ def test_rows_left_out_are_counted_as_rows_and_strange_ids_are_told(tmp_path, mo
     assert "2 of 3 solved questions are not among the rows of `datasets` ('other-1', 'other-2')" in caplog.text
     assert list(rows["question_id"]) == [question for question in everything if question != "q1"]
     (tmp_path / "solved.json").write_text(json.dumps({"dropped": list(everything)}))
-    with pytest.raises(SystemExit, match="all 8 rows are of solved questions"):
+    with pytest.raises(VeripoError, match="all 8 rows are of solved questions"):
         stages.load_training_rows(arguments(tmp_path, ["solved.json"]), seed=3)
 
 

@@ -14,10 +14,10 @@ SOURCE = ROOT / "src" / "veripo_trl"
 
 # Rank by rank: a module imports ours from its own rank or a lower one.
 RANKS = [
-    {"answers", "math_worker", "rows", "prompts", "containers", "verifier.conclusions", "verifier.judges",
-     "tiny.clips", "tiny.questions", "tiny.parser",
+    {"errors", "disk", "secrets", "run_folder", "answers", "math_worker", "rows", "prompts", "containers",
+     "verifier.conclusions", "verifier.judges", "tiny.clips", "tiny.questions", "tiny.parser",
      "hub_cards", "plots", "report_page", "tables", "verifier.checks", "verifier.cache", "verifier.judge_prompts",
-     "disk", "secrets", "verifier.local", "verifier.server", "verifier.pairs", "verifier.curriculum",
+     "verifier.local", "verifier.server", "verifier.pairs", "verifier.curriculum",
      "verifier.summary"},
     {"positions", "preferences", "questions", "rollouts", "rewards", "frame_cache", "video_process", "video_worker",
      "policy", "tiny.model", "report_read", "verifier.verify", "verifier.files", "hub", "hub_runs"},

@@ -19,6 +19,7 @@ from judge_server import JudgeServer, Reply
 
 from veripo_trl.rollouts import RolloutStore
 from veripo_trl.secrets import without_secrets
+from veripo_trl.run_folder import last_checkpoint
 from veripo_trl.tiny.parser import conclude
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,14 +89,16 @@ def run(folder, *arguments, code: int = 0, env: dict | None = None) -> str:
     return output
 
 
-def kill_when(process: subprocess.Popen, ready, what: str, timeout_s: float = 200) -> None:
-    """SIGKILL to the loop alone, as the system would: what it started goes on."""
+def kill_when(process: subprocess.Popen, ready, what: str, timeout_s: float = 200, number=signal.SIGKILL) -> str | None:
+    """A signal to the loop alone, as the system sends it. Killed, what it started goes on; else its words."""
     deadline = time.monotonic() + timeout_s
     while not ready():
         assert process.poll() is None, f"ended before {what}:\n{process.stdout.read()[-3000:]}"
         assert time.monotonic() < deadline, f"never came to {what}"
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(number)
+    if number != signal.SIGKILL:
+        return process.communicate(timeout=timeout_s)[0]
     process.wait()
 
 
@@ -198,8 +201,11 @@ def test_killed_in_grpo_in_a_push_in_verification_and_in_dpo(workplace, whole):
         (workplace / "broken.yaml").write_text(yaml.safe_dump(config))
 
         process = start(workplace, "--config", "broken.yaml", env=env)
-        third = folder / "search-1" / "checkpoint-2"
-        kill_when(process, lambda: third.exists() and len(store.files()) > 2, "step 3 of GRPO")
+        said = kill_when(process, lambda: store.files(), "step 1 of GRPO", number=signal.SIGTERM)
+        assert process.returncode == 143 and "ended by SIGTERM: the same command goes on" in said, said[-3000:]
+        step = re.search(r"terminated after step (\d) of 4; the same command goes on", said)[1]
+        assert last_checkpoint(folder / "search-1") == str(folder / "search-1" / f"checkpoint-{step}")
+        assert state(workplace, "broken")["search-1"]["status"] == "stopped"
 
         hub.fail("put", delay_s=4.0, times=1)
         process = start(workplace, "--config", "broken.yaml", env=env)
@@ -529,7 +535,49 @@ def test_a_terminated_loop_ends_what_its_launcher_started(tmp_path):
     assert not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] in "ZX"
 
 
-def test_two_loops_on_one_run_are_refused_and_leftovers_ended(tmp_path):
+TRAINER = """
+import os, signal, sys, time
+from veripo_trl.run_folder import only_process
+def save(number, frame):
+    time.sleep(0.3)
+    with open(sys.argv[1] + "/checkpoint", "w") as file:
+        file.write(signal.Signals(number).name)
+    os._exit(143)
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, save)
+os.makedirs(sys.argv[1], exist_ok=True)
+with only_process(sys.argv[1]):
+    print("at work", flush=True)
+    time.sleep(99)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_goes_to_the_trainer_alone_which_is_waited_for(number, tmp_path):
+    """The launcher, which would die of it and leave the trainer behind, does not see it."""
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {TRAINER!r}, sys.argv[1]]); sys.exit(1)"
+    script = (
+        "import importlib.util, signal, sys, pathlib\n"
+        f"spec = importlib.util.spec_from_file_location('l', {LOOP!r}); l = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(l)\n"
+        f"l.command_of = lambda stage, *_: [sys.executable, '-c', {launcher!r}, stage['output_dir']]\n"
+        "l.check_settings = lambda stages: None\n"
+        "l.main([])\n"
+    )
+    loop = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while (line := loop.stdout.readline()) != "at work\n":
+        assert line
+    loop.send_signal(number)
+    said = loop.communicate(timeout=60)[0]
+    assert loop.returncode == 128 + number
+    assert said.splitlines()[-1] == f"outputs/veripo: ended by {number.name}: the same command goes on"
+    assert (tmp_path / "outputs/veripo/cold-start/checkpoint").read_text() == number.name
+    assert state(tmp_path, "veripo")["cold-start"]["status"] == "stopped" and "ending" not in said
+
+
+def test_leftovers_are_ended(tmp_path):
     loop = loop_module()
     run_folder = tmp_path / "run"
     run_folder.mkdir()
@@ -546,8 +594,6 @@ def test_two_loops_on_one_run_are_refused_and_leftovers_ended(tmp_path):
     assert [process.wait(5) for process in ours] == [-signal.SIGTERM, -signal.SIGKILL]
     assert other.poll() is None
     other.kill()
-    with loop.only_run(run_folder), pytest.raises(SystemExit, match="another veripo.py"), loop.only_run(run_folder):
-        pass
 
 
 JUDGE = """

@@ -1,18 +1,33 @@
 """The recipes as a user runs them: `accelerate launch`, a cold start made on the way, another working directory."""
 
+import importlib.util
 import json
-import shutil
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
+from test_sft import make_trainer as make_sft_trainer
 
 from veripo_trl import stages
+from veripo_trl.errors import ConfigError, VeripoError, run
 from veripo_trl.rollouts import RolloutStore
+from veripo_trl.rows import rows_to_dataset
+from veripo_trl.run_folder import holder, only_process, write_results
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+def recipe_module(name: str):
+    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +42,7 @@ def workplace(tmp_path_factory):
     small = {
         "sft": {"max_steps": 4, "stop_check_steps": 2, "stop_at_accuracy": 0.99, "save_steps": 2,
                 "per_device_train_batch_size": 4, "logging_steps": 2},
-        "grpo": {"max_steps": 3, "save_steps": 1, "save_total_limit": 3, "per_device_train_batch_size": 16,
+        "grpo": {"max_steps": 4, "save_steps": 99, "per_device_train_batch_size": 16,
                  "logging_steps": 1, "cold_start": str(folder / "sft.yaml"), "report_samples": 1},
     }  # fmt: skip
     for name, changes in small.items():
@@ -37,46 +52,53 @@ def workplace(tmp_path_factory):
     return folder
 
 
-def launch(workplace, *arguments) -> str:
-    command = [sys.executable, "-m", "accelerate.commands.launch", str(RECIPES / "grpo_video.py"), *arguments]
-    result = subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=400)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout
+def launch(workplace, *arguments) -> subprocess.Popen:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", str(RECIPES / "grpo_video.py"), *arguments]
+    return subprocess.Popen(
+        command, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 @pytest.mark.slow
 def test_main_job_and_its_second_start(workplace):
-    first = launch(workplace, "--config", "grpo.yaml")
-    run = workplace / "outputs" / "tiny_grpo"
+    """A scheduler's SIGTERM, to every process of the job, in the first step; then the same command."""
+    process, run = launch(workplace, "--config", "grpo.yaml"), workplace / "outputs" / "tiny_grpo"
+    store = RolloutStore(run / "rollouts")
+    while not store.files():
+        assert process.poll() is None, process.stdout.read()[-4000:]
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    first, _ = process.communicate(timeout=100)
     assert "outputs/tiny_sft is not there yet. Cold start" in first
     assert "development accuracy" in first
     assert "→ 16 tokens" in first  # what the first rows became
-    assert "Held-out questions" in first and "Seconds per step" in first
+    step = int(re.search(r"outputs/tiny_grpo: terminated after step (\d) of 4; the same command", first)[1])
+    assert not (run / "results.json").exists() and "Traceback" not in first
+    before = [row["rollout_id"] for row in store.read()]
+    made = (workplace / "outputs" / "tiny_sft" / "results.json").stat().st_mtime_ns
+
+    process = launch(workplace, "--config", "grpo.yaml", "--logging_steps", "2")
+    again, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, again[-4000:]
+    assert f"going on from outputs/tiny_grpo/checkpoint-{step}" in again and "Cold start" not in again
+    assert "outputs/tiny_grpo goes on with changed settings: logging_steps: 1 → 2\n" in again
+    assert (workplace / "outputs" / "tiny_sft" / "results.json").stat().st_mtime_ns == made
+    assert "Held-out questions" in again and "Seconds per step" in again
     assert "Full weights, trained from outputs/tiny_sft" in (run / "README.md").read_text()
-    assert not list(run.glob("checkpoint-*/README.md")) and len(list(run.glob("checkpoint-*/veripo_trl.json"))) == 3
+    checkpoints = list(run.glob("checkpoint-*"))
+    assert checkpoints and all((checkpoint / "veripo_trl.json").exists() for checkpoint in checkpoints)
+    assert not list(run.glob("checkpoint-*/README.md"))
     for place in ("results.json", "curves.png", "config.json", "model.safetensors", "_arguments.json"):
         assert (run / place).stat().st_size > 0, place
     results = json.loads((run / "results.json").read_text())
-    assert results["steps"] == 3
+    assert results["steps"] == 4 and results["before"] == json.loads((run / "before.json").read_text())
     for when in ("before", "after"):
         for decoding in ("greedy", "sampled"):
             assert results[when][decoding]["questions"] == 24
-    rollouts = RolloutStore(run / "rollouts").read()
-    assert len(rollouts) == 3 * 16 and {row["step"] for row in rollouts} == {0, 1, 2}
+    rollouts = store.read()
+    assert len(rollouts) == 4 * 16 and {row["step"] for row in rollouts} == {0, 1, 2, 3}
     assert {row["policy"] for row in rollouts} == {"outputs/tiny_sft"}
-    made = (workplace / "outputs" / "tiny_sft" / "results.json").stat().st_mtime_ns
-
-    # The same run, had it been broken off after its second checkpoint: the same command finishes it.
-    (run / "results.json").unlink()
-    shutil.rmtree(run / "checkpoint-3")
-    again = launch(workplace, "--config", "grpo.yaml")
-    assert "going on from outputs/tiny_grpo/checkpoint-2" in again and "Cold start" not in again
-    assert (workplace / "outputs" / "tiny_sft" / "results.json").stat().st_mtime_ns == made
-    finished = json.loads((run / "results.json").read_text())
-    assert finished["before"] == results["before"]  # kept from the first start
-    repeated = RolloutStore(run / "rollouts").read()
-    assert [row["rollout_id"] for row in repeated] == [row["rollout_id"] for row in rollouts]
-    assert len(list((run / "rollouts" / "set_aside").rglob("*.parquet"))) == 1
+    assert [row["rollout_id"] for row in rollouts][: len(before)] == before
 
 
 def test_a_finished_run_is_moved_aside_and_nothing_is_lost(tmp_path, capsys):
@@ -92,26 +114,114 @@ def test_a_finished_run_is_moved_aside_and_nothing_is_lost(tmp_path, capsys):
     assert "moved to" in capsys.readouterr().out
 
 
-def test_a_half_written_checkpoint_is_no_checkpoint(tmp_path, capsys):
+def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path, capsys):
+    """Half-written, short of a file, or with a cut one: the one before is taken, saying so."""
     from accelerate import PartialState
 
-    for step, state in ((2, "{}"), (4, '{"global_step":'), (6, None)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if state is not None:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    files = {"model.safetensors": 4, "optimizer.pt": 4, "rng_state.pth": 4}
+    for step in (2, 4, 6, 8, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name, size in files.items():
+            (folder / name).write_bytes(b"x" * size)
+        (folder / "trainer_state.json").write_text(json.dumps({"stateful_callbacks": {"run": {"files": files}}}))
+    (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
+    (tmp_path / "checkpoint-6" / "rng_state.pth").write_bytes(b"xx")
+    (tmp_path / "checkpoint-8" / "trainer_state.json").write_text('{"global_step":')
+    (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()
     assert stages.open_run(str(tmp_path), accelerator=PartialState()) == str(tmp_path / "checkpoint-2")
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
-    assert capsys.readouterr().out.count("broken off while it was written") == 2
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["checkpoint-2", "damaged-checkpoint-4", "damaged-checkpoint-6"]  # nothing whole is deleted
+    said = capsys.readouterr().out
+    assert said.count("broken off while it was written") == 2
+    assert "checkpoint-4 cannot be continued: optimizer.pt missing" in said
+    assert "checkpoint-6 cannot be continued: rng_state.pth missing, or not of the size" in said
+
+
+HOLD = """
+import sys, time
+from veripo_trl.run_folder import only_process
+with only_process(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(99)
+"""
+
+
+def test_one_process_works_on_a_run(tmp_path, monkeypatch, model_paths):
+    """Every recipe takes the same lock, which ends with its process, however that ends."""
+    monkeypatch.chdir(tmp_path)
+    other = subprocess.Popen([sys.executable, "-c", HOLD, "outputs/run.jsonl"], stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"held\n" and holder("outputs/run.jsonl") == other.pid
+    monkeypatch.syspath_prepend(str(RECIPES))  # check_rows takes arguments of the others
+    for name, option in (
+        ("sft_video", "--output_dir"), ("grpo_video", "--output_dir"), ("dpo_video", "--output_dir"),
+        ("verify_rollouts", "--output_dir"), ("check_rows", "--output"), ("veripo", "--output_dir"),
+    ):  # fmt: skip
+        with pytest.raises(VeripoError, match=f"run.jsonl: process {other.pid} is at work on it"):
+            recipe_module(name).main([option, "outputs/run.jsonl"])
+    other.kill()
+    other.wait()
+    assert holder("outputs/run.jsonl") is None
+    with only_process("outputs/run.jsonl"):
+        code = "import sys; from veripo_trl.run_folder import holder; print(holder(sys.argv[1]))"
+        seen = subprocess.run([sys.executable, "-c", code, "outputs/run.jsonl"], capture_output=True, text=True)
+        assert int(seen.stdout) == os.getpid()
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == [".run.jsonl.lock"]
+
+
+def test_a_cold_start_that_was_stopped_on_purpose_is_not_trained_further(load, mixed_rows, tmp_path):
+    """Killed after its last checkpoint, it finishes; with a higher threshold it goes on."""
+    recipe, rows = recipe_module("sft_video"), rows_to_dataset(mixed_rows)
+
+    def run(threshold, resume=None):
+        model, encoder = load()
+        trainer = make_sft_trainer(model, encoder, mixed_rows, tmp_path, max_steps=6, save_strategy="steps", save_steps=4)
+        report = stages.ReportArguments(report_max_new_tokens=2)
+        stopper = recipe.StopAtAccuracy(trainer, rows, report, threshold=threshold, every=1)
+        trainer.add_callback(stopper)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.state.global_step, stopper.history
+
+    assert run(0.0)[0] == 1  # any accuracy does
+    steps, history = run(0.0, resume=str(tmp_path / "checkpoint-1"))
+    assert steps == 1 and [look["step"] for look in history] == [1]
+    steps, history = run(2.0, resume=str(tmp_path / "checkpoint-1"))
+    assert steps == 6 and [look["step"] for look in history] == [1, 2, 3, 4, 5, 6]
+
+
+def test_ctrl_c_ends_in_one_line(capsys):
+    def work():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(99)
+
+    assert run(work) == 130
+    assert capsys.readouterr().err.strip() == (
+        "interrupted: the same command goes on, from the last checkpoint if there is one"
+    )
+
+
+def test_what_says_finished_is_written_when_the_disk_has_the_rest(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def noting(handle):
+        synced.append((os.readlink(f"/proc/self/fd/{handle}"), (tmp_path / "run" / "results.json").exists()))
+        fsync(handle)
+
+    (tmp_path / "run" / "rollouts").mkdir(parents=True)
+    (tmp_path / "run" / "model.safetensors").write_text("weights")
+    (tmp_path / "run" / "rollouts" / "a.parquet").write_text("rollouts")
+    monkeypatch.setattr(os, "fsync", noting)
+    write_results(tmp_path / "run", {"steps": 1})
+    names = [Path(path).relative_to(tmp_path).as_posix() for path, _ in synced]
+    assert sorted(names[:-1]) == ["run", "run/model.safetensors", "run/rollouts", "run/rollouts/a.parquet"]
+    assert names[-1].startswith("run/.results.json.") and not any(there for _, there in synced)
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == {"steps": 1}
 
 
 def test_configurations_are_found_and_mistyped_options_refused(capsys):
     """`--config` is found beside the recipes from any directory; a mistyped option names its neighbours."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("grpo_video", RECIPES / "grpo_video.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    with pytest.raises(SystemExit, match="max_steps"):
+    recipe = recipe_module("grpo_video")
+    with pytest.raises(ConfigError, match="max_steps"):
         recipe.main(["--config", "tiny/grpo.yaml", "--max_stepz", "3"])
     assert "configs/tiny/grpo.yaml" in capsys.readouterr().out
 

@@ -7,9 +7,11 @@ from test_grpo_parity import plain_log_probs
 from trl import ModelConfig
 
 from veripo_trl import stages
+from veripo_trl.encoding import PromptTooLongError
+from veripo_trl.errors import VeripoError
 from veripo_trl.policy import load_policy
 from veripo_trl.prompts import build_target
-from veripo_trl.rows import rows_to_dataset
+from veripo_trl.rows import RowError, rows_to_dataset
 from veripo_trl.trainers.sft import SFTCollator, VideoSFTConfig, VideoSFTTrainer
 
 KINDS = ["qwen2_5_vl", "qwen3_vl"]
@@ -125,7 +127,7 @@ def test_max_length_refuses_and_never_cuts(load, mixed_rows, tmp_path):
     assert whole["input_ids"].size(1) == length
     message = rf"'two-videos' has {length} tokens \({prompt} of prompt\).*max_length={length - 1}.*max_frames"
     trainer = make_trainer(model, encoder, [row], tmp_path, max_length=length - 1)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(PromptTooLongError, match=message):
         trainer.train()
     assert VideoSFTConfig.max_length is None  # TRL's default is 1024
 
@@ -134,7 +136,7 @@ def test_max_length_refuses_and_never_cuts(load, mixed_rows, tmp_path):
 def test_rows_without_thinking_are_named_before_training(process, load, mixed_rows, tmp_path):
     model, encoder = load()
     rows = [*mixed_rows[:2], {**mixed_rows[2], "process": process}, {**mixed_rows[3], "process": process}]
-    with pytest.raises(ValueError, match="2 of 4 rows have no `process`.*'video', 'two-videos'"):
+    with pytest.raises(RowError, match="2 of 4 rows have no `process`.*'video', 'two-videos'"):
         make_trainer(model, encoder, rows, tmp_path)
 
 
@@ -149,6 +151,14 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(kind, load, mixe
         resume_from_checkpoint=str(tmp_path / "checkpoint-2")
     )
     assert changed(whole, resumed) == set()
+    for rows, changes, what in (
+        (mixed_rows[:-1], {}, "rows: 5 → 4, content of rows: "),
+        ([*mixed_rows[:-1], {**mixed_rows[-1], "solution": "A"}], {}, "content of rows: "),
+        (mixed_rows, {"per_device_train_batch_size": 1}, "per_device_train_batch_size: 2 → 1"),
+    ):
+        trainer = make_trainer(load(kind)[0], encoder, rows, tmp_path, **{**options, **changes})
+        with pytest.raises(VeripoError, match=f"cannot go on from step 2: its steps would see other rows .*{what}"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     # The check can fail: without the checkpoint's weights the last two steps lead elsewhere.
     other, encoder = load(kind)
     trainer = make_trainer(other, encoder, mixed_rows, tmp_path, **options)

@@ -12,6 +12,7 @@ from trl import DPOTrainer, GRPOConfig, GRPOTrainer, SFTTrainer
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
+from veripo_trl.trainers.checkpoints import CheckpointMixin
 from veripo_trl.trainers.dpo import VideoDPOTrainer
 from veripo_trl.trainers.grpo import VideoGRPOTrainer
 from veripo_trl.trainers.sft import VideoSFTTrainer
@@ -35,6 +36,20 @@ SEAMS = {
     ),
     (GRPOTrainer, "training_step"): "self model inputs num_items_in_batch",
     (GRPOTrainer, "log"): "self logs start_time",
+    (GRPOTrainer, "_save_rng_state"): "self output_dir",
+    (GRPOTrainer, "_load_rng_state"): "self checkpoint",
+    (GRPOTrainer, "_load_callback_state"): "self",
+    (Trainer, "get_train_dataloader"): "self",
+    (Trainer, "_run_epoch"): (
+        "self model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
+        "start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch"
+    ),
+    (Trainer, "_maybe_log_save_evaluate"): (
+        "self tr_loss grad_norm model trial epoch ignore_keys_for_eval start_time learning_rate"
+    ),
+    (Trainer, "_save_rng_state"): "self output_dir",
+    (Trainer, "_load_callback_state"): "self",
+    (Trainer, "_finalize_training"): "self trial num_train_samples start_time",
     (Trainer, "_load_from_checkpoint"): "self resume_from_checkpoint model",
     (Trainer, "_load_best_model"): "self",
     (Trainer, "init_hf_repo"): "self token private",
@@ -69,13 +84,13 @@ def test_seam(place, parameters):
     assert found == parameters, f"{owner.__name__}.{method} of TRL {trl.__version__} now takes ({found})"
 
 
-CALLED = {"compute_ref_log_probs"}  # called by ours, not replaced
+CALLED = {"compute_ref_log_probs", "_finish_current_push", "save_model"}  # called by ours, not replaced
 
 
-@pytest.mark.parametrize("own", [VideoGRPOTrainer, VideoSFTTrainer, VideoDPOTrainer])
+@pytest.mark.parametrize("own", [VideoGRPOTrainer, VideoSFTTrainer, VideoDPOTrainer, CheckpointMixin])
 def test_every_override_is_listed(own):
     """A method of ours that replaces one of TRL's must stand above."""
-    parent = own.__bases__[-1]
+    parent = Trainer if own is CheckpointMixin else own.__bases__[-1]
     overridden = {name for name in vars(own) if name in dir(parent) and not name.startswith("__")}
     overridden -= {"_abc_impl"}
     assert overridden == {method for owner, method in SEAMS if owner is parent} - CALLED
@@ -102,6 +117,17 @@ def test_attributes_that_trl_sets():
         "_metrics", "_tokenizer", "num_iterations", "pad_to_multiple_of",
     ):  # fmt: skip
         assert f"self.{name} = " in source, f"GRPOTrainer no longer sets {name}"
+    for trainer in (GRPOTrainer, SFTTrainer, DPOTrainer):
+        assert "self._total_train_tokens = 0" in inspect.getsource(trainer)
+    source = inspect.getsource(Trainer)
+    for line in (
+        "self._tr_loss = ", "self._total_loss_scalar = 0.0", "self._initial_global_step = self.state.global_step",
+        "train_loss = self._total_loss_scalar / max(num_steps_trained,", "self._run_epoch(\n                model=model,",
+    ):  # fmt: skip
+        assert line in source, f"Trainer no longer has {line}"
+    saving = inspect.getsource(Trainer._save_checkpoint)  # what says that a checkpoint is whole comes last
+    order = ("self.save_model(", "self._save_rng_state(", "self.state.save_to_json(", "rotate_checkpoints(")
+    assert sorted(order, key=saving.index) == list(order)
 
 
 def test_defaults_that_we_state_ourselves():

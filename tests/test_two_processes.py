@@ -60,7 +60,9 @@ SAME_BATCH = {
 }  # fmt: skip
 # "whole groups" again, broken off by the death of one process in its second step, and resumed.
 BROKEN = ("clips", 4, {"max_steps": 2, "save_strategy": "steps", "save_steps": 1})
-TWO_PROCESS_RUNS = {**SAME_BATCH, "resumed": BROKEN}
+# And again, with SIGTERM to one process in its first step.
+TERMINATED = ("clips", 4, {"max_steps": 2})
+TWO_PROCESS_RUNS = {**SAME_BATCH, "resumed": BROKEN, "terminated": TERMINATED}
 
 pytestmark = pytest.mark.slow
 
@@ -169,17 +171,23 @@ def runs(clips, model_paths, tmp_path_factory):
     from_nothing |= {"make_world": str(clips / "clips.jsonl"), "make_start": str(model)}
     del from_nothing["completions"]  # really sampled
     plain = [*build(SAME_BATCH, clips, model, folders[2], processes=2), from_nothing]
-    (run,) = build(["resumed"], clips, model, folders[2], processes=2)
+    run, late = build(["resumed", "terminated"], clips, model, folders[2], processes=2)
 
-    two = start([*plain, {**run, "log": run["log"] + ".broken", "break_at": 1}], folders[2], processes=2)
-    finished = [(folders[2] / item["name"] / "results.json").exists() for item in [*plain, run]]
-    assert finished == [True] * len(plain) + [False], two.stdout[-8000:]
+    broken = [
+        {**late, "log": late["log"] + ".broken", "terminate_at": 0},
+        {**run, "log": run["log"] + ".broken", "break_at": 1},
+    ]
+    two = start([*plain, *broken], folders[2], processes=2)
+    finished = [(folders[2] / item["name"] / "results.json").exists() for item in [*plain, *broken]]
+    assert finished == [True] * len(plain) + [False, False], two.stdout[-8000:]
+    for rank in (0, 1):
+        assert f"scenario terminated rank {rank}, exit code 143" in two.stdout, two.stdout[-8000:]
     assert two.returncode != 0 and "going on from" not in two.stdout, two.stdout[-8000:]
 
     one = start(build(SAME_BATCH, clips, model, folders[1], processes=1), folders[1], processes=1)
     assert one.returncode == 0, one.stdout[-8000:]
 
-    again = start([run], folders[2], processes=2)
+    again = start([run, late], folders[2], processes=2)
     assert again.returncode == 0, again.stdout[-8000:]
     return {**folders, "resuming": again.stdout}
 
@@ -201,7 +209,7 @@ def rollouts(folder: Path, name: str) -> list[tuple]:
 
 @pytest.mark.parametrize("name", TWO_PROCESS_RUNS)
 def test_two_processes_take_the_step_of_one(name, runs, model_paths):
-    whole = "whole groups" if name == "resumed" else name
+    whole = "whole groups" if name in ("resumed", "terminated") else name
     first = load_file(model_paths["qwen2_5_vl"] / "model.safetensors")
     one, two = load_file(runs[1] / whole / "model.safetensors"), load_file(runs[2] / name / "model.safetensors")
     assert one.keys() == two.keys()
@@ -223,7 +231,7 @@ def test_each_process_decodes_only_its_own_rows_and_once(name, runs, clips):
     """The start-up checks read the first rows besides, in every process: recorded apart, and bounded here."""
     reads = [line for line in lines(runs[2], name) if line["kind"] == "read"]
     written = RolloutStore(runs[2] / name / "rollouts").read()
-    if name == "resumed":
+    if name in ("resumed", "terminated"):
         written = [row for row in written if row["step"] >= 1]  # the second start skips what was trained on, unread
     source = {"path": str(clips / f"{TWO_PROCESS_RUNS[name][0]}.jsonl"), "media_root": str(clips)}
     dataset = load_rows([source], seed=0)
@@ -247,6 +255,7 @@ def test_a_broken_run_resumes_in_both_processes(runs):
     aside = sorted(path.name for path in (folder / "rollouts" / "set_aside").glob("*/*.parquet"))
     assert aside == [f"rollouts-step0000001-part0000-rank{r:04d}.parquet" for r in (0, 1)]
     assert json.loads((folder / "results.json").read_text())["steps"] == 2
+    assert f"going on from {runs[2] / 'terminated' / 'checkpoint-1'}" in runs["resuming"]
 
 
 def test_world_and_cold_start_are_made_once(runs):

@@ -403,7 +403,7 @@ def test_a_cached_reply_that_is_none_is_asked_for_anew(poison, tmp_path, tokeniz
 def test_a_cache_that_is_another_file_is_refused(tmp_path):
     path = tmp_path / "rollouts.parquet"
     path.write_bytes(b"PAR1" * 100)
-    with pytest.raises(ValueError, match="expected a cache of verdicts"):
+    with pytest.raises(CacheError, match="expected a cache of verdicts"):
         VerdictCache(path)
     assert path.read_bytes() == b"PAR1" * 100
     for unusable in (tmp_path, path / "cache.sqlite"):  # a folder; a file for a folder

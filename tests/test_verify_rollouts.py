@@ -20,7 +20,7 @@ from judge_server import JudgeServer, Reply
 from test_disk import files_of_at_most
 
 from veripo_trl import preferences
-from veripo_trl.disk import FileError
+from veripo_trl.errors import VeripoError
 from veripo_trl.hub import push_folder
 from veripo_trl.preferences import load_pairs
 from veripo_trl.prompts import load_template
@@ -28,7 +28,6 @@ from veripo_trl.rollouts import RolloutStore
 from veripo_trl.rows import content_of
 from veripo_trl.rows import RowError
 from veripo_trl.verifier import files
-from veripo_trl.verifier.cache import CacheError
 from veripo_trl.verifier.summary import shown
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "verify_rollouts.py"
@@ -311,9 +310,9 @@ REFUSED = [
     (settings(judge="local", judge_model="x", judge_request_options={"max_tokens": 9, "dtype": "auto"}),
      r"judge: local does not know max_tokens; expected any of revision, dtype, device, batch_size, max_new_tokens"),
     (settings(judge="local", judge_model="x", judge_request_options={"dtype": "int4"}), r"'x' cannot be loaded: dtype: "),
-    (cache_is_another_file, r"verdict_cache .*rollouts/.*expected a cache of verdicts"),
+    (cache_is_another_file, r"rollouts/.*expected a cache of verdicts"),
     (settings(judge="local", judge_model="x", judge_prompt="absent"), r"judge_prompt 'absent': no such file"),
-    (settings(kinds=["length"]), r"kinds: expected some of .*got \['length'\]. Nothing was run"),
+    (settings(kinds=["length"]), r"kinds: expected some of .*got \['length'\]"),
     (settings(max_pair=3), r"unknown key 'max_pair' \(close: max_penalty"),
     (settings(drop_solved_share=80), r"drop_solved_share: expected a share"),
     (settings(limit=0), r"limit: expected 1 or more"),
@@ -329,15 +328,15 @@ def test_refused(recipe, tmp_path, policy, make, message):
     finished = tmp_path / "outputs" / "verify"
     finished.mkdir(parents=True)
     (finished / "results.json").write_text("{}")
-    with pytest.raises((SystemExit, FileError, CacheError), match=f"(?s){message}"):
+    with pytest.raises(VeripoError, match=f"(?s){message}"):
         recipe.main(config(tmp_path, **changes))
-    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["verify"]  # not moved aside
+    assert [path.name for path in (tmp_path / "outputs").glob("[!.]*")] == ["verify"]  # not moved aside
 
 
 def test_one_id_for_two_questions_ends_in_one_line(recipe, tmp_path, policy):
     make_rollouts(tmp_path / "rollouts", policy, run="one")
     make_rollouts(tmp_path / "more", policy, run="two", problem="Which colour is last?")
-    with pytest.raises(SystemExit, match="have the question id 'mixed-0', but differ in problem"):
+    with pytest.raises(VeripoError, match="have the question id 'mixed-0', but differ in problem"):
         recipe.main(config(tmp_path, rollouts=[str(tmp_path / "rollouts"), str(tmp_path / "more")]))
 
 
@@ -408,7 +407,7 @@ def test_a_flipped_bit_is_never_used(recipe, tmp_path, policy, what):
         file.write_bytes(damaged)
         try:
             assert read_all() == right
-        except (FileError, files.RolloutFilesError, RowError) as error:
+        except (VeripoError, files.RolloutFilesError, RowError) as error:
             assert file.name in str(error)
             refused += 1
     assert refused > 25
@@ -418,7 +417,7 @@ def test_a_full_disk_and_the_same_command_again(recipe, tmp_path, policy):
     make_rollouts(tmp_path / "rollouts", policy, copies=9)
     folder = tmp_path / "outputs" / "verify"
     for at_most, name in ((6_000, "verdicts-00000.parquet"), (30_000, "pairs")):
-        with files_of_at_most(at_most), pytest.raises(FileError, match=rf"^{folder}[/\w]*: File too large: {name} needs"):
+        with files_of_at_most(at_most), pytest.raises(VeripoError, match=rf"^{folder}[/\w]*: File too large: {name} needs"):
             recipe.main(config(tmp_path))
         assert not list(folder.rglob(".*")) and not (folder / "results.json").exists()
     recipe.main(config(tmp_path))
@@ -462,7 +461,7 @@ def test_a_server_that_is_down_is_said_in_one_line(recipe, tmp_path, policy):
     make_rollouts(tmp_path / "rollouts", policy)
     with JudgeServer() as server:
         arguments = served(tmp_path, server, "down")
-    with pytest.raises(SystemExit, match="same command"):
+    with pytest.raises(VeripoError, match="same command"):
         recipe.main([*arguments, "--judge_retries", "0"])
     assert not (tmp_path / "down" / "verify" / "results.json").exists()
 

@@ -12,6 +12,7 @@ import torch
 from conftest import make_row
 
 from veripo_trl.encoding import vision_token_ids
+from veripo_trl.errors import ConfigError
 from veripo_trl.rewards import REWARDS
 from veripo_trl.rows import rows_to_dataset
 from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer
@@ -249,7 +250,7 @@ def test_without_vllm_its_use_is_refused(load, media_root, tmp_path, monkeypatch
     rows = [make_row("one", media_root, videos=["long.mp4"])]
     config = VideoGRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, use_vllm=True, num_generations=2,
                              per_device_train_batch_size=2)  # fmt: skip
-    with pytest.raises(ImportError, match=r"veripo_trl\[vllm\]"):
+    with pytest.raises(ConfigError, match=r"veripo_trl\[vllm\]"):
         VideoGRPOTrainer(
             model=model, reward_funcs=[REWARDS["accuracy"]], args=config, train_dataset=rows_to_dataset(rows),
             processing_class=encoder.processor, encoder=encoder,

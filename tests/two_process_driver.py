@@ -2,14 +2,16 @@
 
     python tests/two_process_driver.py SCENARIOS.json
 
-SCENARIOS.json is a list of {name, argv, log, and optionally completions, break_at, make_world, make_start}. They run
-one after the other, so that their processes pay for their imports once. Used by test_two_processes.py only.
+SCENARIOS.json is a list of {name, argv, log, and optionally completions, break_at, terminate_at, make_world,
+make_start}. They run one after the other, so that their processes pay for their imports once. Used by
+test_two_processes.py only.
 """
 
 import importlib.util
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -94,6 +96,18 @@ def break_off(step: int) -> None:
     VideoGRPOTrainer._store_rollouts = store_and_die
 
 
+def terminate(step: int) -> None:
+    """SIGTERM comes to rank 1 alone, in `step`."""
+    store = VideoGRPOTrainer._store_rollouts
+
+    def store_and_signal(self, rows, advantages):
+        store(self, rows, advantages)
+        if self.state.global_step == step and RANK == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    VideoGRPOTrainer._store_rollouts = store_and_signal
+
+
 def make_world_slowly(record: Record, rows: str):
     """Stands in for the embedded world: `rl.jsonl` only, so slow to make that who does not wait misses it."""
 
@@ -111,11 +125,12 @@ def make_world_slowly(record: Record, rows: str):
 def start_by_copy(record: Record, model: str):
     """Stands in for `subprocess` in the recipe: the cold start copies a model."""
 
-    def run(command, *, check, env):
+    def start(command, *, env):
         record.add("cold start", command=command, env=sorted(env))
         shutil.copytree(model, command[command.index("--output_dir") + 1])
+        return SimpleNamespace(wait=lambda: 0)
 
-    return SimpleNamespace(run=run)
+    return SimpleNamespace(Popen=start)
 
 
 def main() -> None:
@@ -140,13 +155,16 @@ def main() -> None:
             fix_completions(scenario["completions"])
         if "break_at" in scenario:
             break_off(scenario["break_at"])
+        if "terminate_at" in scenario:
+            terminate(scenario["terminate_at"])
         if "make_world" in scenario:
             world.make_world = make_world_slowly(record, scenario["make_world"])
         if "make_start" in scenario:
             recipe.subprocess = start_by_copy(record, scenario["make_start"])
         started = time.monotonic()
-        recipe.main(scenario["argv"])
-        print(f"scenario {scenario['name']} rank {RANK}: {time.monotonic() - started:.1f} s", flush=True)
+        code = recipe.main(scenario["argv"])
+        took_s = time.monotonic() - started
+        print(f"scenario {scenario['name']} rank {RANK}, exit code {code}: {took_s:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

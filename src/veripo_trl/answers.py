@@ -30,6 +30,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .errors import VeripoError
+
 PROBLEM_TYPES = ("multiple choice", "numerical", "regression", "math", "OCR", "free-form")
 REGRESSION_SCORES = ("mean_relative_accuracy", "relative_error")
 
@@ -65,7 +67,7 @@ _HTML = re.compile(r"</?(?:b|i|u|p|em|strong|span|div|center|font|mark|code|br)(
 _FILLERS = {"and", "then", "the", "a", "an"}  # "red, then blue" says what "red blue" says
 
 
-class SolutionError(ValueError):
+class SolutionError(VeripoError):
     """A row's ground truth cannot be compared with any answer."""
 
 

@@ -26,19 +26,18 @@ from transformers import BitsAndBytesConfig, TextStreamer
 
 from . import stages
 from .answers import PROBLEM_TYPES, split_completion
-from .encoding import PromptTooLongError, vision_token_ids
+from .encoding import vision_token_ids
+from .errors import VeripoError
 from .evaluate import end_ids
 from .generation import cut_at_end, sample_completions
 from .policy import SEEING, load_policy
 from .prompts import PromptError
-from .rows import RowError
 from .tables import CONTROL_CHARACTERS
 from .video import MediaError
-from .video_process import DecoderError
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 # Of one question, not of the session.
-REFUSED = (MediaError, DecoderError, RowError, PromptError, PromptTooLongError, torch.OutOfMemoryError)
+REFUSED = (VeripoError, torch.OutOfMemoryError)
 SECTION = {"<think>": "thinking", "</think>": "", "<answer>": "answer", "</answer>": ""}
 
 
@@ -415,7 +414,7 @@ def converse(arguments: argparse.Namespace) -> None:
                 attn_implementation=arguments.attn_implementation,
                 **arguments.encoding,
             )
-        except (OSError, ValueError, ImportError) as error:
+        except (VeripoError, OSError, ValueError, ImportError) as error:
             raise SystemExit(f"chat: {error}") from None
         if arguments.question is not None:
             try:

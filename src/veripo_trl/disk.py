@@ -8,10 +8,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from .errors import VeripoError
+
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a user, a file
 
 
-class FileError(RuntimeError):
+class FileError(VeripoError):
     """A file that is damaged, or that its disk has no room for: which one, and what to do."""
 
 

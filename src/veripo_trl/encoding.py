@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from .downloads import fetch
+from .errors import VeripoError
 from .features import held_features, tower_is_frozen
 from .positions import mrope_positions
 from .prompts import PromptTemplate, build_messages
@@ -22,7 +23,7 @@ STAND_IN = "\ue000"  # for a row's text while the chat template is rendered
 JOINT_BYTES = 32 * 1024**2  # of frames in one call of the processor, beyond which joining saves nothing
 
 
-class PromptTooLongError(ValueError):
+class PromptTooLongError(VeripoError):
     """A prompt has more tokens than the run allows."""
 
     def __init__(self, message: str):

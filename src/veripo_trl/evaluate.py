@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from .encoding import JOINT_BYTES, EncodedPrompt, PromptEncoder, PromptTooLongEr
 from .generation import cut_at_end, sample_completions
 from .prompts import PromptError
 from .rows import RowError
+from .run_folder import outlive_sigterm
 from .video import MediaError
 
 RESAMPLES = 1000
@@ -214,7 +216,7 @@ def encoded_batches(
         num_workers=num_workers,
         in_order=not num_workers,
         generator=torch.Generator(),  # without one, starting the workers draws from the global generator
-        worker_init_fn=use_one_thread,
+        worker_init_fn=partial(outlive_sigterm, then=use_one_thread),  # training may be going on
         **ahead,
     )
     arrived: dict[int, dict] = defaultdict(dict)

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 
 from .disk import FileError, read_parquet, write_whole
+from .errors import VeripoError
 from .hub_cards import TAG, dataset_card, model_card, read_card, shown_name, tagged, tags_of
 
 __all__ = ["HubError", "Pushed", "dataset_card", "fetch_dataset", "fetch_file", "input_revision", "model_card",
@@ -53,7 +54,7 @@ _CLIENT_ERRORS = (HTTPError, RuntimeError, ValueError, OSError)
 _AGAIN = "Start the same command again: it sends what is missing, and nothing twice."
 
 
-class HubError(RuntimeError):
+class HubError(VeripoError):
     """The Hub refused, or does not hold what it should; the message names the repository and what to do."""
 
 

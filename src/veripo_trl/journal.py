@@ -15,12 +15,13 @@ from typing import Any
 
 from .disk import room_for
 from .encoding import EncodedPrompt, PromptEncoder
+from .errors import VeripoError
 from .evaluate import Waiting, describe_completion, encoded_batches
 from .questions import place_image
 from .tables import write_json
 
 
-class JournalError(RuntimeError):
+class JournalError(VeripoError):
     """The output belongs to another process or to a run of other settings."""
 
 

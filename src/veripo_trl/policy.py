@@ -209,7 +209,9 @@ def weights_hash(model_name_or_path: str, revision: str | None = None) -> str | 
         cached_file, model_name_or_path, revision=revision, _raise_exceptions_for_missing_entries=False
     )
     index = None if find(SAFE_WEIGHTS_NAME) else find(SAFE_WEIGHTS_INDEX_NAME)
-    names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()) if index else {SAFE_WEIGHTS_NAME}
+    names = {SAFE_WEIGHTS_NAME}
+    if index:
+        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
     rows = {}
     for file in map(find, sorted(names)):
         if file is None:

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from .answers import PROBLEM_TYPES
+from .errors import VeripoError
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _NAMES = ("problem", "options", "instruction")
@@ -29,7 +30,7 @@ _KEYS = ("layout", "instructions", *_DEFAULTS)
 _RENDERING = 2  # part of the hash: raise it when `build_messages` or `build_target` renders a template differently
 
 
-class PromptError(ValueError):
+class PromptError(VeripoError):
     """A template that cannot be used, or a row that it has no place for."""
 
 

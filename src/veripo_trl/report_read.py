@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from .disk import FileError, read_parquet
+from .errors import VeripoError
 from .rollouts import RolloutStore
 from .rows import content_of
 
@@ -19,7 +20,7 @@ MAX_PAIRS = 400
 MAX_CHARS = 20_000  # of one completion on the page
 
 
-class ReportError(RuntimeError):
+class ReportError(VeripoError):
     """A folder that holds nothing to report."""
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import answers
 from .disk import FileError, read_parquet
+from .errors import VeripoError
 from .tables import printable
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def is_data_file(path: str | Path) -> bool:
     return Path(path).suffix in SUFFIXES or uncompressed(path).suffix in (".jsonl", ".json")
 
 
-class RowError(ValueError):
+class RowError(VeripoError):
     """Rows that cannot be used. ``problems``: a flat dict each (file, row, question_id, field, expected, came,
     remedy), complete, though the message spells out the first ten only."""
 

@@ -6,9 +6,8 @@ import logging
 import math
 import os
 import resource
-import shutil
+import signal
 import sys
-import time
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,34 +17,28 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from trl.models import unwrap_model_for_generation
 
-from .answers import SolutionError
-from .disk import FileError
-from .encoding import PromptEncoder, PromptTooLongError
+from .disk import read_json
+from .encoding import PromptEncoder
+from .errors import ConfigError, settings_checked
 from .evaluate import generate, summarize
 from .hub import HUB_ID, SHA, HubError, fetch_file, input_revision
 from .hub_runs import push_run, run_card
 from .plots import save_charts, training_charts
-from .policy import LANGUAGE_MODEL_LINEAR, SEEING, load_policy, read_settings
-from .prompts import PromptError, load_template
-from .rows import RowError, check_media, content_of, is_data_file, load_rows
+from .policy import LANGUAGE_MODEL_LINEAR, SEEING, load_policy, looks_local, read_settings
+from .prompts import load_template
+from .rows import check_media, content_of, is_data_file, load_rows
+from .run_folder import RESULTS, TRAINED, changed_keys, last_checkpoint, move_finished_aside, write_results
 from .secrets import without_secrets
 from .tables import print_table, write_json
 from .tiny.parser import judge as judge_by_templates
-from .tiny.world import WorldError
-from .verifier.cache import CacheError
 from .verifier.judges import judge_by_rules
-from .video import MediaError, VideoLoader, VideoSettings
-from .video_process import DecoderError
+from .video import VideoLoader, VideoSettings
 
 logger = logging.getLogger(__name__)
 
-RESULTS = "results.json"  # written last: a run that has it is finished
-TRAINED = "_trained.json"  # its content, before the push
 REPORT_JUDGES = {"rules": judge_by_rules, "tiny": judge_by_templates}
 
 
@@ -104,14 +97,20 @@ class DataArguments:
 
     def __post_init__(self):
         for name in ("datasets", "eval_datasets"):
-            sources = getattr(self, name)
-            if sources is not None:
-                setattr(self, name, [json.loads(item) if isinstance(item, str) else item for item in sources])
+            setattr(self, name, read_sources(name, getattr(self, name)))
         if self.holdout < 0 or (self.holdout and (self.eval_datasets or not self.datasets)):
-            raise SystemExit(
+            raise ConfigError(
                 f"holdout: expected a number of rows to hold out of `datasets`, or 0 with eval_datasets; came "
                 f"{self.holdout}, datasets {self.datasets} and eval_datasets {self.eval_datasets}."
             )
+
+
+def read_sources(name: str, sources: list | None) -> list | None:
+    """The entries of a list of sources: mappings from a YAML, JSON from the command line."""
+    try:
+        return sources and [json.loads(item) if isinstance(item, str) else item for item in sources]
+    except ValueError as error:
+        raise ConfigError(f'{name}: expected entries like {{"path": "rows.jsonl"}}, as JSON; got {sources!r}: {error}')
 
 
 @dataclass
@@ -142,7 +141,7 @@ class ReportArguments:
 
     def __post_init__(self):
         if self.report_judge not in REPORT_JUDGES:
-            raise SystemExit(f"report_judge: expected one of {sorted(REPORT_JUDGES)}, got {self.report_judge!r}.")
+            raise ConfigError(f"report_judge: expected one of {sorted(REPORT_JUDGES)}, got {self.report_judge!r}.")
 
 
 def parse(dataclasses: tuple, *, default_config: Path, argv: list[str] | None = None, ignored: tuple = ()) -> tuple:
@@ -160,11 +159,11 @@ def parse(dataclasses: tuple, *, default_config: Path, argv: list[str] | None = 
     if "--config" in argv:
         place = argv.index("--config") + 1
         if place == len(argv):
-            raise SystemExit("--config expects a YAML file.")
+            raise ConfigError("--config expects a YAML file.")
         given = Path(argv[place])
         found = given if given.is_file() else configs / given
         if not found.is_file():
-            raise SystemExit(f"--config {given}: no such file here or in {configs}.")
+            raise ConfigError(f"--config {given}: no such file here or in {configs}.")
         argv[place] = str(found)
     elif not any(word.split("=")[0] == "--model_name_or_path" for word in argv):
         argv = ["--config", str(default_config), *argv]
@@ -174,37 +173,34 @@ def parse(dataclasses: tuple, *, default_config: Path, argv: list[str] | None = 
     if "--config" in argv:
         # before the dataclasses are made: one of them may stumble over the value that a mistyped key did not set
         config = argv[argv.index("--config") + 1]
-        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        try:
+            content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{config}: expected YAML: {error}") from error
         _refuse_unknown(config, [key for key in content if key != "env"] if isinstance(content, dict) else [], known)
-    *parsed, _, rest = TrlParser(dataclasses).parse_args_and_config(
-        args=argv, return_remaining_strings=True, separate_remaining_strings=True
-    )
+    with settings_checked():
+        *parsed, _, rest = _Parser(dataclasses).parse_args_and_config(
+            args=argv, return_remaining_strings=True, separate_remaining_strings=True
+        )
+    for item, setting in ((item, setting) for item in parsed for setting in fields(item)):
+        value, choices = getattr(item, setting.name), setting.metadata.get("choices")
+        if choices and value is not None and value not in choices:  # argparse does not look at a YAML's
+            raise ConfigError(f"{setting.name}: expected one of {', '.join(choices)}; got {value!r}.")
     if rest:
         given = [word[2:].split("=")[0] for word in rest if word.startswith("--")]
         _refuse_unknown("command line", given or rest, known)
     return tuple(parsed)
 
 
+class _Parser(TrlParser):
+    def error(self, message: str):
+        raise ConfigError(message)  # without argparse's usage of some hundred lines
+
+
 def _refuse_unknown(place: str, keys: list, known: list[str]) -> None:
     if unknown := [key for key in map(str, keys) if key not in known]:
         hints = [f"{key!r} (close: {', '.join(get_close_matches(key, known)) or 'none'})" for key in unknown]
-        raise SystemExit(f"{place}: unknown key {'; '.join(hints)}. Correct or remove it. Nothing was run.")
-
-
-def run(main) -> int | None:
-    """A recipe's `main`, as a command: an error that says what to do ends it in that message, without lines of code."""
-    try:
-        return main()
-    except (
-        RowError, PromptError, MediaError, DecoderError, PromptTooLongError, SolutionError, WorldError, HubError,
-        FileError, CacheError,
-    ) as error:  # fmt: skip
-        raise SystemExit(f"{type(error).__name__}: {message_of(error)}") from None
-
-
-def message_of(error: Exception) -> str:
-    """An error's own text, without the traceback that the loader puts before what a worker of its raised."""
-    return str(error).rpartition(f"\n{type(error).__module__}.{type(error).__qualname__}: ")[2].strip()
+        raise ConfigError(f"{place}: unknown key {'; '.join(hints)}. Correct or remove it. Nothing was run.")
 
 
 def allow_many_open_files() -> None:
@@ -220,17 +216,19 @@ def use_all_cores(training_args) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // training_args.world_size))
 
 
+@settings_checked()
 def make_policy(model_args: ModelConfig, data_args: DataArguments):
     """The model and processor of a stage, see `policy.load_policy`. LoRA targets the language model by default."""
     if model_args.use_peft and model_args.lora_target_modules is None:
         model_args.lora_target_modules = LANGUAGE_MODEL_LINEAR
     revision = None if model_args.model_revision == "main" else model_args.model_revision
-    if origin := _hub_origin(model_args.model_name_or_path, "model", revision):
+    name = model_args.model_name_or_path
+    if name and not looks_local(name) and (origin := _hub_origin(name, "model", revision)):
         model_args.model_revision = revision = origin["revision"]
     quantization = get_quantization_config(model_args)
     device_map = {"": torch.cuda.current_device()} if quantization and torch.cuda.is_available() else None
     return load_policy(
-        model_args.model_name_or_path,
+        name,
         revision=revision,
         dtype=model_args.dtype or "float32",
         attn_implementation=model_args.attn_implementation,
@@ -269,6 +267,7 @@ def hub_inputs(data_args: DataArguments, model_args: ModelConfig) -> dict[str, d
     }
 
 
+@settings_checked()
 def see_as_trained(
     data_args: DataArguments, name: str, revision: str | None = None, *, defaults: dict = SEEING
 ) -> None:
@@ -300,9 +299,12 @@ def make_encoder(model, processor, data_args: DataArguments) -> PromptEncoder:
     return encoder_from_config(model.config, processor, data_args, pixel_dtype=model.dtype)
 
 
+@settings_checked()
 def encoder_from_config(config, processor, data_args: DataArguments, *, pixel_dtype=torch.float32) -> PromptEncoder:
     """As `make_encoder`, where no weights are loaded."""
     vision = config.vision_config
+    if processor.chat_template is None:
+        raise ConfigError("The model has no chat template: expected an instruction-tuned Qwen-VL, or a policy of one.")
     seeing = SEEING | {key: value for key in SEEING if (value := getattr(data_args, key)) is not None}
     template, max_image_pixels = seeing.pop("prompt_template"), seeing.pop("max_image_pixels")
     loader = VideoLoader(
@@ -337,7 +339,7 @@ def make_tiny_world(data_args: DataArguments, training_args) -> None:
 def load_training_rows(data_args: DataArguments, *, seed: int):
     """The training rows, mixed and shuffled by seed, with every media file looked at."""
     if not data_args.datasets:
-        raise SystemExit("Expected `datasets:`, a list of {path: …}; none was given.")
+        raise ConfigError("Expected `datasets:`, a list of {path: …}; none was given.")
     _pin(data_args.datasets)
     dropped = {}
     for place, entry in enumerate(data_args.leave_out or []):
@@ -359,13 +361,13 @@ def _without(dataset, dropped: dict[str, str | None]):
     questions = list(dataset["question_id"])
     for place, question in enumerate(questions):
         if dropped.get(question) and dropped[question] != content_of(dataset[place]):
-            raise SystemExit(
+            raise ConfigError(
                 f"leave_out: {question!r} is another question in `datasets` than the solved one of that id. Leave out "
                 f"questions of the same data, or set an `id_prefix`."
             )
     kept = [place for place, question in enumerate(questions) if question not in dropped]
     if not kept:
-        raise SystemExit(f"leave_out: all {len(questions)} rows are of solved questions: nothing is left to train on.")
+        raise ConfigError(f"leave_out: all {len(questions)} rows are of solved questions: nothing is left to train on.")
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"left out {len(questions) - len(kept)} rows of solved questions, {len(kept)} rows stay", flush=True)
         if strange := sorted(set(dropped).difference(questions)):
@@ -390,7 +392,7 @@ def _dropped_questions(entry: str) -> tuple[str, dict[str, str | None]]:
             try:
                 file, sha = fetch_file(repo_id, "solved.json", revision=revision or None)
             except HubError as error:
-                raise SystemExit(
+                raise HubError(
                     f"leave_out: {entry}: no such file here, so it was read as a Hub dataset of pairs. {error}"
                 ) from error
             entry = f"{repo_id}@{sha}"
@@ -400,7 +402,7 @@ def _dropped_questions(entry: str) -> tuple[str, dict[str, str | None]]:
             contents = content.get("contents", [None] * len(questions))
             found = [(entry, dict(zip(questions, contents, strict=True)))]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SystemExit(
+            raise ConfigError(
                 f'leave_out: {entry}: expected a solved.json of verify_rollouts.py, {{"dropped": [question ids], …}}, '
                 f"got {type(error).__name__}: {error}."
             ) from error
@@ -414,7 +416,7 @@ def split_holdout(dataset, count: int):
     """
     ids = list(dataset["question_id"])
     if count >= len(ids):
-        raise SystemExit(f"holdout: {count} of {len(ids)} rows of `datasets` leave none to train on. Give fewer.")
+        raise ConfigError(f"holdout: {count} of {len(ids)} rows of `datasets` leave none to train on. Give fewer.")
     held = set(sorted(ids, key=lambda name: hashlib.sha256(name.encode()).digest())[:count])
     places = {side: [place for place, name in enumerate(ids) if (name in held) is side] for side in (True, False)}
     return dataset.select(places[True]), dataset.select(places[False])
@@ -438,17 +440,6 @@ def load_eval_rows(data_args: DataArguments):
     return dataset
 
 
-def move_finished_aside(folder: Path) -> None:
-    """Move a finished run's folder to `<folder>.previous-<n>`; leave any other as it is."""
-    if not (folder / RESULTS).exists():
-        return
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.previous-{number}")).exists():
-        number += 1
-    folder.rename(aside)
-    print(f"{folder} holds a finished run: moved to {aside}", flush=True)
-
-
 def open_run(output_dir: str, *, accelerator) -> str | None:
     """Prepare a run's folder and find the checkpoint to go on from.
 
@@ -457,31 +448,13 @@ def open_run(output_dir: str, *, accelerator) -> str | None:
     Returns:
         The last checkpoint of an unfinished run, or None for a fresh start.
     """
-    folder = Path(output_dir)
+    folder, checkpoint = Path(output_dir), None
     if accelerator.is_main_process:
         move_finished_aside(folder)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process and folder.is_dir():
-        remove_half_written_checkpoints(folder)
-    accelerator.wait_for_everyone()
-    checkpoint = get_last_checkpoint(output_dir) if folder.is_dir() else None
-    if checkpoint is not None and accelerator.is_main_process:
-        print(f"{folder} holds an unfinished run: going on from {checkpoint}", flush=True)
-    accelerator.wait_for_everyone()
-    return checkpoint
-
-
-def remove_half_written_checkpoints(folder: Path) -> None:
-    """Remove what a run that was killed while it wrote a checkpoint left of it.
-
-    transformers writes `trainer_state.json` last of all: a folder without it, or with half of it, is no checkpoint.
-    """
-    for checkpoint in folder.glob("checkpoint-*"):
-        try:
-            json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            print(f"{checkpoint} was broken off while it was written: removed", flush=True)
-            shutil.rmtree(checkpoint)
+        checkpoint = last_checkpoint(folder)
+        if checkpoint is not None:
+            print(f"{folder} holds an unfinished run: going on from {checkpoint}", flush=True)
+    return broadcast_object_list([checkpoint])[0]
 
 
 def evaluate_policy(
@@ -577,12 +550,20 @@ def result_row(when: str, decoding: str, summary: dict) -> dict:
     }
 
 
-def save_arguments(output_dir: str, *arguments) -> None:
-    """Record what a run was started with, secrets left out."""
+def save_arguments(output_dir: str, *arguments, resumed: bool = False) -> None:
+    """Record what a run was started with, secrets left out; say what is not as in the start that it goes on from."""
+    if int(os.environ.get("RANK", "0")):
+        return
     record = {type(item).__name__: asdict(item) for item in arguments}
     record = without_secrets(json.loads(json.dumps(record, default=str)), [])
     # Named so that the trainer's push leaves it out: it may hold paths of this machine.
-    write_json(Path(output_dir) / "_arguments.json", record)
+    file = Path(output_dir) / "_arguments.json"
+    if resumed and file.exists():
+        before = read_json(file, remedy="Remove it: the run goes on without knowing its settings before.")
+        changed = filter(None, (changed_keys(before.get(kind, {}), values) for kind, values in record.items()))
+        if changed := ", ".join(changed):
+            print(f"{output_dir} goes on with changed settings: {changed}", flush=True)
+    write_json(file, record)
 
 
 def finish(
@@ -590,11 +571,23 @@ def finish(
     evaluation: HeldOutEvaluation | None,
     *,
     title: str,
-    started: float,
     extra: dict,
     push: PushArguments | None = None,
-) -> None:
-    """End a stage: save the model, then tables on the screen, curves as a picture, the push, and results.json."""
+) -> int | None:
+    """End a stage: save the model, then tables on the screen, curves as a picture, the push, and results.json.
+
+    Returns:
+        An exit code where SIGTERM ended the training: its checkpoint is there, and the run stays unfinished.
+    """
+    if trainer.terminated:
+        if trainer.accelerator.is_main_process:
+            state = trainer.state
+            print(
+                f"{trainer.args.output_dir}: terminated after step {state.global_step} of {state.max_steps}; the same "
+                f"command goes on from its checkpoint",
+                flush=True,
+            )
+        return 128 + signal.SIGTERM
     trainer.save_model(_internal_call=True)  # without transformers' push: ours comes last, when there is all to push
     if evaluation is not None:
         evaluation.run_after()
@@ -621,7 +614,7 @@ def finish(
             "before": getattr(evaluation, "before", None),
             "after": getattr(evaluation, "after", None),
             "steps": trainer.state.global_step,
-            "minutes": (time.time() - started) / 60,
+            "minutes": trainer.minutes,
             "history": history,
             **extra,
         }
@@ -629,7 +622,7 @@ def finish(
         card = run_card(folder, results, repo_id=folder.absolute().name, license=license)
         (folder / "README.md").write_text(card, encoding="utf-8")
         print(f"\nmodel, {RESULTS} and curves.png are in {folder} ({results['minutes']:.1f} minutes)", flush=True)
-        write_json(folder / (TRAINED if trainer.args.push_to_hub else RESULTS), results)
+        write_results(folder, results, TRAINED if trainer.args.push_to_hub else RESULTS)
     trainer.accelerator.wait_for_everyone()
     if trainer.args.push_to_hub:
         push_trained(trainer.args, push)
@@ -653,7 +646,7 @@ def push_trained(training_args, push: PushArguments | None = None) -> bool:
                     folder, training_args, results, rollouts_id=push.hub_rollouts_id, license=push.hub_license
                 )
             except HubError as error:
-                raise SystemExit(f"{error}\nOr start the run's own command again: it does not train again.") from None
-        write_json(folder / RESULTS, results)
+                raise HubError(f"{error}\nOr start the run's own command again: it does not train again.") from None
+        write_results(folder, results)
         (folder / TRAINED).unlink()
     return trained

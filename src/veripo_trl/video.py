@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from .containers import BadFile, check_file, open_media, recognise_container
+from .errors import VeripoError
 from .frame_cache import FrameCache, cache_key
 from .tables import printable
 from .video_process import DecodeProcess, WorkerHung, WorkerLost
@@ -27,7 +28,7 @@ MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own bound for a decompression bomb
 DECODING = 2  # part of the frame cache's keys: raised when other frames are read from a file than before
 
 
-class MediaError(RuntimeError):
+class MediaError(VeripoError):
     """A video or image that cannot be used; the text names row, file, reason and remedy."""
 
     def __init__(self, message: str):

@@ -13,6 +13,8 @@ import time
 
 import numpy as np
 
+from .errors import VeripoError
+
 MAX_REPLY_HEADER_BYTES = 1 << 20
 # Starting imports the decoders, which on a cold network disk is slower than any clip.
 START_TIMEOUT_S = 120.0
@@ -28,7 +30,7 @@ class WorkerHung(WorkerLost):
     """The process did not answer in time; it has been killed, and the next request starts another."""
 
 
-class DecoderError(RuntimeError):
+class DecoderError(VeripoError):
     """The process cannot be started: no row is to blame."""
 
 

@@ -327,7 +327,8 @@ def answer(request, reader):
 
 
 def main():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; this process ends with its stdin
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent's to handle; this process ends with its stdin
+        signal.signal(number, signal.SIG_IGN)
     output = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what a library prints must not mix with the frames
     import av

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 from .encoding import EncodedPrompt, PromptEncoder
+from .errors import VeripoError
 from .positions import media_runs
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
-class EngineMismatchError(RuntimeError):
+class EngineMismatchError(VeripoError):
     """The engine does not see, or does not compute, what the trainer does."""
 
 

@@ -23,13 +23,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from veripo_trl.errors import VeripoError
 from veripo_trl.tiny.clips import make_clip
 from veripo_trl.tiny.questions import PLANTED_SHARE, SHARES, SIZES, SPLITS, SplitSize, make_split
 
 VERSION = 2  # raise it when the same settings no longer give the same world
 
 
-class WorldError(RuntimeError):
+class WorldError(VeripoError):
     """The folder holds something other than the world asked for."""
 
 

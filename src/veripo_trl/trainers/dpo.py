@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,8 @@ from peft import PeftModel
 from torch.nn.functional import pad
 from trl import DPOConfig, DPOTrainer
 
-from ..encoding import EncodedPrompt, PromptEncoder, check_vision_tokens, encode_unique, text_ids
+from ..encoding import EncodedPrompt, PromptEncoder, PromptTooLongError, check_vision_tokens, encode_unique, text_ids
+from ..errors import settings_checked
 from ..generation import left_pad
 from ..policy import copy_adapter_to_reference
 from ..positions import use_trained_positions
@@ -75,7 +75,7 @@ class DPOCollator:
         for prompt, answer in zip(prompts, answers, strict=True):
             length = len(prompt) + len(answer)
             if self.max_length is not None and length > self.max_length:
-                raise ValueError(
+                raise PromptTooLongError(
                     f"A pair of question {prompt.question_id!r} has {length} tokens ({len(prompt)} of prompt), the "
                     f"limit is max_length={self.max_length}. Pairs are never cut: raise max_length, lower max_frames, "
                     f"fps or max_pixels, or leave the question out."
@@ -112,6 +112,7 @@ class VideoDPOTrainer(CheckpointMixin, DPOTrainer):
         ValueError: full fine-tuning without `ref_model`, or an adapter with one.
     """
 
+    @settings_checked()
     def __init__(self, *args, encoder: PromptEncoder, **kwargs):
         config, model, ref_model = kwargs["args"], kwargs["model"], kwargs.get("ref_model")
         if isinstance(model, PeftModel) != (ref_model is None):
@@ -131,7 +132,6 @@ class VideoDPOTrainer(CheckpointMixin, DPOTrainer):
             self.ref_model.requires_grad_(False)
             use_trained_positions(self.accelerator.unwrap_model(self.ref_model))
         self._checked = False
-        self.seconds = defaultdict(float)
 
     def _compute_loss(self, model, inputs, return_outputs):
         if not self._checked:

@@ -2,8 +2,8 @@
 
 import logging
 import math
+import os
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,8 +25,10 @@ from ..encoding import (
     check_vision_tokens,
     encode_unique,
     model_inputs,
+    vision_inputs,
     vision_token_ids,
 )
+from ..errors import VeripoError, settings_checked
 from ..generation import cut_at_end, sample_completions, whole_groups
 from ..policy import copy_adapter_to_reference
 from ..positions import use_trained_positions
@@ -89,16 +91,6 @@ class VideoGRPOConfig(GRPOConfig):
                 f"generation_kwargs: {', '.join(refused)}: not supported in rollouts, which go on from prompts computed "
                 f"before. Expected any of {', '.join(SAMPLING)}; temperature and max_completion_length are options of "
                 f"their own."
-            )
-        cycle = self.steps_per_generation * self.num_iterations
-        if self.save_strategy == "steps" and (
-            self.save_steps < 1 or (int(self.save_steps) * self.gradient_accumulation_steps) % cycle
-        ):
-            raise ValueError(
-                f"A checkpoint in the middle of a generation batch cannot be resumed: save_steps "
-                f"({self.save_steps}) × gradient_accumulation_steps ({self.gradient_accumulation_steps}) must be a "
-                f"multiple of steps_per_generation ({self.steps_per_generation}) × num_iterations "
-                f"({self.num_iterations}) = {cycle}. Change save_steps."
             )
 
 
@@ -185,6 +177,7 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
 
     _prefix_checked = False  # whether the shared prompt was compared with plain rows
 
+    @settings_checked()
     def __init__(
         self,
         *args,
@@ -233,10 +226,10 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
         # batch must not replace them.
         self._encoded: dict[str, tuple[int, list[EncodedPrompt]]] = {}
         self._generation = 0
+        self._resumed_questions: list[str] | None = None  # of a generation batch that a checkpoint was amid
         self._active: list[EncodedPrompt] = []  # prompts of the rows that a forward is running on
         self._scored: dict = {}  # what `_calculate_rewards` saw last
         self._checked = False
-        self.seconds = defaultdict(float)
         self._seconds_logged: dict[str, float] = {}
         self._step_logged = 0
 
@@ -252,6 +245,31 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
             repeat_count=self.num_iterations * self.args.steps_per_generation,
             epoch=lambda: int(self.state.epoch or 0),
         )
+
+    # Resuming
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """With the generation batch that the step is in the middle of: its completions cannot be sampled again."""
+        started = self._step % (self.args.steps_per_generation * self.num_iterations) > 0
+        saved = {"micro_step": self._step, "inputs": self._buffered_inputs if started else None, "questions": None}
+        if started:
+            saved["questions"] = [prompt.question_id for prompt in self._encoded["train"][1]]
+        os.makedirs(output_dir, exist_ok=True)
+        torch.save(saved, self._generation_file(output_dir))
+        super()._save_rng_state(output_dir)
+
+    def _load_rng_state(self, checkpoint: str) -> None:
+        super()._load_rng_state(checkpoint)
+        saved = torch.load(self._generation_file(checkpoint), map_location=self.accelerator.device, weights_only=True)
+        self._step, self._buffered_inputs = saved["micro_step"], saved["inputs"]
+        self._resumed_questions = saved["questions"]
+
+    def _generation_file(self, checkpoint: str) -> str:
+        return os.path.join(checkpoint, f"generation_{self.args.process_index}.pt")
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        self._seconds_logged, self._step_logged = dict(self.seconds), self.state.global_step
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         started = time.perf_counter()
@@ -332,11 +350,6 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
             output = super()._generate_single_turn(prompt_ids, prompts, multimodal_fields, num_generations)
             self.seconds["generate"] += time.perf_counter() - started
             return output
-        if self.args.rollout_batch_size is None:
-            chunks = whole_groups(self._active, self.args.per_device_train_batch_size)
-        else:
-            size = self.args.rollout_batch_size
-            chunks = [self._active[start : start + size] for start in range(0, len(self._active), size)]
         completions = []
         with (
             unwrap_model_for_generation(
@@ -348,7 +361,7 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
             ) as model,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
-            for chunk in chunks:
+            for chunk in self._rollout_chunks():
                 tokens = sample_completions(
                     model,
                     chunk,
@@ -359,6 +372,12 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
                 completions += cut_at_end(tokens.cpu(), self.eos_token_ids)
         self.seconds["generate"] += time.perf_counter() - started
         return completions, None
+
+    def _rollout_chunks(self) -> list[list[EncodedPrompt]]:
+        size = self.args.rollout_batch_size
+        if size is None:
+            return whole_groups(self._active, self.args.per_device_train_batch_size)
+        return [self._active[start : start + size] for start in range(0, len(self._active), size)]
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         started = time.perf_counter()
@@ -399,12 +418,27 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch):
         buffered = self._buffered_inputs
+        if self.model.training and self._resumed_questions is not None:
+            self._encode_resumed(generation_batch)
         inputs = super()._prepare_inputs(generation_batch)
         if not self.model.training or self._buffered_inputs is buffered:
             return inputs
         # TRL shuffled the rows of a new generation batch, which takes groups apart.
         self._buffered_inputs = regroup(self._buffered_inputs)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _encode_resumed(self, rows: list[dict]) -> None:
+        """Encode the prompts of the generation batch that a checkpoint was in the middle of."""
+        if [row["question_id"] for row in rows] != self._resumed_questions:
+            raise VeripoError("The loader gives other rows than those of the checkpoint's generation batch.")
+        self._resumed_questions = None
+        self._generation = int(self._buffered_inputs[0]["generation"][0])
+        self._active = encode_unique(self.encoder, rows)
+        self._encoded["train"] = (self._generation, self._active)
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        unwrapped = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
+        for chunk in self._rollout_chunks():  # features in the rollout's batches, to the last bit
+            vision_inputs(unwrapped, chunk, self.accelerator.device)
 
     def _compute_loss(self, model, inputs):
         mode = "train" if self.model.training else "eval"

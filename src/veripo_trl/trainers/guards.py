@@ -6,6 +6,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from ..encoding import EncodedPrompt, PromptEncoder, model_inputs
+from ..errors import VeripoError
 from ..tables import printable
 
 logger = logging.getLogger(__name__)
@@ -14,7 +15,7 @@ ROWS_SEARCHED = 64
 ROWS_SHOWN = 3
 
 
-class FramesIgnoredError(RuntimeError):
+class FramesIgnoredError(VeripoError):
     """The model's log-probabilities do not depend on the order of the frames."""
 
 

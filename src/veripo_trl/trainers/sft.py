@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 import torch
 from trl import SFTConfig, SFTTrainer
 
-from ..encoding import PromptEncoder, model_inputs, text_ids
+from ..encoding import PromptEncoder, PromptTooLongError, model_inputs, text_ids
+from ..errors import settings_checked
 from ..positions import use_trained_positions
 from ..prompts import build_target
+from ..rows import RowError
 from .checkpoints import CheckpointMixin
 from .guards import check_frames_matter, refuse_ignored, show_resolved_media
 
@@ -48,7 +50,7 @@ class SFTCollator:
         for prompt, answer in zip(prompts, answers, strict=True):
             length = len(prompt) + len(answer)
             if self.max_length is not None and length > self.max_length:
-                raise ValueError(
+                raise PromptTooLongError(
                     f"Row {prompt.question_id!r} has {length} tokens ({len(prompt)} of prompt), the limit is "
                     f"max_length={self.max_length}. Rows are never cut: raise max_length, lower max_frames, fps or "
                     f"max_pixels, or drop the row."
@@ -76,9 +78,10 @@ class VideoSFTTrainer(CheckpointMixin, SFTTrainer):
         Further arguments as in `trl.SFTTrainer`. Datasets have the columns of `rows.load_rows`.
 
     Raises:
-        ValueError: rows of the training data have no `process`.
+        RowError: rows of the training data have no `process`.
     """
 
+    @settings_checked()
     def __init__(self, *args, encoder: PromptEncoder, **kwargs):
         check_thinking(kwargs["train_dataset"])
         config = kwargs["args"]
@@ -110,7 +113,7 @@ def check_thinking(dataset) -> None:
     bare = [place for place, process in enumerate(dataset["process"]) if not (process or "").strip()]
     if bare:
         names = ", ".join(repr(row["question_id"]) for row in dataset.select(bare[:10]))
-        raise ValueError(
+        raise RowError(
             f"{len(bare)} of {len(dataset)} rows have no `process`, the thinking that SFT teaches: {names}"
             f"{', …' if len(bare) > 10 else ''}. Give them one, or leave them out with `where` in `datasets`."
         )

@@ -7,8 +7,10 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..errors import VeripoError
 
-class CacheError(ValueError):
+
+class CacheError(VeripoError):
     """A file that cannot be the cache."""
 
 

@@ -3,7 +3,7 @@
 import functools
 import re
 
-from veripo_trl.answers import extract_answer, is_well_formed, score_answer, split_completion
+from veripo_trl.answers import SolutionError, extract_answer, is_well_formed, score_answer, split_completion
 
 # Scripts without spaces between words: each character counts as a word.
 _SPACELESS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
@@ -56,8 +56,8 @@ def check_rollouts(
                 tuple(rollout["options"] or ()),
                 regression_score,
             )
-        except ValueError as error:
-            raise type(error)(f"rollout {rollout['rollout_id']!r}: {error}") from error
+        except SolutionError as error:
+            raise SolutionError(f"rollout {rollout['rollout_id']!r}: {error}") from error
         checks.append(
             {
                 "format_ok": is_well_formed(completion),

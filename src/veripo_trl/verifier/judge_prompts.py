@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from veripo_trl.answers import answers_match, read_choice, read_number
+from veripo_trl.errors import VeripoError
 
 from .conclusions import same_text
 from .judges import Judge
@@ -41,7 +42,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _BRACKET_TAG = re.compile(r"\[(?=/?[A-Z_]{3,}\])")
 
 
-class JudgePromptError(ValueError):
+class JudgePromptError(VeripoError):
     """A judge's prompt file that cannot be used."""
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 
 from ..answers import split_completion
 from ..disk import room_for
+from ..errors import VeripoError
 from ..prompts import PromptTemplate, build_messages
 from ..rows import QUESTION
 from .checks import repetition_share
@@ -40,7 +41,7 @@ MAX_TRIED = 64  # combinations looked at per group and kind: a run's group may h
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
-class PairError(ValueError):
+class PairError(VeripoError):
     """Rollouts that cannot be compared with each other."""
 
 

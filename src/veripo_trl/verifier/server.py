@@ -16,6 +16,7 @@ import random
 import time
 from urllib.parse import urlsplit
 
+from ..errors import VeripoError
 from .judge_prompts import MAX_THINK_CHARS, REPLY_SCHEMA, JudgePrompt, ModelJudge, ReplyError
 from .judges import shown_model
 
@@ -30,7 +31,7 @@ RESPONSE_FORMAT = {
 }
 
 
-class JudgeError(RuntimeError):
+class JudgeError(VeripoError):
     """The judge cannot go on. What it had said is in the cache: the same command continues from there."""
 
 

@@ -1,0 +1,42 @@
+"""The base of our errors. A command ends in the message of one, without lines of code; imports nothing of ours."""
+
+import contextlib
+import os
+import sys
+
+
+class VeripoError(Exception):
+    """Says what was expected, what came and what to do."""
+
+    def __init__(self, message: object = ""):
+        # torch makes the error of a loader's worker again from its type and one text, which begins with a traceback
+        text = str(message).rpartition(f"\n{type(self).__module__}.{type(self).__qualname__}: ")[2]
+        super().__init__(text.rstrip("\n"))
+
+
+class ConfigError(VeripoError, ValueError):
+    """A setting that cannot be used."""
+
+
+@contextlib.contextmanager
+def settings_checked():
+    """While a run is set up, what a library refuses is a setting: its message becomes a ConfigError."""
+    try:
+        yield
+    except VeripoError:
+        raise
+    except (ValueError, ImportError, OSError) as error:
+        raise ConfigError(error) from error
+
+
+def run(main) -> int | None:
+    """A recipe's `main`, as a command: an error that says what to do ends it in that message, without lines of code."""
+    try:
+        return main()
+    except VeripoError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print("\ninterrupted: the same command goes on, from the last checkpoint if there is one", file=sys.stderr)
+        return 130
