@@ -66,7 +66,7 @@ def test_solved_questions_of_other_data_are_refused(tmp_path, monkeypatch):
         if gone:
             assert {f"q{n}" for n in range(8)} - set(stages.load_training_rows(data, seed=0)["question_id"]) == gone
         else:
-            with pytest.raises(SystemExit, match="'q1' is another question in `datasets`.*id_prefix"):
+            with pytest.raises(VeripoError, match="'q1' is another question in `datasets`.*id_prefix"):
                 stages.load_training_rows(data, seed=0)
 
 

@@ -210,7 +210,7 @@ def test_the_tokenizer_is_the_one_that_the_run_has_saved(recipe, tmp_path, polic
     store = make_rollouts(tmp_path / "grpo" / "rollouts", "qwen")
     with HubServer() as hub:
         hub.use_in_this_process(monkeypatch, tmp_path / "hf_home")
-        with pytest.raises(SystemExit, match="(?s)No tokenizer in 'qwen', the rollouts' policy: no such folder.*Give"):
+        with pytest.raises(VeripoError, match="(?s)No tokenizer in 'qwen', the rollouts' policy: no such folder.*Give"):
             recipe.main(config(tmp_path, rollouts=[str(store.folder)]))
         (tmp_path / "grpo" / place).mkdir(exist_ok=True)
         for file in policy.glob("token*"):
@@ -417,7 +417,8 @@ def test_a_full_disk_and_the_same_command_again(recipe, tmp_path, policy):
     make_rollouts(tmp_path / "rollouts", policy, copies=9)
     folder = tmp_path / "outputs" / "verify"
     for at_most, name in ((6_000, "verdicts-00000.parquet"), (30_000, "pairs")):
-        with files_of_at_most(at_most), pytest.raises(VeripoError, match=rf"^{folder}[/\w]*: File too large: {name} needs"):
+        said = rf"^{folder}[/\w]*: File too large: {name} needs"
+        with files_of_at_most(at_most), pytest.raises(VeripoError, match=said):
             recipe.main(config(tmp_path))
         assert not list(folder.rglob(".*")) and not (folder / "results.json").exists()
     recipe.main(config(tmp_path))
