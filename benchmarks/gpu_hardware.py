@@ -25,7 +25,7 @@ from transformers import TrainingArguments
 from trl import ModelConfig
 
 from veripo_trl import stages
-from veripo_trl.policy import LANGUAGE_MODEL_LINEAR
+from veripo_trl.policy import LANGUAGE_MODEL_LINEAR, SEEING
 from veripo_trl.rewards import REWARDS
 from veripo_trl.rows import rows_to_dataset
 from veripo_trl.trainers.dpo import VideoDPOTrainer
@@ -33,6 +33,7 @@ from veripo_trl.trainers.grpo import VideoGRPOTrainer
 from veripo_trl.trainers.sft import VideoSFTTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "recipes" / "configs"
 GIB = 2**30
 SAMPLED = 256  # tokens of a rollout that the model samples
 OUTSIDE_GIB = {1: 0.6, 8: 1.6}  # CUDA's context, and with several processes NCCL's buffers: estimated
@@ -42,14 +43,15 @@ ONE_STEP = "--max_steps 1 --gradient_accumulation_steps 1 --save_strategy no --d
 ON_CPU = "--bf16 false --use_cpu true --min_pixels 3136 --max_pixels 3136 --max_image_pixels 3136 --max_frames 4"
 
 
-def one_step(device, config, shape, answer) -> dict:
+def one_step(device, config, shape, answer, search=None) -> dict:
     """GiB that a process needs, as measured and with what is calculated, and seconds.
 
     Args:
         answer: tokens of an answer, for SFT and DPO.
+        search: for DPO, the configuration whose policy made the pairs: pairs are seen as that sees.
     """
     release()
-    file = ROOT / "recipes" / "configs" / config
+    file = CONFIGS / config
     launch = re.search(r"^# Launch: .* --config_file (\S+) (\S+)", file.read_text(), re.M)
     hardware = re.search(r"^# Hardware: +(.*)", file.read_text(), re.M)[1]
     engine, recipe = yaml.safe_load((ROOT / launch[1]).read_text()), ROOT / launch[2]
@@ -60,6 +62,10 @@ def one_step(device, config, shape, answer) -> dict:
             next(item for item in settings if isinstance(item, kind))
             for kind in (stages.DataArguments, TrainingArguments, ModelConfig)
         )
+        seen = SEEING | (yaml.safe_load((CONFIGS / search).read_text()) if search else {})
+        for name in SEEING:
+            if getattr(data, name) is None:
+                setattr(data, name, seen[name])
         model, processor = random_model(shape, device=device, dtype=torch.bfloat16)
         if "lora" in config:  # also of the DPO that continues an adapter
             rank = {"r": model_args.lora_r, "lora_alpha": model_args.lora_alpha}

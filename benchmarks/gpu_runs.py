@@ -86,6 +86,7 @@ def rollout(device, shape, prompt, completion, group, **options) -> dict:
 
 
 def rollout_vllm(device, shape, prompt, completion, group) -> dict:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, as the trainer has it
     model, processor = sampler(shape, device)
     encoder, _ = bench_rollout.video_questions(model, processor, SCRATCH / "clips", prompt_tokens=prompt)
     encoder.loader.close()

@@ -338,11 +338,12 @@ def most_frames(device, shape, way, gib) -> dict:
     free()
     available, total = torch.cuda.mem_get_info()
     outside = total - available - torch.cuda.memory_reserved()  # CUDA's context
-    if gib * 2**30 > total:
+    cap = min(gib * 2**30, total)  # a card of 80 has 79
+    if gib * 2**30 > 1.05 * total:
         return {"state": "skipped", "message": f"the card has {total / 2**30:.0f} GiB"}
     states = sum(8 * p.numel() for p in made.model.parameters() if p.requires_grad)
     optimizer = torch.empty(states, dtype=torch.uint8, device=device)  # Adam's, which is not made here
-    room = gib * 2**30 - outside - torch.cuda.memory_allocated()
+    room = cap - outside - torch.cuda.memory_allocated()
     per_pair, seconds = (SIDE[shape] // 28) ** 2, {0: 0.0}
 
     def fits(frames: int) -> bool:
@@ -357,7 +358,7 @@ def most_frames(device, shape, way, gib) -> dict:
             free()
             print(f"{frames} frames: {'fit' if frames in seconds else 'too many'}", flush=True)
 
-    torch.cuda.set_per_process_memory_fraction((gib * 2**30 - outside) / total)
+    torch.cuda.set_per_process_memory_fraction((cap - outside) / total)
     try:
         start = max(16, int(0.8 * room / BYTES_A_TOKEN.get((shape, way), 3e5) / per_pair) * 2)
         frames = most(fits, start=start, step=max(4, start // 32 * 2), factor=1.25)

@@ -58,15 +58,18 @@ class Case(NamedTuple):
 
 HEADS = [(28, 4, 128), (16, 2, 128), (32, 8, 128), (4, 2, 64), (6, 6, 32)]  # of 7B, 3B, Qwen3-VL 8B, mid and tiny
 SIZES = {"tiny": (128, 12, 4), "mid": (1024, 64, 4), "3b": (8200, 270, 8), "7b": (8200, 270, 8)}  # P, C, G
-CONFIGS = {  # of recipes/configs: a shape, and the tokens of an answer where no rollout says how long they are
-    "qwen2_5_vl_3b_lora/grpo.yaml": ("3b", None),
-    "qwen2_5_vl_3b_lora/dpo.yaml": ("3b", 1024),
-    "qwen2_5_vl_7b/2_search.yaml": ("7b", None),
-    "qwen2_5_vl_7b/4_align.yaml": ("7b", 1024),
-    "video_r1_7b/sft.yaml": ("7b", 1024),
-    "video_r1_7b/grpo.yaml": ("7b", None),
-    "qwen2_5_vl_7b/1_activation.yaml": ("7b", None),
-    "qwen2_5_vl_7b/5_search.yaml": ("7b", None),
+# Of recipes/configs: a shape, the tokens of an answer where no rollout says how long they are, and the configuration of
+# the policy that made the pairs, which says what it saw.
+CONFIGS: dict[str, tuple] = {
+    "qwen2_5_vl_3b_lora/grpo.yaml": ("3b", None, None),
+    "qwen2_5_vl_3b_lora/dpo.yaml": ("3b", 1024, "qwen2_5_vl_3b_lora/grpo.yaml"),
+    "qwen2_5_vl_3b_lora/sft.yaml": ("3b", 1024, None),
+    "qwen2_5_vl_7b/2_search.yaml": ("7b", None, None),
+    "qwen2_5_vl_7b/4_align.yaml": ("7b", 1024, "qwen2_5_vl_7b/2_search.yaml"),
+    "video_r1_7b/sft.yaml": ("7b", 1024, None),
+    "video_r1_7b/grpo.yaml": ("7b", None, None),
+    "qwen2_5_vl_7b/1_activation.yaml": ("7b", None, None),
+    "qwen2_5_vl_7b/5_search.yaml": ("7b", None, None),
 }
 STAGES = ("parity", "update", "dpo", "rollout", "step", "frames", "loading", "hardware")
 
@@ -132,10 +135,10 @@ def plan(device: str, shapes: list[str]) -> dict[str, list[Case]]:
                 add("frames", f"{shape}, {gib} GiB, {way}", seconds, "gpu_update:most_frames", ("cuda",), **options)
     add("loading", "decoders", 40, "gpu_runs:decoders", quick=device == "cpu")
     add("loading", "workers", 60, "gpu_runs:workers", quick=device == "cpu")
-    for config, (shape, answer) in CONFIGS.items():
+    for config, (shape, answer, search) in CONFIGS.items():
         seconds = 60 if shape == "3b" else 90
         sizes = {"shape": "tiny", "answer": answer and 8} if device == "cpu" else {"shape": shape, "answer": answer}
-        add("hardware", config, seconds, "gpu_hardware:one_step", config=config, **sizes)
+        add("hardware", config, seconds, "gpu_hardware:one_step", config=config, search=search, **sizes)
     return stages
 
 

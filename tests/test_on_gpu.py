@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,6 +56,14 @@ def test_every_stage_runs(stage, tmp_path):
         assert record["state"] == ("skipped" if needs_cuda else "done"), (name, record)
     assert NUMBERS[stage] <= records[cases[0].name].keys()
     assert {"parity", *NUMBERS} == set(on_gpu.STAGES)
+
+
+def test_every_configuration_for_gpus_takes_its_step():
+    """Those that a training recipe is launched with on a GPU."""
+    folder = BENCHMARKS.parent / "recipes" / "configs"
+    training = re.compile(r"^# Launch: .*--config_file \S+ recipes/(sft|grpo|dpo)_video.py --config (\S+)", re.M)
+    found = {match[2] for file in folder.rglob("*.yaml") if (match := training.search(file.read_text()))}
+    assert found == set(on_gpu.CONFIGS)
 
 
 @pytest.mark.slow
