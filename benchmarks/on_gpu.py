@@ -10,6 +10,8 @@ real shapes; clips are made on the spot; no network is used. A case is begun if 
 one that takes over three times its estimate and a minute is ended, and so is everything half a minute after --minutes.
 A case that fails, does not fit or ends its process is a line of the table.
 
+The cases are in gpu_cases.py, what they do in the other files gpu_*.py.
+
 --out, by default results/<device> beside this file, gets `log.txt` and `results.json`, rewritten whole at every case:
 {"device", "machine", "stages": {stage: {case: {"state", "message", "at", "seconds", and the case's own numbers}}}}, with
 the states done, failed, does not fit, skipped and running. What is in it is not done again, also not from another
@@ -29,117 +31,18 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 sys.path[:0] = [str(FOLDER), str(ROOT / "src")]
+
+from gpu_cases import SIZES, STAGES, Case, plan
 
 from veripo_trl.tables import write_json
 
 START_S = 20  # of a stage's process
 GRACE_S = 30
 ENDED = 3  # exit code of a process whose GPU is of no use any more
-
-
-class Case(NamedTuple):
-    """One line of the table: `function`, "module:function" of this folder, called with the device and `options`.
-
-    It returns its numbers, and with a `state` other than done a `message`. `seconds` are estimated, on an H100. `needs`
-    are modules to import, or "cuda": without them the case is skipped.
-    """
-
-    name: str
-    seconds: float
-    function: str
-    options: dict = {}
-    needs: tuple[str, ...] = ()
-
-
-HEADS = [(28, 4, 128), (16, 2, 128), (32, 8, 128), (4, 2, 64), (6, 6, 32)]  # of 7B, 3B, Qwen3-VL 8B, mid and tiny
-SIZES = {"tiny": (128, 12, 4), "mid": (1024, 64, 4), "3b": (8200, 270, 8), "7b": (8200, 270, 8)}  # P, C, G
-# Of recipes/configs: a shape, the tokens of an answer where no rollout says how long they are, and the configuration of
-# the policy that made the pairs, which says what it saw.
-CONFIGS: dict[str, tuple] = {
-    "qwen2_5_vl_3b_lora/grpo.yaml": ("3b", None, None),
-    "qwen2_5_vl_3b_lora/dpo.yaml": ("3b", 1024, "qwen2_5_vl_3b_lora/grpo.yaml"),
-    "qwen2_5_vl_3b_lora/sft.yaml": ("3b", 1024, None),
-    "qwen2_5_vl_7b/2_search.yaml": ("7b", None, None),
-    "qwen2_5_vl_7b/4_align.yaml": ("7b", 1024, "qwen2_5_vl_7b/2_search.yaml"),
-    "video_r1_7b/sft.yaml": ("7b", 1024, None),
-    "video_r1_7b/grpo.yaml": ("7b", None, None),
-    "qwen2_5_vl_7b/1_activation.yaml": ("7b", None, None),
-    "qwen2_5_vl_7b/5_search.yaml": ("7b", None, None),
-}
-STAGES = ("parity", "update", "dpo", "rollout", "step", "frames", "loading", "hardware")
-
-
-def plan(device: str, shapes: list[str]) -> dict[str, list[Case]]:
-    """All cases by stage. On a CPU everything is short, and what it cannot do is skipped."""
-    stages: dict[str, list[Case]] = {name: [] for name in STAGES}
-
-    def add(stage: str, name: str, seconds: float, function: str, needs=(), **options):
-        stages[stage].append(Case(name, seconds / 5 if device == "cpu" else seconds, function, options, needs))
-
-    small = "tiny" if shapes == ["tiny"] else "mid"
-    for dtype in ("bfloat16", "float32"):
-        for heads, key_value_heads, size in HEADS:
-            name = f"attention {heads}/{key_value_heads} × {size}, {dtype}"
-            sizes = {"heads": heads, "key_value_heads": key_value_heads, "size": size}
-            add("parity", name, 2, "gpu_parity:attention", **sizes, dtype=dtype)
-        for family in ("qwen2_5_vl", "qwen3_vl"):
-            add("parity", f"rows of {family}, {dtype}", 5, "gpu_parity:rows", family=family, shape=small, dtype=dtype)
-        for part in ("grpo", "dpo"):
-            add("parity", f"{part} loss, {dtype}", 5, "gpu_parity:loss", part=part, shape=small, dtype=dtype)
-    for function in ("features", "positions", "against_cpu"):
-        add("parity", function, 5, f"gpu_parity:{function}", shape=small)
-
-    for number, shape in enumerate(shapes):
-        prompt, completion, group = SIZES[shape]
-        real = shape in ("3b", "7b")
-        slow = 1 if shape == "7b" else 0.5
-
-        def update(stage, seconds, part, prompt, completion, group, pair, shape=shape, **options):
-            sizes = {"prompt": prompt, "completion": completion, "group": group}
-            name = f"{shape}, P {prompt}, C {completion}, G {group}, {pair}"
-            add(stage, name, seconds, "gpu_update:update", part=part, shape=shape, pair=pair, **sizes, **options)
-
-        given = "features given"
-        update("update", 90 * slow, "grpo", prompt, completion, group, given, noise=True)
-        update("update", 180 * slow, "grpo", prompt, completion, group, "everything", noise=True)
-        sizes = {"shape": shape, "prompt": prompt, "completion": completion, "group": group}
-        add("update", f"{shape}, profile", 30 * slow, "gpu_update:profile", **sizes)
-        add("update", f"{shape}, kernels", 40, "gpu_update:kernels", **sizes)
-        for length, seconds in ((1024, 15), (4096, 30), (16384, 90), (32768, 180)) if real else ((48, 5),):
-            update("update", seconds * slow, "grpo", length, completion, group, given)
-        for count, seconds in ((4, 30), (16, 60)) if real else ((2, 5),):
-            update("update", seconds * slow, "grpo", prompt, completion, count, given)
-        for pair, seconds in ((given, 60), ("everything", 120)):
-            update("dpo", seconds * slow, "dpo", prompt, 512 if real else completion, 2, pair, noise=True)
-
-        add("rollout", f"{shape}, phases", 50 * slow, "gpu_runs:phases", **sizes)
-        add("rollout", f"{shape}, against stock", 120 * slow, "gpu_runs:rollout", **sizes)
-        if number == 0:
-            add("rollout", "copies", 10, "gpu_runs:copies", ("cuda",))
-        if shape == shapes[-1]:
-            add("rollout", f"{shape}, vLLM", 150, "gpu_runs:rollout_vllm", ("cuda", "vllm"), **sizes)
-        add("step", f"{shape}, whole step, ours", 150 * slow, "gpu_runs:step", shape=shape, shared=True)
-        if number == 0:
-            add("step", "tiny loop", 300, "gpu_runs:loop", quick=device == "cpu")
-        add("step", f"{shape}, whole step, plain", 240 * slow, "gpu_runs:step", shape=shape, shared=False)
-        add("step", f"{shape}, QLoRA", 90 * slow, "gpu_update:qlora", ("bitsandbytes",), **sizes)
-        for gib in (24, 48, 80):
-            for way in ("ours", "plain"):
-                seconds = {24: 20, 48: 60, 80: 120}[gib] * slow
-                options = {"shape": shape, "way": way, "gib": gib}
-                add("frames", f"{shape}, {gib} GiB, {way}", seconds, "gpu_update:most_frames", ("cuda",), **options)
-    add("loading", "decoders", 40, "gpu_runs:decoders", quick=device == "cpu")
-    add("loading", "workers", 60, "gpu_runs:workers", quick=device == "cpu")
-    for config, (shape, answer, search) in CONFIGS.items():
-        seconds = 60 if shape == "3b" else 90
-        sizes = {"shape": "tiny", "answer": answer and 8} if device == "cpu" else {"shape": shape, "answer": answer}
-        add("hardware", config, seconds, "gpu_hardware:one_step", config=config, search=search, **sizes)
-    return stages
 
 
 # ---- what is known ----------------------------------------------------------------------------------------------------
@@ -199,7 +102,7 @@ def attempt(case: Case, device: str) -> dict:
     module, function = case.function.split(":")
     try:
         return {"state": "done", **getattr(importlib.import_module(module), function)(device, **case.options)}
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a recipe's parser ends in the latter
         traceback.print_exc()
         too_large = type(error).__name__ == "OutOfMemoryError"
         message = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
@@ -248,8 +151,7 @@ def run_stage(stage: str, cases: list[Case], args, *, deadline: float, again_bef
     while todo := to_do():
         left = deadline - time.time() - START_S
         if min(case.seconds for case in todo) > left:
-            print(f"{stage}: {len(todo)} cases not begun: {max(left, 0):.0f} s are left")
-            return
+            break
         command = [sys.executable, __file__, "--stage", stage, "--out", str(args.out), "--device", args.device]
         command += ["--shape", *args.shape, "--until", str(deadline), "--again_before", str(again_before)]
         paths = filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")])
@@ -266,7 +168,9 @@ def run_stage(stage: str, cases: list[Case], args, *, deadline: float, again_bef
         elif code not in (0, ENDED):
             sys.exit(f"{stage} did not start, code {code}. The end of {log}:\n{log.read_text(errors='replace')[-2000:]}")
         if code in (0, None):
-            return
+            break
+    if todo := to_do():
+        print(f"{stage}: {len(todo)} cases not begun: too little time is left for them")
 
 
 def running(results: dict, stage: str) -> tuple[str | None, dict]:

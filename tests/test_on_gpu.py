@@ -210,7 +210,7 @@ def test_list_and_too_little_time(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and all("to do" in line for line in lines) and lines[0].startswith("dpo")
     on_gpu.main(["--device", "cpu", "--out", str(tmp_path), "--only", "dpo", "--minutes", "0.01"])
-    assert "dpo: 2 cases not begun: 0 s are left" in capsys.readouterr().out
+    assert "dpo: 2 cases not begun: too little time" in capsys.readouterr().out
     assert not (tmp_path / "results.json").exists()
     with pytest.raises(SystemExit):
         on_gpu.main(["--device", "cpu", "--out", str(tmp_path), "--only", "no-such-stage"])
