@@ -156,11 +156,12 @@ def run_stage(stage: str, cases: list[Case], args, *, deadline: float, again_bef
         command += ["--shape", *args.shape, "--until", str(deadline), "--again_before", str(again_before)]
         paths = filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")])
         env = {"CUDA_VISIBLE_DEVICES": "0", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        started = time.time()
         with open(log, "ab") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output, env=env)
             code = wait(process, deadline + GRACE_S - time.time())
         name, record = running(read(file), stage)
-        if name is not None:
+        if name is not None and record["at"] >= started:
             seconds = time.time() - record["at"]
             over = code is None or seconds > limit_s(next(case for case in cases if case.name == name))
             why = f"time limit, {seconds:.0f} s" if over else f"its process ended with code {code}, see the log"

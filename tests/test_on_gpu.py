@@ -17,6 +17,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import bench_update  # noqa: E402
+import gpu_cases  # noqa: E402
 import gpu_parity  # noqa: E402
 import gpu_runs  # noqa: E402
 import gpu_update  # noqa: E402
@@ -63,7 +64,7 @@ def test_every_configuration_for_gpus_takes_its_step():
     folder = BENCHMARKS.parent / "recipes" / "configs"
     training = re.compile(r"^# Launch: .*--config_file \S+ recipes/(sft|grpo|dpo)_video.py --config (\S+)", re.M)
     found = {match[2] for file in folder.rglob("*.yaml") if (match := training.search(file.read_text()))}
-    assert found == set(on_gpu.CONFIGS)
+    assert found == set(gpu_cases.CONFIGS)
 
 
 @pytest.mark.slow
