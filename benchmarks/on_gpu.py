@@ -160,8 +160,8 @@ def run_stage(stage: str, cases: list[Case], args, *, deadline: float, again_bef
         with open(log, "ab") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output, env=env)
             code = wait(process, deadline + GRACE_S - time.time())
-        name, record = running(read(file), stage)
-        if name is not None and record["at"] >= started:
+        name, record = running(read(file), stage, since=started)
+        if name is not None:
             seconds = time.time() - record["at"]
             over = code is None or seconds > limit_s(next(case for case in cases if case.name == name))
             why = f"time limit, {seconds:.0f} s" if over else f"its process ended with code {code}, see the log"
@@ -174,9 +174,11 @@ def run_stage(stage: str, cases: list[Case], args, *, deadline: float, again_bef
         print(f"{stage}: {len(todo)} cases not begun: too little time is left for them")
 
 
-def running(results: dict, stage: str) -> tuple[str | None, dict]:
-    records = results["stages"].get(stage, {})
-    return next(((name, record) for name, record in records.items() if record["state"] == "running"), (None, {}))
+def running(results: dict, stage: str, since: float) -> tuple[str | None, dict]:
+    """The case that a process started since then has left in its middle."""
+    records = results["stages"].get(stage, {}).items()
+    left = [(name, record) for name, record in records if record["state"] == "running" and record["at"] >= since]
+    return left[0] if left else (None, {})
 
 
 def wait(process: subprocess.Popen, seconds: float) -> int | None:

@@ -1,5 +1,6 @@
 """benchmarks/on_gpu.py on a CPU, at tiny size: every stage; killed and continued; what fails is a line of the table."""
 
+import importlib
 import json
 import math
 import os
@@ -125,7 +126,7 @@ def test_killed_and_continued(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     before = on_gpu.read(file)["stages"]["parity"]
-    assert on_gpu.running(on_gpu.read(file), "parity")[0] is not None
+    assert on_gpu.running(on_gpu.read(file), "parity", since=0)[0] is not None
     process = start(tmp_path, "--only", "parity")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
@@ -186,24 +187,31 @@ def test_what_fails_is_a_line_of_its_own(made_up, tmp_path, capsys):
 
 
 def test_what_ends_its_process_or_hangs_costs_only_itself(made_up, tmp_path, monkeypatch, capsys):
+    """And a case that an earlier command was killed in, for which there is no time now, waits for the next."""
     driver = tmp_path / "driver.py"
     driver.write_text(
         f"import sys\nsys.path[:0] = [{str(BENCHMARKS)!r}, {str(tmp_path)!r}]\nimport on_gpu\n"
-        "names = ('dies', 'hangs', 'fine')\n"
-        "cases = [on_gpu.Case(n, 0.0, 'made_up:' + n, {'number': 1} if n == 'fine' else {}) for n in names]\n"
-        "on_gpu.plan = lambda *args: {'parity': cases}\non_gpu.limit_s = lambda case: 1\non_gpu.main()\n"
+        "cases = [on_gpu.Case(name, 0.0, f'made_up:{name}') for name in ('dies', 'hangs')]\n"
+        "cases += [on_gpu.Case('fine', 0.0, 'made_up:fine', {'number': 1}), on_gpu.Case('late', 1e6, 'made_up:dies')]\n"
+        "on_gpu.plan = lambda *args: {'parity': cases}\non_gpu.limit_s = lambda case: 1\n"
+        "if __name__ == '__main__':\n    on_gpu.main()\n"
     )
     monkeypatch.setattr(on_gpu, "__file__", str(driver))
-    monkeypatch.setattr(on_gpu, "limit_s", lambda case: 1)
-    cases = [made_up("dies"), made_up("hangs"), made_up("fine", number=1)]
-    monkeypatch.setattr(on_gpu, "plan", lambda *args: {"parity": cases})
-    on_gpu.main(["--device", "cpu", "--out", str(tmp_path / "out")])
-    records = on_gpu.read(tmp_path / "out" / "results.json")["stages"]["parity"]
+    for name in ("limit_s", "plan"):  # as the driver has them
+        monkeypatch.setattr(on_gpu, name, getattr(on_gpu, name))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.import_module("driver")
+    out = tmp_path / "out"
+    late = {"state": "running", "at": 1.0}
+    on_gpu.write_json(out / "results.json", {"stages": {"parity": {"late": late}}})
+    on_gpu.main(["--device", "cpu", "--out", str(out)])
+    records = on_gpu.read(out / "results.json")["stages"]["parity"]
+    assert records.pop("late") == late
     assert [record["state"] for record in records.values()] == ["failed", "failed", "done"]
     assert records["dies"]["message"] == "its process ended with code 9, see the log"
     assert records["hangs"]["message"].startswith("time limit")
-    assert "in hangs" in (tmp_path / "out" / "log.txt").read_text()  # where it was
-    assert "fine" in capsys.readouterr().out
+    assert "in hangs" in (out / "log.txt").read_text()  # where it was
+    assert "parity: 1 cases not begun" in capsys.readouterr().out
 
 
 def test_list_and_too_little_time(tmp_path, capsys):
