@@ -30,7 +30,7 @@ import av
 import numpy as np
 import torch
 from machine import describe_machine
-from models import moving_stripes, random_model
+from models import moving_stripes, question, random_model
 from qwen_vl_utils import process_vision_info
 
 from veripo_trl import stages
@@ -63,18 +63,7 @@ def write_source(path: Path, args, *, seed: int) -> None:
 
 
 def make_row(path: Path) -> dict:
-    return {
-        "question_id": path.stem,
-        "problem": "Which colour is first?",
-        "options": ["A. red", "B. blue", "C. green", "D. yellow"],
-        "problem_type": "multiple choice",
-        "solution": "B",
-        "process": None,
-        "videos": [path.name],
-        "images": [],
-        "data_source": "benchmark",
-        "media_root": str(path.parent.resolve()),
-    }
+    return question(path.stem, path.parent, videos=[path.name])
 
 
 def make_encoder(config, processor, args, **data):

@@ -132,7 +132,7 @@ def run_case(model, processor, case: str, *, runs: int, folder: Path, llm=None) 
     return line
 
 
-def start_vllm(model, processor, lengths: list[int], folder: Path, encoder):
+def start_vllm(model, processor, lengths: list[int], folder: Path, encoder, **options):
     """vLLM with the same weights."""
     from vllm import LLM
 
@@ -145,6 +145,7 @@ def start_vllm(model, processor, lengths: list[int], folder: Path, encoder):
         max_model_len=max(lengths),
         enforce_eager=model.device.type == "cpu",
         **engine_options(encoder, dtype=model.dtype),
+        **options,
     )
 
 

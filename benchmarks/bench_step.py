@@ -45,6 +45,8 @@ GROUP = 8
 SIZES = {  # prompts of a batch, tokens of a completion
     "tiny": {"prompts": 16, "completion": 40},
     "mid": {"prompts": 2, "completion": 64},
+    "3b": {"prompts": 1, "completion": 270},  # more do not fit as plain rows
+    "7b": {"prompts": 1, "completion": 270},
 }
 EPOCHS, BATCHES = 2, 3  # batches of an epoch
 LOSS_LIMIT, NORM_LIMIT = 1e-4, 1e-3  # absolute, relative
@@ -93,10 +95,13 @@ def reward(completion_ids, **kwargs) -> list[float]:
     return [float(sum(ids) % 7) for ids in completion_ids]
 
 
-def run(method: str, shape: str, args, *, shared: bool, cache: Path, epochs: int) -> dict:
-    """Train, and return the parts of the steps after the first, their losses and what was decoded."""
+def run(method: str, shape: str, args, *, shared: bool, cache: Path, epochs: int, lora: bool | None = None) -> dict:
+    """Train, and return the parts of the steps after the first, their losses and what was decoded.
+
+    `lora`: an adapter and gradient checkpointing; default: as the shape and the device ask for.
+    """
     set_seed(0)
-    sizes = SIZES[shape]
+    sizes, lora = SIZES[shape], shape in ("3b", "7b") if lora is None else lora
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     model, processor = random_model(shape, device=args.device, dtype=dtype)
     encoder, rows = make_questions(shape, model, processor, args, cache)
@@ -106,11 +111,10 @@ def run(method: str, shape: str, args, *, shared: bool, cache: Path, epochs: int
         "output_dir": str(cache.parent / "run"), "max_steps": BATCHES * epochs, "learning_rate": 1e-6,
         "lr_scheduler_type": "constant", "shared_prefix": shared, "dataloader_num_workers": args.workers,
         "logging_steps": 1, "report_to": "none",
-        "save_strategy": "no", "gradient_checkpointing": args.device != "cpu", "bf16": args.device != "cpu",
+        "save_strategy": "no", "gradient_checkpointing": lora or args.device != "cpu", "bf16": args.device != "cpu",
         "use_cpu": args.device == "cpu", "disable_tqdm": True, "dataloader_pin_memory": args.device != "cpu",
     }  # fmt: skip
     clock = StepClock(log_path)
-    lora = shape in ("3b", "7b")
     if lora:
         model = get_peft_model(model, LoraConfig(r=64, lora_alpha=128, target_modules=LANGUAGE_MODEL_LINEAR))
     elif method == "grpo" and args.beta:  # TRL reads the reference from the disk
@@ -190,7 +194,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.shapes, SIZES["tiny"] = ["tiny"], {"prompts": 2, "completion": 8}
-    SIZES.update({shape: {"prompts": 2, "completion": 270} for shape in ("3b", "7b")})
     args.folder.mkdir(parents=True, exist_ok=True)
     stages.allow_many_open_files()
     results, parts, loading, costs, failures = {}, {"grpo": [], "dpo": []}, [], [], []

@@ -23,6 +23,7 @@ checkpointing, and so the plain path's "everything" back-propagates through the 
 """
 
 import argparse
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -31,15 +32,16 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from machine import describe_machine
-from models import random_model, video_questions
+from models import SIDE, random_model, video_questions
 
 from veripo_trl import encoding, stages
 from veripo_trl.rows import rows_to_dataset
-from veripo_trl.shared_prefix import HALF_BOUND, score_completions, score_rows
-from veripo_trl.trainers.dpo import DPOCollator, VideoDPOConfig, VideoDPOTrainer
+from veripo_trl.shared_prefix import HALF_BOUND, score_completions
+from veripo_trl.trainers.dpo import VideoDPOConfig, VideoDPOTrainer
 from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,49 +51,67 @@ CASES = {  # (part, P, C, G), the last one last: its ratios are the program's la
 }
 PAIRS = ("everything", "features given")
 LIMITS = {"log_probs": 1e-5, "gradients": 1e-4}  # in float32
-HALF_GRADIENTS = 0.5  # in half precision: rounding is well below, a wrong kernel is off by as much as the gradient
-SIDE = {"mid": 224, "3b": 308, "7b": 308}  # of a frame, pixels: 64 and 121 tokens per two frames
 
 
 class Part:
-    """One trainer with one batch, ready to be stepped."""
+    """One trainer, ready to be stepped with groups of completions of one prompt, on either way.
 
-    def __init__(self, part: str, sizes: tuple[int, int, int], way: str, pair: str, args, folder: Path):
-        self.shared, self.given, self.args = way == "ours", pair == "features given", args
-        prompt_tokens, completion, group = sizes
-        device, dtype = torch.device(args.device), torch.float32 if args.device == "cpu" else torch.bfloat16
-        model, processor = random_model(args.shape, device=device, dtype=dtype)
-        encoder, rows = video_questions(
-            model, processor, folder, prompt_tokens=prompt_tokens, side=SIDE[args.shape]
-        )
-        self.prompt = encoder.encode(rows[0])
-        self.config = model.config
-        generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(100, 250, (group, completion), generator=generator).to(device)
-        self.mask = torch.ones_like(self.ids)
+    Args:
+        part: "grpo" or "dpo".
+        model: with its adapter, if it is to have one.
+        reference: for DPO on a model without an adapter.
+        half: update under bfloat16's autocast.
+    """
+
+    def __init__(
+        self, part: str, model, encoder, rows, folder: Path, *, half: bool, checkpointing: bool, reference=None
+    ):
+        self.device = next(model.parameters()).device
+        self.half = half
         options = {
-            "output_dir": str(folder / "unused"), "per_device_train_batch_size": group, "report_to": "none",
-            "save_strategy": "no", "use_cpu": args.device == "cpu", "bf16": args.device != "cpu",
-            "activation_checkpointing": args.device != "cpu", "shared_prefix": self.shared, "max_steps": 1,
+            "output_dir": str(folder / "unused"), "per_device_train_batch_size": 2, "report_to": "none",
+            "save_strategy": "no", "use_cpu": self.device.type == "cpu", "bf16": half,
+            "activation_checkpointing": checkpointing, "max_steps": 1,
         }  # fmt: skip
-        make = self.grpo if part == "grpo" else self.dpo
-        self.trainer, self.batch = make(model, processor, encoder, rows, options)
+        if part == "grpo":
+            self.trainer = VideoGRPOTrainer(
+                model=model,
+                reward_funcs=[lambda completions, **kwargs: [0.0] * len(completions)],
+                args=VideoGRPOConfig(num_generations=2, **options),
+                train_dataset=rows_to_dataset(rows),
+                processing_class=encoder.processor,
+                encoder=encoder,
+            )
+            self.trainer._prefix_checked = True  # compared below
+        else:
+            dataset = rows_to_dataset(rows)
+            for name, value in (("chosen", "yes"), ("rejected", "no"), ("rejected_finished", True)):
+                dataset = dataset.add_column(name, [value] * len(rows))
+            self.trainer = VideoDPOTrainer(
+                model=model,
+                ref_model=reference,
+                args=VideoDPOConfig(**options | {"per_device_train_batch_size": 1}),
+                train_dataset=dataset,
+                processing_class=encoder.processor,
+                encoder=encoder,
+            )
+            self.trainer._checked = True
+            if reference is not None:  # the policy has moved away from it
+                with torch.no_grad():
+                    self.trainer.ref_model.lm_head.weight.mul_(1.1)
         self.model = self.trainer.model
         self.model.train()
-        self.tokens = self.patches = 0
         self.base = self.trainer.accelerator.unwrap_model(self.model)
-        if args.device != "cpu":
-            self.base = self.base.get_base_model()
-            # `train()` would do it, which this program does not call.
-            options = self.trainer.args.activation_checkpointing_kwargs
-            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        self.base = self.base.get_base_model() if hasattr(self.base, "peft_config") else self.base
+        if checkpointing:  # `train()` would do it, which this program does not call.
+            kwargs = self.trainer.args.activation_checkpointing_kwargs
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
             if not self.base.is_activation_checkpointing:
                 raise RuntimeError("Gradient checkpointing is not on.")
+        self.tokens = self.patches = 0
         for counted in [self.base] if self.trainer.ref_model is None else [self.base, self.trainer.ref_model]:
             counted.model.language_model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
             counted.model.visual.register_forward_pre_hook(self._count_patches)
-        if self.given:
-            encoding.vision_inputs(self.base, [self.prompt], device)
 
     def _count_tokens(self, module, args, kwargs):
         self.tokens += kwargs["inputs_embeds"].shape[:2].numel()
@@ -99,91 +119,95 @@ class Part:
     def _count_patches(self, module, args):
         self.patches += len(args[0])
 
-    def grpo(self, model, processor, encoder, rows, options):
-        group = len(self.ids)
-        trainer = VideoGRPOTrainer(
-            model=with_adapter(model, self.args.device),
-            reward_funcs=[lambda completions, **kwargs: [0.0] * len(completions)],
-            args=VideoGRPOConfig(num_generations=group, max_completion_length=self.ids.size(1), **options),
-            train_dataset=rows_to_dataset(rows),
-            processing_class=processor,
-            encoder=encoder,
-        )
-        trainer._prefix_checked = True  # compared below
-        trainer._encoded["train"] = (1, [self.prompt] * group)
-        trainer.current_gradient_accumulation_steps = 1
-        prompt_ids = torch.from_numpy(self.prompt.input_ids).to(self.ids.device).expand(group, -1)
-        return trainer, {
-            "prompt_ids": prompt_ids, "prompt_mask": torch.ones_like(prompt_ids),
-            "completion_ids": self.ids, "completion_mask": self.mask,
-            "advantages": torch.linspace(-1, 1, group, device=self.ids.device),
-            "row_index": torch.arange(group), "generation": torch.ones(group, dtype=torch.long),
-            "num_items_in_batch": self.mask.sum(),
-        }  # fmt: skip
+    def load(self, prompt, *, completion: int, group: int) -> None:
+        """Take a prompt with `group` made-up completions, all of them `completion` tokens long."""
+        self.prompt = prompt
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(100, 250, (group, completion), generator=generator).to(self.device)
+        self.mask = torch.ones_like(self.ids)
 
-    def dpo(self, model, processor, encoder, rows, options):
-        reference = None
-        if self.args.device == "cpu":
-            reference, _ = random_model(self.args.shape, seed=0)
-        dataset = rows_to_dataset(rows)
-        for name, value in (("chosen", "yes"), ("rejected", "no"), ("rejected_finished", True)):
-            dataset = dataset.add_column(name, [value])
-        trainer = VideoDPOTrainer(
-            model=with_adapter(model, self.args.device),
-            ref_model=reference,
-            args=VideoDPOConfig(**options | {"per_device_train_batch_size": 1}),
-            train_dataset=dataset,
-            processing_class=processor,
-            encoder=encoder,
-        )
-        trainer._checked = True
-        batch = DPOCollator(encoder, max_length=None)([dataset[0]])
-        prompt_ids = torch.from_numpy(self.prompt.input_ids).to(self.ids.device).expand(2, -1)
-        before = torch.zeros_like(prompt_ids)
-        if reference is not None:  # the policy has moved away from it
-            with torch.no_grad():
-                trainer.ref_model.lm_head.weight.mul_(1.1)
-        return trainer, batch | {
-            "input_ids": torch.cat([prompt_ids, self.ids], 1), "attention_mask": torch.cat([before + 1, self.mask], 1),
-            "completion_mask": torch.cat([before, self.mask], 1), "completion_width": self.ids.size(1),
-            "prompts": [self.prompt] * 2,
-        }  # fmt: skip
+    def hold_features(self) -> None:
+        if self.prompt.features is None:
+            encoding.vision_inputs(self.base, [self.prompt], self.device)
 
-    def step(self) -> float:
-        """One update: forward and backward. Returns seconds."""
-        self.model.zero_grad()
-        if not self.given:
-            self.prompt.features = None
-        self.tokens = self.patches = 0
-        synchronize(self.args.device)
-        started = time.perf_counter()
+    def _batch(self, rows: slice) -> dict:
+        ids, mask = self.ids[rows], self.mask[rows]
+        group, width = ids.shape
+        prompt_ids = torch.from_numpy(self.prompt.input_ids).to(self.device).expand(group, -1)
         if isinstance(self.trainer, VideoDPOTrainer):
-            loss = self.trainer._compute_loss(self.model, dict(self.batch), False)
-        else:
-            loss = self.trainer._compute_loss(self.model, self.batch)
-        loss.backward()
-        synchronize(self.args.device)
-        return time.perf_counter() - started
+            before = torch.zeros_like(prompt_ids)
+            return {
+                "input_ids": torch.cat([prompt_ids, ids], 1), "attention_mask": torch.cat([before + 1, mask], 1),
+                "completion_mask": torch.cat([before, mask], 1), "completion_width": width,
+                "prompts": [self.prompt] * group,
+            }  # fmt: skip
+        self.trainer._encoded["train"] = (1, [self.prompt] * group)
+        return {
+            "prompt_ids": prompt_ids, "prompt_mask": torch.ones_like(prompt_ids), "completion_ids": ids,
+            "completion_mask": mask, "advantages": torch.linspace(-1, 1, len(self.ids), device=self.device)[rows],
+            "row_index": torch.arange(group), "generation": torch.ones(group, dtype=torch.long),
+            "num_items_in_batch": mask.sum(),
+        }  # fmt: skip
 
-    def results(self) -> dict:
-        """What is compared: log-probabilities by this path, and the gradients of the last step.
+    def step(self, way: str, pair: str, *, rows_at_once: int | None = None) -> float:
+        """One update of the whole group, forward and backward. Returns seconds.
 
-        The plain path in half precision also says what rounding does to it: all positions shifted, which changes nothing
-        else.
+        Args:
+            way: "ours", or "plain". pair: one of PAIRS.
+            rows_at_once: of a GRPO group in one forward; the gradient is the same. Default: all.
         """
-        rows = [self.model, self.base, [self.prompt] * len(self.ids), self.ids, self.mask]
+        self.trainer.args.shared_prefix = way == "ours"
+        group, rows_at_once = len(self.ids), rows_at_once or len(self.ids)
+        self.trainer.current_gradient_accumulation_steps = group // rows_at_once
+        self.model.zero_grad()
+        if pair == "everything":
+            self.prompt.features = None
+        else:
+            self.hold_features()
+        self.tokens = self.patches = self.loss = 0
+        with self._as_stock(way, pair):
+            synchronize(self.device)
+            started = time.perf_counter()
+            for start in range(0, group, rows_at_once):
+                batch = self._batch(slice(start, start + rows_at_once))
+                if isinstance(self.trainer, VideoDPOTrainer):
+                    loss = self.trainer._compute_loss(self.model, batch, False)
+                else:
+                    loss = self.trainer._compute_loss(self.model, batch)
+                loss.backward()
+                self.loss += loss.item()
+            synchronize(self.device)
+            return time.perf_counter() - started
+
+    def _as_stock(self, way: str, pair: str):
+        """Stock trainers hand pixels to every forward, which encodes them for every row."""
+        if way == "plain" and pair == "everything":
+            return mock.patch.object(encoding, "tower_is_frozen", lambda tower: False)
+        return contextlib.nullcontext()
+
+    def results(self, way: str, *, rows_at_once: int | None = None) -> dict:
+        """What is compared: log-probabilities by this way, and the gradients of the last step."""
         gradients = {name: p.grad.cpu() for name, p in self.model.named_parameters() if p.grad is not None}
+        log_probs, rows_at_once = [], rows_at_once or len(self.ids)
         with torch.no_grad(), self.trainer.accelerator.autocast():
-            output = score_completions(*rows, pad_token_id=0, shared=self.shared)
-            found = {"log_probs": output.log_probs.float().cpu(), "gradients": gradients}
-            if self.args.device != "cpu" and not self.shared:
-                found["shifted"] = score_rows(*rows, pad_token_id=0, shift=17).log_probs.float().cpu()
-        return found
+            for start in range(0, len(self.ids), rows_at_once):
+                ids, mask = (tensor[start : start + rows_at_once] for tensor in (self.ids, self.mask))
+                rows = [self.model, self.base, [self.prompt] * len(ids), ids, mask]
+                output = score_completions(*rows, pad_token_id=0, shared=way == "ours")
+                log_probs.append(output.log_probs.float().cpu())
+        return {"log_probs": torch.cat(log_probs), "gradients": gradients}
+
+    def shifted_results(self, pair: str, *, rows_at_once: int | None = None) -> dict:
+        """What rounding alone does to the plain way: all positions shifted, which changes nothing else."""
+        self.prompt.positions += 17
+        try:
+            self.step("plain", pair, rows_at_once=rows_at_once)
+            return self.results("plain", rows_at_once=rows_at_once)
+        finally:
+            self.prompt.positions -= 17
 
 
-def with_adapter(model, device: str):
-    if device == "cpu":
-        return model
+def with_adapter(model):
     from peft import LoraConfig, get_peft_model
 
     from veripo_trl.policy import LANGUAGE_MODEL_LINEAR
@@ -194,19 +218,19 @@ def with_adapter(model, device: str):
     return get_peft_model(model, config)
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def peak_bytes(device: str) -> int:
-    if device == "cuda":
+def peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def resident_bytes(device: str) -> int:
-    if device == "cuda":
+def resident_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -216,23 +240,40 @@ TOO_LARGE = "does not fit"
 ENOUGH_S = 75  # a way whose two updates took longer has no third, unless `--repeats` asks for it
 
 
+def build(part: str, args, folder: Path, *, prompt_tokens: int, completion: int, group: int) -> Part:
+    """As the command line asks: on a GPU with an adapter, in half precision, with activation checkpointing."""
+    half = args.device != "cpu"
+    dtype = torch.bfloat16 if half else torch.float32
+    model, processor = random_model(args.shape, device=args.device, dtype=dtype)
+    encoder, rows = video_questions(model, processor, folder, prompt_tokens=prompt_tokens, side=SIDE[args.shape])
+    reference = None if half or part == "grpo" else random_model(args.shape)[0]
+    model = with_adapter(model) if half else model
+    made = Part(part, model, encoder, rows, folder, half=half, checkpointing=half, reference=reference)
+    made.load(encoder.encode(rows[0]), completion=completion, group=group)
+    return made
+
+
 def serve(connection, part, sizes, way, pair, args, folder) -> None:
     """One process: build, then step whenever asked. Ends with TOO_LARGE where the GPU's memory does not suffice."""
     torch.set_num_threads(args.threads)
-    if way == "plain" and pair == "everything":
-        encoding.tower_is_frozen = lambda tower: False  # pixels for every row, encoded in the forward
+    prompt_tokens, completion, group = sizes
     try:
-        ready = Part(part, sizes, way, pair, args, folder)
+        ready = build(part, args, folder, prompt_tokens=prompt_tokens, completion=completion, group=group)
+        if pair == "features given":
+            ready.hold_features()
         gc.collect()
-        before = resident_bytes(args.device)
+        before = resident_bytes(ready.device)
         connection.send("ready")
         while (message := connection.recv()) == "step":
-            connection.send(ready.step())
-        memory_mb = (peak_bytes(args.device) - before) / 1e6
+            connection.send(ready.step(way, pair))
+        memory_mb = (peak_bytes(ready.device) - before) / 1e6
         computed = {"tokens": ready.tokens, "patches": ready.patches, "memory_mb": memory_mb}
-        torch.save(ready.results(), message)
+        results = ready.results(way)
+        if ready.half and way == "plain":
+            results["shifted"] = ready.shifted_results(pair)
+        torch.save(results, message)
         connection.send(computed)
-    except torch.cuda.OutOfMemoryError:
+    except torch.OutOfMemoryError:
         connection.send(TOO_LARGE)
 
 
@@ -276,30 +317,40 @@ def take_turns(ways: tuple[str, ...], part: str, sizes: tuple[int, int, int], pa
     return found
 
 
-def differences(found: dict) -> dict:
-    """Of log-probabilities, in nats, and of gradients, relative."""
-    ours, plain = (torch.load(found[way].pop("file")) for way in ("ours", "plain"))
-    gradients = {name: value.float() for name, value in plain["gradients"].items()}
-    norms = torch.stack([value.norm() for value in gradients.values()])
-    typical = norms[norms > 0].median()
-    if ours["gradients"].keys() != gradients.keys():
+def differences(ours: dict, plain: dict) -> dict:
+    """Of log-probabilities, in nats, and of gradients, relative; and their limits.
+
+    Args:
+        ours, plain: of `Part.results`; in half precision `plain` has the same under "shifted", too.
+    """
+    if ours["gradients"].keys() != plain["gradients"].keys():
         raise RuntimeError("The two ways give gradients to different parameters.")
-    apart = torch.stack([
-        # One whose gradient is rounding errors is measured by the others'.
-        (ours["gradients"][name].float() - value).norm() / value.norm().clamp(min=1e-3 * typical)
-        for name, value in gradients.items()
-    ])  # fmt: skip
+    apart = gradients_apart(ours["gradients"], plain["gradients"])
     log_probs = (ours["log_probs"] - plain["log_probs"]).abs()
-    result = {
-        "log_probs": float(log_probs.max()),
-        "gradients": float(apart.max()),  # NaN if one is
-        "limits": LIMITS,
-    }
+    # NaN if one is
+    result = {"log_probs": float(log_probs.max()), "gradients": float(apart["largest"]), "limits": LIMITS}
     if "shifted" in plain:
-        noise = (plain["shifted"] - plain["log_probs"]).abs().mean()
-        result |= {"log_probs, mean": float(log_probs.mean()), "rounding, mean": float(noise)}
-        result["limits"] = {"log_probs, mean": HALF_BOUND * float(noise), "gradients": HALF_GRADIENTS}
+        shifted = plain["shifted"]
+        noise = float((shifted["log_probs"] - plain["log_probs"]).abs().mean())
+        gradient_noise = float(gradients_apart(shifted["gradients"], plain["gradients"])["all"])
+        result |= {"log_probs, mean": float(log_probs.mean()), "rounding, mean": noise}
+        result |= {"gradients, all": float(apart["all"]), "rounding, gradients": gradient_noise}
+        result["limits"] = {"log_probs, mean": HALF_BOUND * noise, "gradients, all": HALF_BOUND * gradient_noise}
     return result
+
+
+def gradients_apart(found: dict, expected: dict) -> dict[str, torch.Tensor]:
+    """Relative differences: the largest of a parameter, and that of all parameters together."""
+    expected = {name: value.float() for name, value in expected.items()}
+    apart = torch.stack([(found[name].float() - value).norm() for name, value in expected.items()])
+    norms = torch.stack([value.norm() for value in expected.values()])
+    # One whose gradient is rounding errors is measured by the others'.
+    largest = (apart / norms.clamp(min=1e-3 * norms[norms > 0].median())).max()
+    return {"largest": largest, "all": apart.norm() / norms.norm()}
+
+
+def over_limits(apart: dict) -> bool:
+    return not all(apart[name] <= limit for name, limit in apart["limits"].items())  # NaN is over, too
 
 
 def run_case(part: str, prompt: int, completion: int, group: int, args, folder: Path) -> dict:
@@ -313,9 +364,8 @@ def run_case(part: str, prompt: int, completion: int, group: int, args, folder: 
                 found[way].pop("file", None)
             continue  # nothing to compare with
         found["ratio"] = found["plain"]["median_s"] / found["ours"]["median_s"]
-        found["differences"] = differences(found)
-        limits = found["differences"]["limits"]
-        if not all(found["differences"][name] <= limit for name, limit in limits.items()):  # NaN is over, too
+        found["differences"] = differences(*(torch.load(found[way].pop("file")) for way in ("ours", "plain")))
+        if over_limits(found["differences"]):
             raise RuntimeError(f"{part} at P {prompt}, C {completion}, G {group}: too different: {found['differences']}")
     return case
 
@@ -367,23 +417,25 @@ def fits(frames: int, way: str, args, folder: Path) -> bool:
 def try_frames(connection, frames: int, way: str, args, folder: Path) -> None:
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, args.frames_in_gib * 2**30 / total))
-    if way == "plain":
-        encoding.tower_is_frozen = lambda tower: False
     tokens = frames // 2 * (SIDE[args.shape] // 28) ** 2 + 100
     try:
-        Part("grpo", (tokens, 270, 8), way, "everything", args, folder).step()
+        ready = build("grpo", args, folder, prompt_tokens=tokens, completion=270, group=8)
+        ready.step(way, "everything")
         connection.send(True)
-    except torch.cuda.OutOfMemoryError:
+    except torch.OutOfMemoryError:
         connection.send(False)
     except Exception as error:  # reported by the parent, which must not wait for ever
         connection.send(repr(error))
 
 
-def most(fit, *, start: int, step: int) -> int:
-    """Largest multiple of `step` for which `fit` holds, 0 for none, if it holds up to some number and not beyond."""
-    low, high = 0, start
+def most(fit, *, start: int, step: int, factor: float = 2.0) -> int:
+    """Largest multiple of `step` for which `fit` holds, 0 for none, if it holds up to some number and not beyond.
+
+    From `start` on numbers grow by `factor`, until one does not fit; then the gap is halved.
+    """
+    low, high = 0, max(step, start // step * step)
     while fit(high):
-        low, high = high, high * 2
+        low, high = high, max(high + step, int(high * factor) // step * step)
     while high - low > step:
         middle = (low + high) // 2 // step * step
         low, high = (middle, high) if fit(middle) else (low, middle)

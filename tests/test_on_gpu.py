@@ -1,0 +1,231 @@
+"""benchmarks/on_gpu.py on a CPU, at tiny size: every stage; killed and continued; what fails is a line of the table."""
+
+import importlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import bench_update  # noqa: E402
+import gpu_cases  # noqa: E402
+import gpu_parity  # noqa: E402
+import gpu_runs  # noqa: E402
+import gpu_update  # noqa: E402
+import on_gpu  # noqa: E402
+
+NUMBERS = {  # what a stage's first case must say; parity runs below, by the command
+    "update": {"ratio", "limit", "memory", "plain", "tokens a s", "share of peak", "log_probs", "rounding, mean"},
+    "dpo": {"ratio", "limit", "gradients"},
+    "rollout": {"tower s", "prefill s", "tokens a s"},
+    "step": {"generate s", "update s", "whole s", "clips a s"},
+    "frames": set(),
+    "loading": {"decord, 1 threads, frames a s"},
+    "hardware": {"prompt tokens", "generate s", "update s"},
+}
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_runs, "SCRATCH", tmp_path / "scratch")
+    yield
+    gpu_update.release()
+
+
+def perform(tmp_path, stage, cases, **options) -> dict:
+    file = tmp_path / "results.json"
+    on_gpu.perform(stage, cases, file, **{"device": "cpu", "until": math.inf, **options})
+    return on_gpu.read(file)["stages"].get(stage, {})
+
+
+@pytest.mark.parametrize("stage", NUMBERS)
+def test_every_stage_runs(stage, tmp_path):
+    cases = [case for case in on_gpu.plan("cpu", ["tiny"])[stage] if case.name != "tiny loop"]
+    records = perform(tmp_path, stage, cases)
+    assert list(records) == [case.name for case in cases]
+    for name, record in records.items():
+        needs_cuda = record.get("message") == "needs cuda"
+        assert record["state"] == ("skipped" if needs_cuda else "done"), (name, record)
+    assert NUMBERS[stage] <= records[cases[0].name].keys()
+    assert {"parity", *NUMBERS} == set(on_gpu.STAGES)
+
+
+def test_every_configuration_for_gpus_takes_its_step():
+    """Those that a training recipe is launched with on a GPU."""
+    folder = BENCHMARKS.parent / "recipes" / "configs"
+    training = re.compile(r"^# Launch: .*--config_file \S+ recipes/(sft|grpo|dpo)_video.py --config (\S+)", re.M)
+    found = {match[2] for file in folder.rglob("*.yaml") if (match := training.search(file.read_text()))}
+    assert found == set(gpu_cases.CONFIGS)
+
+
+@pytest.mark.slow
+def test_the_loop_runs(tmp_path):
+    assert set(gpu_runs.loop("cpu", quick=True)) == {f"{name} minutes" for name in ("cold-start", "search-1", "verify-1")}
+
+
+def test_the_loops_quality_is_compared_with_the_cpus():
+    def stage(low, high):
+        sampled = {"accuracy": (low + high) / 2, "accuracy_low": low, "accuracy_high": high}
+        sampled |= {"inconsistency": 0.03, "inconsistency_low": 0.02, "inconsistency_high": 0.04}
+        return [{"name": "align-1", "results": {"after": {"sampled": sampled}}}, {"name": "verify-1", "results": {}}]
+
+    assert gpu_runs.quality(stage(0.70, 0.74))["align-1 accuracy, CPU"] == "0.714–0.798"
+    assert "state" not in gpu_runs.quality(stage(0.70, 0.74))
+    assert "accuracy of align-1" in gpu_runs.quality(stage(0.60, 0.70))["message"]
+
+
+def test_plain_rows_one_by_one_give_the_gradient_of_all(tmp_path):
+    """Where they do not fit at once, they are measured so."""
+    made = gpu_parity.small_part("grpo", "tiny", "cpu", torch.float32, tmp_path, half=False)
+    gpu_update.load(made, "tiny", 64, 6, 3)
+    made.step("plain", "everything")
+    whole, ids = made.results("plain"), made.ids
+    found = gpu_update.row_by_row(made, "everything")
+    assert torch.equal(made.ids, ids) and found["how"] == "row by row, GB calculated from 1 and 2 rows"
+    assert not bench_update.over_limits(bench_update.differences(found["results"], whole))
+
+
+@pytest.mark.parametrize("largest", [0, 40, 96, 1000])
+def test_the_most_frames_are_found(largest):
+    asked = []
+
+    def fits(frames):
+        asked.append(frames)
+        return frames <= largest
+
+    assert bench_update.most(fits, start=100, step=4, factor=1.25) == largest
+    assert len(asked) <= 20
+
+
+# ---- the command ------------------------------------------------------------------------------------------------------
+
+
+def start(out: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, str(BENCHMARKS / "on_gpu.py"), "--device", "cpu", "--out", str(out), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def test_killed_and_continued(tmp_path):
+    """In the middle of a case: what is done is not done again, the case that was running is."""
+    file = tmp_path / "results.json"
+    process = start(tmp_path, "--only", "parity")
+    deadline = time.monotonic() + 200
+    while len(before := on_gpu.read(file)["stages"].get("parity", {})) < 7:
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = on_gpu.read(file)["stages"]["parity"]
+    assert on_gpu.running(on_gpu.read(file), "parity", since=0)[0] is not None
+    process = start(tmp_path, "--only", "parity")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    results = json.loads(file.read_text())
+    records = results["stages"]["parity"]
+    assert {record["state"] for record in records.values()} == {"done"}
+    assert list(records) == [case.name for case in on_gpu.plan("cpu", ["tiny"])["parity"]]
+    for name, record in before.items():
+        assert (records[name] == record) == (record["state"] == "done")
+    assert {"torch", "python"} <= results["machine"].keys() and results["device"]
+    assert "against_cpu" in output and (tmp_path / "log.txt").exists()
+
+
+CASES = '''
+import os, time, torch
+
+def fine(device, number): return {"number": number}
+def wrong(device): return {"state": "failed", "message": "too different", "log_probs": 0.5}
+def breaks(device): raise ValueError("no such thing\\nat all")
+def large(device): raise torch.OutOfMemoryError("CUDA out of memory")
+def dies(device): os._exit(9)
+def hangs(device): time.sleep(1000)
+'''
+
+
+@pytest.fixture
+def made_up(tmp_path, monkeypatch):
+    """Cases that go wrong in every way."""
+    (tmp_path / "made_up.py").write_text(CASES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def case(name, *needs, **options):
+        return on_gpu.Case(name, 0.0, f"made_up:{name}", options, needs)
+
+    return case
+
+
+def test_what_fails_is_a_line_of_its_own(made_up, tmp_path, capsys):
+    cases = [made_up(name) for name in ("breaks", "large", "wrong")]
+    cases += [made_up("dies", "cuda"), made_up("hangs", "no_such_module"), made_up("fine", number=7)]
+    cases.append(on_gpu.Case("too long", 100.0, "made_up:fine", {"number": 8}))
+    records = perform(tmp_path, "parity", cases, until=time.time() + 50)
+    states = {name: (record["state"], record.get("message")) for name, record in records.items()}
+    assert states == {
+        "breaks": ("failed", "ValueError: no such thing"),
+        "large": ("does not fit", "OutOfMemoryError: CUDA out of memory"),
+        "wrong": ("failed", "too different"), "dies": ("skipped", "needs cuda"),
+        "hangs": ("skipped", "needs no_such_module"), "fine": ("done", None),
+    }  # fmt: skip
+    assert records["fine"]["number"] == 7 and records["wrong"]["log_probs"] == 0.5
+    assert "too long: not begun, takes 100 s" in capsys.readouterr().out
+    again = perform(tmp_path, "parity", cases, until=time.time() + 50)
+    assert again == records
+    again = perform(tmp_path, "parity", cases, until=time.time() + 50, again_before=time.time())
+    assert [name for name in records if again[name]["at"] != records[name]["at"]] == [*records][:-1]
+    on_gpu.show("parity", again)
+    assert "breaks  failed" in capsys.readouterr().out
+
+
+def test_what_ends_its_process_or_hangs_costs_only_itself(made_up, tmp_path, monkeypatch, capsys):
+    """And a case that an earlier command was killed in, for which there is no time now, waits for the next."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        f"import sys\nsys.path[:0] = [{str(BENCHMARKS)!r}, {str(tmp_path)!r}]\nimport on_gpu\n"
+        "cases = [on_gpu.Case(name, 0.0, f'made_up:{name}') for name in ('dies', 'hangs')]\n"
+        "cases += [on_gpu.Case('fine', 0.0, 'made_up:fine', {'number': 1}), on_gpu.Case('late', 1e6, 'made_up:dies')]\n"
+        "on_gpu.plan = lambda *args: {'parity': cases}\non_gpu.limit_s = lambda case: 1\n"
+        "if __name__ == '__main__':\n    on_gpu.main()\n"
+    )
+    monkeypatch.setattr(on_gpu, "__file__", str(driver))
+    for name in ("limit_s", "plan"):  # as the driver has them
+        monkeypatch.setattr(on_gpu, name, getattr(on_gpu, name))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.import_module("driver")
+    out = tmp_path / "out"
+    late = {"state": "running", "at": 1.0}
+    on_gpu.write_json(out / "results.json", {"stages": {"parity": {"late": late}}})
+    on_gpu.main(["--device", "cpu", "--out", str(out)])
+    records = on_gpu.read(out / "results.json")["stages"]["parity"]
+    assert records.pop("late") == late
+    assert [record["state"] for record in records.values()] == ["failed", "failed", "done"]
+    assert records["dies"]["message"] == "its process ended with code 9, see the log"
+    assert records["hangs"]["message"].startswith("time limit")
+    assert "in hangs" in (out / "log.txt").read_text()  # where it was
+    assert "parity: 1 cases not begun" in capsys.readouterr().out
+
+
+def test_list_and_too_little_time(tmp_path, capsys):
+    on_gpu.main(["--device", "cpu", "--out", str(tmp_path), "--list", "--only", "dpo", "loading"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all("to do" in line for line in lines) and lines[0].startswith("dpo")
+    on_gpu.main(["--device", "cpu", "--out", str(tmp_path), "--only", "dpo", "--minutes", "0.01"])
+    assert "dpo: 2 cases not begun: too little time" in capsys.readouterr().out
+    assert not (tmp_path / "results.json").exists()
+    with pytest.raises(SystemExit):
+        on_gpu.main(["--device", "cpu", "--out", str(tmp_path), "--only", "no-such-stage"])
+
+
+def test_results_of_another_device_are_not_mixed(tmp_path, monkeypatch):
+    (tmp_path / "results.json").write_text('{"device": "NVIDIA H100", "stages": {}}')
+    with pytest.raises(SystemExit, match="results of NVIDIA H100, but this is .* Give another --out"):
+        on_gpu.main(["--device", "cpu", "--out", str(tmp_path), "--stage", "dpo", "--until", "0"])
