@@ -10,7 +10,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from veripo_trl import stages
 from veripo_trl.disk import FileError, open_parquet, read_json, read_parquet, write_parquet
 from veripo_trl.journal import Journal
 from veripo_trl.report import write_report
@@ -86,6 +89,14 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(name, tmp_path, monkeypatc
     monkeypatch.setattr(os, "replace", lambda a, b: (named.append(os.stat(a).st_ino in synced), replace(a, b)))
     WRITERS[name](tmp_path)
     assert named == [True]
+
+
+@pytest.mark.parametrize("save", [torch.save, save_file, lambda what, path: path.write_bytes(b"x" * 9999)])
+def test_a_full_disk_that_a_library_finds(save, tmp_path):
+    with files_of_at_most(1500), pytest.raises(SystemExit, match=r"No room on the disk: .*\. Make room where this run"):
+        stages.run(lambda: save({"weight": torch.zeros(9999)}, tmp_path / "weights"))
+    with pytest.raises(ZeroDivisionError):
+        stages.run(lambda: 1 / 0)
 
 
 # ---- damaged files --------------------------------------------------------------------------------------------------

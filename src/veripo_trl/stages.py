@@ -24,7 +24,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from trl.models import unwrap_model_for_generation
 
 from .answers import SolutionError
-from .disk import FileError
+from .disk import FileError, no_room
 from .encoding import PromptEncoder, PromptTooLongError
 from .evaluate import generate, summarize
 from .hub import HUB_ID, SHA, HubError, fetch_file, input_revision
@@ -200,6 +200,10 @@ def run(main) -> int | None:
         FileError, CacheError,
     ) as error:  # fmt: skip
         raise SystemExit(f"{type(error).__name__}: {message_of(error)}") from None
+    except Exception as error:
+        if (message := no_room(error)) is None:
+            raise
+        raise SystemExit(message) from None
 
 
 def message_of(error: Exception) -> str:
