@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import os
 import random
 import resource
@@ -10,7 +11,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from veripo_trl import errors
 from veripo_trl.disk import FileError, open_parquet, read_json, read_parquet, write_parquet
 from veripo_trl.journal import Journal
 from veripo_trl.report import write_report
@@ -86,6 +90,15 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(name, tmp_path, monkeypatc
     monkeypatch.setattr(os, "replace", lambda a, b: (named.append(os.stat(a).st_ino in synced), replace(a, b)))
     WRITERS[name](tmp_path)
     assert named == [True]
+
+
+@pytest.mark.parametrize("save", [torch.save, save_file, lambda what, path: path.write_bytes(b"x" * 9999)])
+def test_a_full_disk_that_a_library_finds(save, tmp_path, capsys):
+    with files_of_at_most(1500):
+        assert errors.run(lambda: save({"weight": torch.zeros(9999)}, tmp_path / "weights")) == 1
+    assert re.match(r"No room on the disk: .*\. Make room where this run", capsys.readouterr().err)
+    with pytest.raises(ZeroDivisionError):
+        errors.run(lambda: 1 / 0)
 
 
 # ---- damaged files --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +12,24 @@ from pathlib import Path
 from .errors import VeripoError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a user, a file
+_NO_ROOM_SAID = re.compile(
+    r"No space left on device|File too large|Disk quota exceeded|StreamWriter failed writing|enforce fail at inline_cont"
+)
 
 
 class FileError(VeripoError):
     """A file that is damaged, or that its disk has no room for: which one, and what to do."""
+
+
+def no_room(error: BaseException) -> str | None:
+    """What to do, if a library found no room for what it wrote: torch and safetensors say so in their texts alone."""
+    cause = error
+    while cause is not None and not _NO_ROOM_SAID.search(str(cause)):
+        cause = cause.__cause__ or cause.__context__
+    return cause and (
+        f"No room on the disk: {str(cause).strip().partition(chr(10))[0]}. Make room where this run writes, then start "
+        f"the same command again: it goes on."
+    )
 
 
 @contextlib.contextmanager
@@ -111,5 +126,6 @@ def read_parquet(path: str | Path, columns: list[str] | None = None):
         table = file.read(columns=columns)
         table.validate(full=True)  # UTF-8, which reading does not look at
         if missing := sorted(set(columns or ()) - set(table.column_names)):
-            raise FileError(f"{path}: no column {', '.join(missing)}; it has {', '.join(file.schema_arrow.names)}.")
+            has = ", ".join(file.schema_arrow.names)
+            raise FileError(f"{path}: no column {', '.join(missing)}; it has {has}. Move it away, or remove it.")
     return table

@@ -1,4 +1,4 @@
-"""The base of our errors. A command ends in the message of one, without lines of code; imports nothing of ours."""
+"""The base of our errors. A command ends in the message of one, without lines of code."""
 
 import contextlib
 import os
@@ -35,6 +35,13 @@ def run(main) -> int | None:
         return main()
     except VeripoError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 1
+    except Exception as error:  # a full disk that a library found
+        from .disk import no_room
+
+        if (message := no_room(error)) is None:
+            raise
+        print(message, file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         if int(os.environ.get("RANK", "0")) == 0:
