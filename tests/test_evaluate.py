@@ -1,10 +1,13 @@
 """Generation for evaluation, and what its summary says."""
 
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
 from conftest import make_row
+from torch.utils.data import get_worker_info
 
 from veripo_trl.evaluate import bootstrap_interval, generate, summarize
 from veripo_trl.rows import rows_to_dataset
@@ -76,3 +79,21 @@ def test_generate_is_seeded_ordered_and_leaves_the_model_as_it_was(load, mixed_r
     assert generate(model, encoder, dataset, seed=2, **options) != first
     greedy = [generate(model, encoder, dataset, max_new_tokens=6, batch_size=size) for size in (1, 5)]
     assert greedy[0] == greedy[1]  # padding and company change nothing
+    # in training SIGTERM comes to the loader's workers too, while the trainer still goes on to the end of its step
+    assert generate(model, encoder, Terminated(dataset), num_workers=1, seed=1, **options) == first
+
+
+class Terminated:
+    """Rows whose reader, if it is a loader's worker, gets a SIGTERM."""
+
+    def __init__(self, dataset):
+        self.dataset, self.sent = dataset, False
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, place):
+        if get_worker_info() is not None and not self.sent:
+            self.sent = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self.dataset[place]
