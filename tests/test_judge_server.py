@@ -1,6 +1,7 @@
 """The server judge against a real server on a socket that delays, refuses, breaks off and lies."""
 
 import email.utils
+import gc
 import json
 import logging
 import os
@@ -258,7 +259,7 @@ def test_a_judge_that_writes_only_garbage_does_not_stop_the_run():
     assert dict(judge.failures) == {"not JSON": 40} and server.most_in_flight == 8
 
 
-def test_a_server_that_dies_stops_the_run_and_a_new_one_continues(tmp_path):
+def test_a_server_that_dies_stops_the_run_and_a_new_one_continues(tmp_path, caplog):
     with VerdictCache(tmp_path / "c.sqlite") as cache:
         with JudgeServer() as server:
 
@@ -276,6 +277,8 @@ def test_a_server_that_dies_stops_the_run_and_a_new_one_continues(tmp_path):
         with JudgeServer() as server:
             assert consistencies(verify(make_judge(server.url), 400, cache)) == expected(400)
         assert server.requests == 400 - stored
+    gc.collect()
+    assert not [record.message for record in caplog.records if record.name == "asyncio"]  # said once, by the error
 
 
 @pytest.mark.parametrize("how", ["connection", "HTTP 502", "HTTP 503"])

@@ -70,8 +70,8 @@ class _Asking:
 
     def note(self, task: asyncio.Task) -> None:
         self.unfinished -= 1
-        if not task.cancelled():
-            self.error = self.error or task.exception()
+        error = None if task.cancelled() else task.exception()  # asked of every task, or asyncio reports it too
+        self.error = self.error or error
         self.changed.set()
 
     async def room(self, at_most: int) -> None:
