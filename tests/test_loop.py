@@ -57,7 +57,7 @@ def workplace(tmp_path_factory):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({**config, **changes}))
     write_loop(folder, "loop.yaml", "outputs/whole")
     command = [sys.executable, str(RECIPES / "sft_video.py"), "--config", "sft.yaml", "--output_dir", "outputs/start"]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder
 
@@ -84,7 +84,7 @@ def start(folder, *arguments, env: dict | None = None) -> subprocess.Popen:
 
 def run(folder, *arguments, code: int = 0, env: dict | None = None) -> str:
     process = start(folder, *arguments, env=env)
-    output, _ = process.communicate(timeout=500)
+    output, _ = process.communicate(timeout=1500)
     assert process.returncode == code, output[-5000:]
     return output
 
