@@ -17,6 +17,7 @@ import yaml
 from hub_server import HubServer
 from judge_server import JudgeServer, Reply
 
+from veripo_trl.disk import FileError
 from veripo_trl.rollouts import RolloutStore
 from veripo_trl.secrets import without_secrets
 from veripo_trl.run_folder import last_checkpoint
@@ -450,7 +451,7 @@ def test_damaged_state_is_named(quick):
         path = Path("outputs/veripo") / file
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2])
-        with pytest.raises(SystemExit, match=f"^outputs/veripo/{file} is damaged: expected a JSON object: .*{remedy}"):
+        with pytest.raises(FileError, match=f"^outputs/veripo/{file} is damaged: expected a JSON object: .*{remedy}"):
             quick()
         path.write_bytes(content)
     assert quick() == ALL_STAGES[2:]
@@ -468,14 +469,19 @@ def test_the_runs_state_holds_no_curves(quick):
     assert state(Path("."), "veripo")["cold-start"]["results"] == {"steps": 1000}
 
 
-def test_a_full_disk_does_not_end_a_stage_for_its_log(tmp_path, capfdbinary):
+def test_a_full_disk_does_not_end_a_stage_for_its_log(tmp_path):
     log = tmp_path / "stage.log"
-    log.symlink_to("/dev/full")
-    code = "for n in range(3): print('step', n, flush=True)"
-    assert loop_module().run_logged([sys.executable, "-c", code], log, dict(os.environ)) == 0
-    shown = capfdbinary.readouterr().out.decode()
-    assert shown.count(f"The log is not whole, the stage goes on. {tmp_path}: No space left on device: stage.log") == 1
-    assert "step 2" in shown
+    code = (
+        "import os, resource, sys; from test_loop import loop_module\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"  # less than the log's first line
+        "stage = [sys.executable, '-c', 'for n in range(3): print(\"step\", n, flush=True)']\n"
+        f"sys.exit(loop_module().run_logged(stage, __import__('pathlib').Path({str(log)!r}), dict(os.environ)))"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count(f"The log is not whole, the stage goes on. {tmp_path}: File too large: stage.log") == 1
+    assert "step 2" in found.stdout and log.stat().st_size <= 10
 
 
 def test_without_pairs_the_policy_before_goes_on(quick):
