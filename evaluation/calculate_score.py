@@ -18,13 +18,20 @@ import numpy as np
 from benchmarks import BENCHMARKS
 from tqdm import tqdm
 
-from veripo_trl.answers import MATH_LIMIT_S, math_timeouts
-from veripo_trl.evaluate import RESAMPLES
-from veripo_trl.questions import content_hash, read_predictions, task_of
-from veripo_trl.rows import RowError, read_json
-from veripo_trl.scoring import by_category, compare_scores, our_score, released_metric, released_score
-from veripo_trl.scoring import score_predictions, summarize_scores
-from veripo_trl.tables import print_table, printable, write_json
+from veripo_trl.answers.score import MATH_LIMIT_S, math_timeouts
+from veripo_trl.data.rows import RowError, read_json
+from veripo_trl.evaluate.generate import RESAMPLES
+from veripo_trl.evaluate.questions import content_hash, read_predictions, task_of
+from veripo_trl.evaluate.scores import (
+    by_category,
+    compare_scores,
+    our_score,
+    released_metric,
+    released_score,
+    score_predictions,
+    summarize_scores,
+)
+from veripo_trl.files.tables import print_table, printable, write_json
 
 BY_NAME = {benchmark.NAME: benchmark for benchmark in BENCHMARKS.values()}
 PLOTTED = 60  # lines of the table at most; a picture has a largest size

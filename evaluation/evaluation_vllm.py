@@ -25,17 +25,17 @@ import torch
 from huggingface_hub.errors import HTTPError
 from tqdm import tqdm
 
-from veripo_trl import stages
+from veripo_trl.data.prompts import PromptError
+from veripo_trl.data.rows import RowError
 from veripo_trl.errors import VeripoError
-from veripo_trl.evaluate import Decoding, TransformersEngine
-from veripo_trl.hub import PATTERNS, HubError, input_revision
-from veripo_trl.journal import Journal, OutputFiles, answer_questions, lock_output, write_outputs
-from veripo_trl.policy import SEEING, adapter_config, check_base, load_policy, looks_local, weights_hash
-from veripo_trl.prompts import PromptError
-from veripo_trl.questions import read_questions
-from veripo_trl.rows import RowError
-from veripo_trl.tables import printable
-from veripo_trl.video import VideoSettings
+from veripo_trl.evaluate.generate import Decoding, TransformersEngine
+from veripo_trl.evaluate.journal import Journal, OutputFiles, answer_questions, lock_output, write_outputs
+from veripo_trl.evaluate.questions import read_questions
+from veripo_trl.files.tables import printable
+from veripo_trl.hub.push import PATTERNS, HubError, input_revision
+from veripo_trl.media.video import VideoSettings
+from veripo_trl.model.policy import SEEING, adapter_config, check_base, load_policy, looks_local, weights_hash
+from veripo_trl.recipe import stages
 
 RANK = "VERIPO_EVALUATION_RANK"  # set for the processes of a data-parallel run
 BATCH_SIZES = {"transformers": 8, "vllm": 64}
@@ -252,7 +252,7 @@ def make_engine(args, model, encoder, questions, folder: Path):
         if torch.cuda.is_available():
             model.to("cuda")
         return TransformersEngine(model, encoder, decoding_of(args))
-    from veripo_trl.vllm_engine import VLLMEngine
+    from veripo_trl.vllm.evaluation import VLLMEngine
 
     carried = [["base64"] if question["raw"].get("image") else [] for question in questions]
     rows = [

@@ -25,17 +25,17 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor
 from trl import ModelConfig
 
-from veripo_trl import stages
-from veripo_trl.disk import room_for, write_whole
-from veripo_trl.encoding import PromptEncoder, PromptTooLongError
+from veripo_trl.data.rows import RowError, content_of, read_rows, rows_to_dataset
 from veripo_trl.errors import ConfigError, run, settings_checked
-from veripo_trl.policy import SUPPORTED, adapter_config
-from veripo_trl.rows import RowError, content_of, read_rows, rows_to_dataset
-from veripo_trl.run_folder import only_process
-from veripo_trl.tables import printable
+from veripo_trl.files.disk import room_for, write_whole
+from veripo_trl.files.run_folder import only_process
+from veripo_trl.files.tables import printable
+from veripo_trl.media.video import MediaError
+from veripo_trl.model.encoding import PromptEncoder, PromptTooLongError
+from veripo_trl.model.policy import SUPPORTED, adapter_config
+from veripo_trl.recipe import stages
 from veripo_trl.trainers.grpo import VideoGRPOConfig
 from veripo_trl.trainers.sft import VideoSFTConfig
-from veripo_trl.video import MediaError
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "tiny" / "sft.yaml"
 # What a verdict does not depend on: a broken check may go on with others of these.

@@ -19,19 +19,19 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from veripo_trl import stages
-from veripo_trl.errors import ConfigError, run
-from veripo_trl.preferences import load_pairs
-from veripo_trl.prompts import load_template
-from veripo_trl.rows import check_media
-from veripo_trl.run_folder import only_process
-from veripo_trl.trainers.dpo import VideoDPOConfig, VideoDPOTrainer
-
 # after ours, which keeps peft from importing bitsandbytes
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import set_seed
 from trl import ModelConfig
+
+from veripo_trl.data.prompts import load_template
+from veripo_trl.data.rows import check_media
+from veripo_trl.errors import ConfigError, run
+from veripo_trl.files.run_folder import only_process
+from veripo_trl.recipe import stages
+from veripo_trl.trainers.dpo import VideoDPOConfig, VideoDPOTrainer
+from veripo_trl.verifier.preferences import load_pairs
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "tiny" / "dpo.yaml"
 

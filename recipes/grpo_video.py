@@ -20,18 +20,18 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from veripo_trl import stages
-from veripo_trl.errors import ConfigError, VeripoError, run
-from veripo_trl.hub_cards import shown_name
-from veripo_trl.rewards import REWARDS
-from veripo_trl.rollouts import RolloutStore
-from veripo_trl.run_folder import only_process
-from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer
-
 # after ours, which keeps peft from importing bitsandbytes
 from accelerate import PartialState
 from transformers import set_seed
 from trl import ModelConfig
+
+from veripo_trl.answers.rewards import REWARDS
+from veripo_trl.data.rollouts import RolloutStore
+from veripo_trl.errors import ConfigError, VeripoError, run
+from veripo_trl.files.run_folder import only_process
+from veripo_trl.hub.cards import shown_name
+from veripo_trl.recipe import stages
+from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer
 
 RECIPES = Path(__file__).resolve().parent
 DEFAULT_CONFIG = RECIPES / "configs" / "tiny" / "grpo.yaml"

@@ -10,9 +10,9 @@ import argparse
 import sys
 import time
 
-from veripo_trl.disk import FileError
-from veripo_trl.report import write_report
-from veripo_trl.report_read import ReportError
+from veripo_trl.files.disk import FileError
+from veripo_trl.report.read import ReportError
+from veripo_trl.report.write import write_report
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,15 +17,15 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from veripo_trl import stages
-from veripo_trl.errors import run
-from veripo_trl.rows import load_rows
-from veripo_trl.run_folder import only_process
-from veripo_trl.trainers.sft import VideoSFTConfig, VideoSFTTrainer
-
 # after ours, which keeps peft from importing bitsandbytes
 from transformers import TrainerCallback, set_seed
 from trl import ModelConfig
+
+from veripo_trl.data.rows import load_rows
+from veripo_trl.errors import run
+from veripo_trl.files.run_folder import only_process
+from veripo_trl.recipe import stages
+from veripo_trl.trainers.sft import VideoSFTConfig, VideoSFTTrainer
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "tiny" / "sft.yaml"
 

@@ -21,15 +21,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from veripo_trl import stages
-from veripo_trl.answers import REGRESSION_SCORES
-from veripo_trl.disk import read_json
+from veripo_trl.answers.score import REGRESSION_SCORES
+from veripo_trl.data.prompts import load_template
+from veripo_trl.data.rows import content_of
 from veripo_trl.errors import ConfigError, run
-from veripo_trl.hub import HubError, dataset_card, fetch_dataset, prepare_repo, push_folder
-from veripo_trl.policy import looks_local
-from veripo_trl.prompts import load_template
-from veripo_trl.rows import content_of
-from veripo_trl.run_folder import move_finished_aside, only_process, write_results
+from veripo_trl.files.disk import read_json
+from veripo_trl.files.run_folder import move_finished_aside, only_process, write_results
+from veripo_trl.hub.push import HubError, dataset_card, fetch_dataset, prepare_repo, push_folder
+from veripo_trl.model.policy import looks_local
+from veripo_trl.recipe import stages
 from veripo_trl.verifier import files
 from veripo_trl.verifier.cache import VerdictCache
 from veripo_trl.verifier.curriculum import choose_solved

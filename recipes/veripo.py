@@ -25,12 +25,12 @@ from pathlib import Path
 
 import yaml
 
-from veripo_trl.disk import read_json, room_for, write_whole  # the package lets the screen lack characters
 from veripo_trl.errors import VeripoError
 from veripo_trl.errors import run as run_command
-from veripo_trl.run_folder import RESULTS, changed_keys, holder, only_process
-from veripo_trl.secrets import without_secrets
-from veripo_trl.tables import print_table, write_json
+from veripo_trl.files.disk import read_json, room_for, write_whole  # the package lets the screen lack characters
+from veripo_trl.files.run_folder import RESULTS, changed_keys, holder, only_process
+from veripo_trl.files.secrets import without_secrets
+from veripo_trl.files.tables import print_table, write_json
 
 RECIPES = Path(__file__).resolve().parent
 CONFIGS = RECIPES / "configs"
@@ -234,9 +234,9 @@ def look_at_inputs(stage: dict, made: list[str]) -> None:
     those what is not below `made`, the folders that the stages before it write."""
     from dataclasses import fields
 
-    from veripo_trl import stages as shared
-    from veripo_trl.policy import find_base
-    from veripo_trl.preferences import PairSource, pair_files
+    from veripo_trl.model.policy import find_base
+    from veripo_trl.recipe import stages as shared
+    from veripo_trl.verifier.preferences import PairSource, pair_files
 
     settings = stage["settings"]
     names = {item.name for item in fields(shared.DataArguments)}
@@ -603,9 +603,9 @@ def show(run: Run, stages: list[dict]) -> None:
         print(f"note: {', '.join(curating)} chose the pairs and reports too: read its inconsistency with care.")
     report = run.folder / "report.html"
     if not report.exists() or report.stat().st_mtime < run.file.stat().st_mtime:
-        from veripo_trl.plots import held_out_charts, save_charts
-        from veripo_trl.report import write_report
-        from veripo_trl.report_page import milestones
+        from veripo_trl.report.page import milestones
+        from veripo_trl.report.plots import held_out_charts, save_charts
+        from veripo_trl.report.write import write_report
 
         points = milestones([{"name": entry["name"], "results": entry.get("results") or {}} for entry in entries])
         save_charts(run.folder / "loop.png", held_out_charts(points) if points else [], title=run.folder.name)

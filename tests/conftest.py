@@ -90,8 +90,8 @@ def mixed_rows(media_root):
 @pytest.fixture(scope="session")
 def load(model_paths):
     """`load(kind) -> (model, encoder)`: a fresh model and an encoder for it."""
-    from veripo_trl import stages
-    from veripo_trl.policy import load_policy
+    from veripo_trl.model.policy import load_policy
+    from veripo_trl.recipe import stages
 
     def fresh(kind: str = "qwen2_5_vl", **options):
         settings = {"prompt_template": "tiny", "fps": 2.0, "min_frames": 2, "max_frames": 24, "min_pixels": 56 * 56}

@@ -11,8 +11,8 @@ from test_grpo_parity import fixed_completions, give_completions, plain_log_prob
 from test_sft import changed, state
 from trl import ModelConfig
 
-from veripo_trl import stages
-from veripo_trl.policy import load_policy
+from veripo_trl.model.policy import load_policy
+from veripo_trl.recipe import stages
 
 QUANTIZED = {"load_in_4bit": True}
 EMBEDDINGS = {"lora_target_modules": ["q_proj", "v_proj", "embed_tokens"]}

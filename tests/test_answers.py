@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from veripo_trl import answers
-from veripo_trl.answers import (
+from veripo_trl.answers import score as answers
+from veripo_trl.answers.score import (
     PROBLEM_TYPES,
     SolutionError,
     answers_match,
@@ -31,7 +31,7 @@ OPTIONS = ["A. red", "B. left", "C. right", "D. red ball", "E. Apples and pears"
 
 def test_import_is_light():
     code = (
-        "import sys, veripo_trl.answers, veripo_trl.rewards, veripo_trl.verifier.judges;"
+        "import sys, veripo_trl.answers.score, veripo_trl.answers.rewards, veripo_trl.verifier.judges;"
         "print([m for m in ('torch', 'sympy', 'math_verify', 'rouge_score', 'numpy') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

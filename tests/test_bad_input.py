@@ -16,15 +16,15 @@ import pytest
 from conftest import make_row, write_video
 from torch.utils.data import DataLoader
 
-from veripo_trl import stages
-from veripo_trl.answers import SolutionError
-from veripo_trl.encoding import PromptTooLongError
+from veripo_trl.answers.score import SolutionError
+from veripo_trl.data.prompts import PromptError
+from veripo_trl.data.rollouts import RolloutStore
+from veripo_trl.data.rows import COLUMNS, RowError
 from veripo_trl.errors import ConfigError
-from veripo_trl.prompts import PromptError
-from veripo_trl.rollouts import RolloutStore
-from veripo_trl.rows import COLUMNS, RowError
-from veripo_trl.video import MediaError, VideoError
-from veripo_trl.video_process import DecoderError
+from veripo_trl.media.process import DecoderError
+from veripo_trl.media.video import MediaError, VideoError
+from veripo_trl.model.encoding import PromptTooLongError
+from veripo_trl.recipe import stages
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "grpo_video.py"
 ROLLOUT = {"rollout_id": "old", "question_id": "q", "step": 0, "rewards": {"accuracy_reward": 1.0}}

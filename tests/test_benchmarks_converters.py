@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from veripo_trl.questions import ground_truths, is_number, read_options, read_questions
-from veripo_trl.rows import RowError
+from veripo_trl.data.rows import RowError
+from veripo_trl.evaluate.questions import ground_truths, is_number, read_options, read_questions
 
 EVALUATION = Path(__file__).resolve().parent.parent / "evaluation"
 

@@ -9,10 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from veripo_trl import scoring
-from veripo_trl.questions import key_of
-from veripo_trl.scoring import compare_scores, mcnemar_p, our_score, released_score, summarize_scores
-from veripo_trl.scoring import is_readable
+from veripo_trl.evaluate import scores as scoring
+from veripo_trl.evaluate.questions import key_of
+from veripo_trl.evaluate.scores import (
+    compare_scores,
+    is_readable,
+    mcnemar_p,
+    our_score,
+    released_score,
+    summarize_scores,
+)
 
 EVALUATION = Path(__file__).resolve().parent.parent / "evaluation"
 

@@ -12,8 +12,8 @@ from conftest import make_row
 
 from veripo_trl import chat
 from veripo_trl.chat import Chat, Printer, Sections, ask
-from veripo_trl.prompts import PromptError
-from veripo_trl.video import MediaError
+from veripo_trl.data.prompts import PromptError
+from veripo_trl.media.video import MediaError
 
 SMALL = {"prompt_template": "tiny", "min_frames": 2, "max_frames": 4, "min_pixels": 56 * 56, "max_pixels": 112 * 56}
 SMALL_WORDS = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
@@ -126,7 +126,7 @@ def test_an_adapter_and_four_bits(model_paths, media_root, tmp_path):
     import torch
     from peft import LoraConfig
 
-    from veripo_trl.policy import LANGUAGE_MODEL_LINEAR, load_policy
+    from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR, load_policy
 
     base = str(model_paths["qwen2_5_vl"])
     model, _ = load_policy(base, lora=LoraConfig(r=4, target_modules=LANGUAGE_MODEL_LINEAR))

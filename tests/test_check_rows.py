@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from conftest import make_row, write_video
 
-from veripo_trl.encoding import PromptEncoder
+from veripo_trl.data.rows import COLUMNS, RowError, load_rows, read_manifest
 from veripo_trl.errors import ConfigError
-from veripo_trl.policy import save_settings
-from veripo_trl.rows import COLUMNS, RowError, load_rows, read_manifest
-from veripo_trl.video_process import DecoderError
+from veripo_trl.media.process import DecoderError
+from veripo_trl.model.encoding import PromptEncoder
+from veripo_trl.model.policy import save_settings
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 REASONS = {

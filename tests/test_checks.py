@@ -2,7 +2,7 @@
 
 import pytest
 
-from veripo_trl.answers import SolutionError
+from veripo_trl.answers.score import SolutionError
 from veripo_trl.tiny.model import build_tokenizer
 from veripo_trl.verifier.checks import check_rollouts, repetition_share
 

@@ -11,15 +11,15 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from trl import ModelConfig
 
-from veripo_trl import stages
+from veripo_trl.data.rows import DatasetSource
 from veripo_trl.errors import ConfigError
-from veripo_trl.policy import SEEING
-from veripo_trl.preferences import PairSource
-from veripo_trl.rows import DatasetSource
+from veripo_trl.media.video import VideoSettings
+from veripo_trl.model.policy import SEEING
+from veripo_trl.recipe import stages
 from veripo_trl.trainers.dpo import VideoDPOConfig
 from veripo_trl.trainers.grpo import VideoGRPOConfig
 from veripo_trl.trainers.sft import VideoSFTConfig
-from veripo_trl.video import VideoSettings
+from veripo_trl.verifier.preferences import PairSource
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "recipes" / "configs"

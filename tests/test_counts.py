@@ -13,8 +13,8 @@ from test_grpo_loading import counted, video_rows  # noqa: F401  (a fixture)
 from test_grpo_parity import make_trainer
 from transformers import set_seed
 
+from veripo_trl.media.video import VideoLoader
 from veripo_trl.trainers.grpo import VideoGRPOTrainer
-from veripo_trl.video import VideoLoader
 
 # 8 clips, 2 prompts × 2 completions in a generation batch, each batch yielded 2 × 2 times by the loader.
 TWICE = {
@@ -130,7 +130,7 @@ def test_dpo(adapter, load, model_paths, media_root, tmp_path, counted):  # noqa
     """Batches of four pairs, two pairs a question: policy and reference together."""
     from peft import LoraConfig
 
-    from veripo_trl.policy import LANGUAGE_MODEL_LINEAR, load_policy
+    from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR, load_policy
 
     model, encoder = load()  # the vision tower is frozen
     if adapter:

@@ -10,8 +10,8 @@ import yaml
 from conftest import make_row
 from test_dpo import stored_pair, write_pairs
 
-from veripo_trl import stages
 from veripo_trl.errors import ConfigError
+from veripo_trl.recipe import stages
 from veripo_trl.verifier.curriculum import choose_solved
 
 

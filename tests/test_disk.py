@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save_file
 
 from veripo_trl import errors
-from veripo_trl.disk import FileError, open_parquet, read_json, read_parquet, write_parquet
-from veripo_trl.journal import Journal
-from veripo_trl.report import write_report
-from veripo_trl.rollouts import RolloutStore
-from veripo_trl.tables import write_json
+from veripo_trl.data.rollouts import RolloutStore
+from veripo_trl.evaluate.journal import Journal
+from veripo_trl.files.disk import FileError, open_parquet, read_json, read_parquet, write_parquet
+from veripo_trl.files.tables import write_json
+from veripo_trl.report.write import write_report
 from veripo_trl.verifier.cache import CacheError, VerdictCache
 
 ROWS = [{"id": f"q{number}", "text": " ".join(random.Random(number).choices("abcdefgh", k=40))} for number in range(200)]

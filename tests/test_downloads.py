@@ -9,10 +9,9 @@ from functools import partial
 import pytest
 from conftest import make_row
 
-from veripo_trl import downloads
-from veripo_trl.rows import RowError
-from veripo_trl.video import MediaError
-
+from veripo_trl.data.rows import RowError
+from veripo_trl.media import downloads
+from veripo_trl.media.video import MediaError
 
 REPLIES = {
     "/short.mp4": (200, {"Content-Length": "1000"}, b"x" * 10),
@@ -64,7 +63,7 @@ def server(media_root):
 
 def test_a_url_is_fetched_once_and_encodes_as_the_file_does(server, load, media_root, tmp_path, monkeypatch):
     url, requests = server
-    monkeypatch.setattr("veripo_trl.encoding.fetch", partial(downloads.fetch, folder=tmp_path))
+    monkeypatch.setattr("veripo_trl.model.encoding.fetch", partial(downloads.fetch, folder=tmp_path))
     _, encoder = load(allow_urls=True)
     local = encoder.encode(make_row("q", media_root, videos=["wide.mp4"], images=["square.png"]))
     for _ in range(2):
@@ -126,7 +125,7 @@ def test_a_redirect_is_followed_where_a_loop_runs_too(server, media_root, tmp_pa
 
 
 def test_what_cannot_be_decoded_is_called_by_its_url(server, load, media_root, tmp_path, monkeypatch):
-    monkeypatch.setattr("veripo_trl.encoding.fetch", partial(downloads.fetch, folder=tmp_path))
+    monkeypatch.setattr("veripo_trl.model.encoding.fetch", partial(downloads.fetch, folder=tmp_path))
     head = (media_root / "wide.mp4").read_bytes()
     monkeypatch.setitem(REPLIES, "/noise.mp4", (200, {}, head.replace(b"avcC", b"xxxx")))
     with pytest.raises(MediaError, match=rf"row 'q9', video '{server[0]}/noise.mp4': cannot be decoded"):

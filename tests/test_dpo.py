@@ -15,12 +15,12 @@ from test_adapters import make as make_policy
 from test_grpo_parity import plain_log_probs
 from trl import DPOConfig, DPOTrainer
 
-from veripo_trl.encoding import PromptTooLongError
-from veripo_trl.policy import LANGUAGE_MODEL_LINEAR
-from veripo_trl.preferences import load_pairs
-from veripo_trl.prompts import build_messages, load_template
-from veripo_trl.rows import RowError, rows_to_dataset
+from veripo_trl.data.prompts import build_messages, load_template
+from veripo_trl.data.rows import RowError, rows_to_dataset
+from veripo_trl.model.encoding import PromptTooLongError
+from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR
 from veripo_trl.trainers.dpo import DPOCollator, VideoDPOConfig, VideoDPOTrainer
+from veripo_trl.verifier.preferences import load_pairs
 
 CHOSEN = "<think>I see blue then red, first is blue: B.</think><answer>B</answer>"
 REJECTED = "<think>I see red, first is red: A.</think><answer>B</answer>"

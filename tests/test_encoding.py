@@ -8,15 +8,15 @@ import torch
 from conftest import make_row
 from test_video import make_clip
 
-from veripo_trl.encoding import PromptTooLongError, encode_unique
-from veripo_trl.prompts import build_messages
+from veripo_trl.data.prompts import build_messages
+from veripo_trl.model.encoding import PromptTooLongError, encode_unique
 from veripo_trl.trainers.sft import SFTCollator
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize("joint_bytes", [32 * 1024**2, 100_000])
 def test_rows_encoded_together_are_what_they_are_alone(kind, joint_bytes, load, mixed_rows, monkeypatch):
-    monkeypatch.setattr("veripo_trl.encoding.JOINT_BYTES", joint_bytes)
+    monkeypatch.setattr("veripo_trl.model.encoding.JOINT_BYTES", joint_bytes)
     _, encoder = load(kind)
     for together, row in zip(encoder.encode_rows(mixed_rows), mixed_rows, strict=True):
         alone = encoder.encode(row)

@@ -21,13 +21,13 @@ import torch
 from conftest import make_row
 from hub_server import HubServer, Repo
 
-from veripo_trl import evaluate
-from veripo_trl.evaluate import Decoding, TransformersEngine, Waiting, encoded_batches
-from veripo_trl.journal import Journal, JournalError, OutputFiles, answer_questions, lock_output, write_outputs
-from veripo_trl.policy import load_policy
-from veripo_trl.prompts import load_template
-from veripo_trl.questions import read_questions
-from veripo_trl.rows import rows_to_dataset
+from veripo_trl.data.prompts import load_template
+from veripo_trl.data.rows import rows_to_dataset
+from veripo_trl.evaluate import generate as evaluate
+from veripo_trl.evaluate.generate import Decoding, TransformersEngine, Waiting, encoded_batches
+from veripo_trl.evaluate.journal import Journal, JournalError, OutputFiles, answer_questions, lock_output, write_outputs
+from veripo_trl.evaluate.questions import read_questions
+from veripo_trl.model.policy import load_policy
 
 SCRIPT = Path(__file__).resolve().parent.parent / "evaluation" / "evaluation_vllm.py"
 TAIL = "\nAnswer with the option's letter from the given choices directly."
@@ -329,7 +329,7 @@ def test_a_prompt_without_room_for_its_completion_costs_its_row(load, media_root
 
 def test_vllm_is_told_of_every_image_and_of_the_commit(script, load, model_paths, media_root, tmp_path, monkeypatch):
     """An image in base64 counts for the longest prompt and the most images of one."""
-    from veripo_trl import vllm_engine
+    from veripo_trl.vllm import evaluation as vllm_engine
 
     prompts = tmp_path / "x.json"
     prompts.write_text(json.dumps([released(0), released(1, image="aGVsbG8=")]))
@@ -460,7 +460,7 @@ def adapter(model_paths, tmp_path_factory):
     """The folder of an adapter that changes what the model writes."""
     from peft import LoraConfig
 
-    from veripo_trl.policy import LANGUAGE_MODEL_LINEAR, load_policy
+    from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR, load_policy
 
     folder = tmp_path_factory.mktemp("adapter")
     lora = LoraConfig(r=4, target_modules=LANGUAGE_MODEL_LINEAR, init_lora_weights=False)
@@ -573,7 +573,7 @@ def test_evaluation_chat_rollout_and_update_see_the_same(kind, load, model_paths
 
 
 def test_rows_with_equal_ids_get_their_own_answers(load, media_root):
-    from veripo_trl.evaluate import generate
+    from veripo_trl.evaluate.generate import generate
 
     model, encoder = load()
     rows = [make_row("same", media_root, videos=["long.mp4"]), make_row("same", media_root, videos=["wide.mp4"])]

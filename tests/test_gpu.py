@@ -8,15 +8,15 @@ import torch
 from test_shared_prefix import masked_attention, random_pieces
 from torch.utils.data import DataLoader
 
-from veripo_trl import prefix_attention
-from veripo_trl.encoding import media_inputs, vision_inputs
-from veripo_trl.prefix_attention import PackedLayout, attend
-from veripo_trl.rewards import REWARDS
-from veripo_trl.rows import rows_to_dataset
+from veripo_trl.answers.rewards import REWARDS
+from veripo_trl.data.rows import rows_to_dataset
+from veripo_trl.model.encoding import media_inputs, vision_inputs
+from veripo_trl.shared_prompt import attention as prefix_attention
+from veripo_trl.shared_prompt.attention import PackedLayout, attend
 from veripo_trl.trainers.grpo import RolloutCollator, VideoGRPOConfig, VideoGRPOTrainer
 from veripo_trl.trainers.sft import SFTCollator
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "speed"))
 
 import on_gpu  # noqa: E402
 

@@ -10,13 +10,13 @@ from conftest import make_row
 from test_grpo_parity import make_trainer
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 
-from veripo_trl.rollouts import RolloutStore
-from veripo_trl.rows import RowError
+from veripo_trl.data.rollouts import RolloutStore
+from veripo_trl.data.rows import RowError
+from veripo_trl.files.run_folder import last_checkpoint
+from veripo_trl.media.video import VideoLoader
 from veripo_trl.trainers.dpo import VideoDPOConfig
-from veripo_trl.run_folder import last_checkpoint
 from veripo_trl.trainers.grpo import VideoGRPOConfig
 from veripo_trl.trainers.sft import VideoSFTConfig
-from veripo_trl.video import VideoLoader
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import torch
 from conftest import make_row
 from trl import GRPOConfig, GRPOTrainer
 
-from veripo_trl.encoding import model_inputs
-from veripo_trl.generation import left_pad, sample_completions
-from veripo_trl.prompts import build_messages
-from veripo_trl.rewards import REWARDS
-from veripo_trl.rows import rows_to_dataset
+from veripo_trl.answers.rewards import REWARDS
+from veripo_trl.data.prompts import build_messages
+from veripo_trl.data.rows import rows_to_dataset
+from veripo_trl.model.encoding import model_inputs
+from veripo_trl.shared_prompt.rollout import left_pad, sample_completions
 from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer, regroup
 
 KINDS = ["qwen2_5_vl", "qwen3_vl"]

@@ -12,10 +12,18 @@ import pytest
 import yaml
 from hub_server import HubServer, Repo
 
-from veripo_trl import hub as hub_module
-from veripo_trl.hub import HubError, dataset_card, fetch_dataset, fetch_file, input_revision, model_card, push_folder
-from veripo_trl.hub_cards import rollout_counts, shown_name
-from veripo_trl.rollouts import RolloutStore
+from veripo_trl.data.rollouts import RolloutStore
+from veripo_trl.hub import push as hub_module
+from veripo_trl.hub.cards import rollout_counts, shown_name
+from veripo_trl.hub.push import (
+    HubError,
+    dataset_card,
+    fetch_dataset,
+    fetch_file,
+    input_revision,
+    model_card,
+    push_folder,
+)
 
 SOURCE = {"repo_id": "tester/questions", "revision": "a" * 40}
 
@@ -77,7 +85,7 @@ def test_rollouts_go_to_a_private_dataset_and_come_back(hub, tmp_path):
     assert sha == pushed.revision
     assert RolloutStore(folder / "rollouts").read() == store.read()
     code = (
-        "import datasets; from veripo_trl.hub import *;"
+        "import datasets; from veripo_trl.hub.push import *;"
         f"d = datasets.load_dataset('tester/rollouts', split='train', revision={sha!r});"
         "print(len(d), d[0]['rewards'], d[0]['videos'])"
     )
@@ -247,7 +255,7 @@ def test_revisions_of_inputs(hub, tmp_path, monkeypatch, caplog):
 
 @pytest.mark.slow
 def test_models_and_adapters_load_by_revision(hub, tmp_path, model_paths):
-    from veripo_trl.policy import LANGUAGE_MODEL_LINEAR
+    from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR
 
     common = {"stage": "GRPO", "counts": {"optimizer steps": 1}}
     card = model_card(repo_id="tester/base", adapter=False, base="Qwen/Qwen2.5-VL-3B-Instruct", **common)
@@ -255,8 +263,8 @@ def test_models_and_adapters_load_by_revision(hub, tmp_path, model_paths):
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(base.files)
     code = f"""
 from peft import LoraConfig
-from veripo_trl.hub import model_card, push_folder
-from veripo_trl.policy import load_policy
+from veripo_trl.hub.push import model_card, push_folder
+from veripo_trl.model.policy import load_policy
 model, processor = load_policy("tester/base", revision="{base.revision}", lora=LoraConfig(
     target_modules={LANGUAGE_MODEL_LINEAR!r}, init_lora_weights=False))
 model.save_pretrained("{tmp_path}/adapter")

@@ -11,8 +11,8 @@ import pytest
 from hub_server import HubServer
 from test_hub import make_rollouts, push_rollouts
 
-from veripo_trl import hub as hub_module
-from veripo_trl.hub import HubError, fetch_dataset, push_folder
+from veripo_trl.hub import push as hub_module
+from veripo_trl.hub.push import HubError, fetch_dataset, push_folder
 
 SECRET = "hf_veryVerySecretToken"
 REPO = "datasets/tester/rollouts"
@@ -112,7 +112,7 @@ def test_killed_during_an_upload_the_next_push_goes_on(hub, tmp_path):
     """SIGKILL while the second file's PUT hangs: the first is not sent again."""
     store = make_rollouts(tmp_path)
     code = (
-        "from veripo_trl.hub import push_folder; push_folder("
+        "from veripo_trl.hub.push import push_folder; push_folder("
         f"{str(store.folder)!r}, 'tester/rollouts', repo_type='dataset', card='# x', path_in_repo='rollouts')"
     )
     hub.fail("put", delay_s=0)

@@ -7,12 +7,13 @@ import pytest
 import yaml
 from hub_server import HubServer
 
-from veripo_trl import hub as hub_module
-from veripo_trl import hub_runs, stages
+from veripo_trl.data.rows import content_of
 from veripo_trl.errors import VeripoError
-from veripo_trl.hub import Pushed, push_folder
-from veripo_trl.hub_runs import local_pairs
-from veripo_trl.rows import content_of
+from veripo_trl.hub import push as hub_module
+from veripo_trl.hub import runs as hub_runs
+from veripo_trl.hub.push import Pushed, push_folder
+from veripo_trl.hub.runs import local_pairs
+from veripo_trl.recipe import stages
 
 ROW = {"problem": "Which?", "options": ["red", "blue"], "problem_type": "multiple choice", "solution": "B"}
 

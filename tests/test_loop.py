@@ -17,10 +17,10 @@ import yaml
 from hub_server import HubServer
 from judge_server import JudgeServer, Reply
 
-from veripo_trl.disk import FileError
-from veripo_trl.rollouts import RolloutStore
-from veripo_trl.secrets import without_secrets
-from veripo_trl.run_folder import last_checkpoint
+from veripo_trl.data.rollouts import RolloutStore
+from veripo_trl.files.disk import FileError
+from veripo_trl.files.run_folder import last_checkpoint
+from veripo_trl.files.secrets import without_secrets
 from veripo_trl.tiny.parser import conclude
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -373,7 +373,7 @@ def test_what_is_no_secret_is_left_alone():
 def test_recorded_arguments_hold_no_secret(tmp_path):
     from trl import SFTConfig
 
-    from veripo_trl import stages
+    from veripo_trl.recipe import stages
 
     arguments = SFTConfig(hub_token="hf_x", model_init_kwargs={"token": "t0p"}, eos_token="<|im_end|>", use_cpu=True)
     stages.save_arguments(str(tmp_path), arguments)
@@ -543,7 +543,7 @@ def test_a_terminated_loop_ends_what_its_launcher_started(tmp_path):
 
 TRAINER = """
 import os, signal, sys, time
-from veripo_trl.run_folder import only_process
+from veripo_trl.files.run_folder import only_process
 def save(number, frame):
     time.sleep(0.3)
     with open(sys.argv[1] + "/checkpoint", "w") as file:

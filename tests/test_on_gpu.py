@@ -1,4 +1,4 @@
-"""benchmarks/on_gpu.py on a CPU, at tiny size: every stage; killed and continued; what fails is a line of the table."""
+"""speed/on_gpu.py on a CPU, at tiny size: every stage; killed and continued; what fails is a line of the table."""
 
 import importlib
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parent.parent / "speed"
 sys.path.insert(0, str(BENCHMARKS))
 
 import bench_update  # noqa: E402

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from veripo_trl.answers import is_well_formed, split_completion
-from veripo_trl.prompts import build_messages, load_template
-from veripo_trl.verifier.judges import judge_by_rules
+from veripo_trl.answers.score import is_well_formed, split_completion
+from veripo_trl.data.prompts import build_messages, load_template
 from veripo_trl.verifier import pairs as pairs_module
+from veripo_trl.verifier.judges import judge_by_rules
 from veripo_trl.verifier.pairs import KINDS, PairError, PairOptions, join_for_reflection
 
 TEMPLATE = load_template("tiny")

@@ -15,13 +15,21 @@ from test_sft import make_trainer
 from transformers import PreTrainedConfig
 from trl import ModelConfig
 
-from veripo_trl import policy, stages
 from veripo_trl.chat import Chat
-from veripo_trl.policy import (
-    LANGUAGE_MODEL_LINEAR, SEEING, SETTINGS_FILE, adapter_config, check_base, load_policy, looks_local, read_settings,
+from veripo_trl.data.prompts import PromptError, load_template
+from veripo_trl.model import policy
+from veripo_trl.model.policy import (
+    LANGUAGE_MODEL_LINEAR,
+    SEEING,
+    SETTINGS_FILE,
+    adapter_config,
+    check_base,
+    load_policy,
+    looks_local,
+    read_settings,
     weights_hash,
 )  # fmt: skip
-from veripo_trl.prompts import PromptError, load_template
+from veripo_trl.recipe import stages
 
 EVALUATION = Path(__file__).resolve().parent.parent / "evaluation" / "evaluation_vllm.py"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from veripo_trl.positions import mrope_positions, use_trained_positions
+from veripo_trl.model.positions import mrope_positions, use_trained_positions
 
 IMAGE, VIDEO, START, END = 100, 101, 102, 103
 

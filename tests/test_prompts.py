@@ -2,8 +2,8 @@ import re
 
 import pytest
 
-from veripo_trl.answers import PROBLEM_TYPES, is_well_formed
-from veripo_trl.prompts import PromptError, build_messages, build_target, load_template
+from veripo_trl.answers.score import PROBLEM_TYPES, is_well_formed
+from veripo_trl.data.prompts import PromptError, build_messages, build_target, load_template
 
 ROW = {
     "question_id": "q1",

@@ -14,11 +14,11 @@ import pytest
 import yaml
 from test_sft import make_trainer as make_sft_trainer
 
-from veripo_trl import stages
+from veripo_trl.data.rollouts import RolloutStore
+from veripo_trl.data.rows import rows_to_dataset
 from veripo_trl.errors import ConfigError, VeripoError, run
-from veripo_trl.rollouts import RolloutStore
-from veripo_trl.rows import rows_to_dataset
-from veripo_trl.run_folder import holder, only_process, write_results
+from veripo_trl.files.run_folder import holder, only_process, write_results
+from veripo_trl.recipe import stages
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path, capsys):
 
 HOLD = """
 import sys, time
-from veripo_trl.run_folder import only_process
+from veripo_trl.files.run_folder import only_process
 with only_process(sys.argv[1]):
     print("held", flush=True)
     time.sleep(99)
@@ -163,7 +163,7 @@ def test_one_process_works_on_a_run(tmp_path, monkeypatch, model_paths):
     other.wait()
     assert holder("outputs/run.jsonl") is None
     with only_process("outputs/run.jsonl"):
-        code = "import sys; from veripo_trl.run_folder import holder; print(holder(sys.argv[1]))"
+        code = "import sys; from veripo_trl.files.run_folder import holder; print(holder(sys.argv[1]))"
         seen = subprocess.run([sys.executable, "-c", code, "outputs/run.jsonl"], capture_output=True, text=True)
         assert int(seen.stdout) == os.getpid()
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == [".run.jsonl.lock"]

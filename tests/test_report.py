@@ -15,10 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_video
 
-from veripo_trl import plots, report_page, report_read
-from veripo_trl.report import write_report
-from veripo_trl.report_read import ReportError
-from veripo_trl.rollouts import RolloutStore
+from veripo_trl.data.rollouts import RolloutStore
+from veripo_trl.report import page as report_page
+from veripo_trl.report import plots
+from veripo_trl.report import read as report_read
+from veripo_trl.report.read import ReportError
+from veripo_trl.report.write import write_report
 from veripo_trl.verifier.files import PAIR_SCHEMA, VERDICT_SCHEMA, write_files
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "report.py"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from veripo_trl.answers import SolutionError
-from veripo_trl.rewards import REWARDS, accuracy_relative_error_reward, accuracy_reward, format_reward
+from veripo_trl.answers.rewards import REWARDS, accuracy_relative_error_reward, accuracy_reward, format_reward
+from veripo_trl.answers.score import SolutionError
 
 GOOD = "<think>t</think><answer>{}</answer>"
 

@@ -11,9 +11,9 @@ import pyarrow.parquet
 import pytest
 from hub_server import HubServer
 
-from veripo_trl import rows as rows_module
-from veripo_trl.hub import push_folder
-from veripo_trl.rows import COLUMNS, DatasetSource, RowError, check_media, load_rows, read_rows, resolve_media
+from veripo_trl.data import rows as rows_module
+from veripo_trl.data.rows import COLUMNS, DatasetSource, RowError, check_media, load_rows, read_rows, resolve_media
+from veripo_trl.hub.push import push_folder
 
 CHOICE = {
     "question_id": "q1",

@@ -6,12 +6,12 @@ from conftest import make_row
 from test_grpo_parity import plain_log_probs
 from trl import ModelConfig
 
-from veripo_trl import stages
-from veripo_trl.encoding import PromptTooLongError
+from veripo_trl.data.prompts import build_target
+from veripo_trl.data.rows import RowError, rows_to_dataset
 from veripo_trl.errors import VeripoError
-from veripo_trl.policy import load_policy
-from veripo_trl.prompts import build_target
-from veripo_trl.rows import RowError, rows_to_dataset
+from veripo_trl.model.encoding import PromptTooLongError
+from veripo_trl.model.policy import load_policy
+from veripo_trl.recipe import stages
 from veripo_trl.trainers.sft import SFTCollator, VideoSFTConfig, VideoSFTTrainer
 
 KINDS = ["qwen2_5_vl", "qwen3_vl"]

@@ -10,11 +10,13 @@ from accelerate import Accelerator
 from test_grpo_parity import fixed_completions, give_completions, make_trainer
 from trl.trainer.utils import add_fused_lm_head
 
-from veripo_trl import features, prefix_attention, shared_prefix
-from veripo_trl.encoding import vision_inputs
-from veripo_trl.generation import sample_completions
-from veripo_trl.prefix_attention import PackedLayout, attend
-from veripo_trl.shared_prefix import prefix_can_be_shared, score_completions
+from veripo_trl.model import features
+from veripo_trl.model.encoding import vision_inputs
+from veripo_trl.shared_prompt import attention as prefix_attention
+from veripo_trl.shared_prompt import scoring as shared_prefix
+from veripo_trl.shared_prompt.attention import PackedLayout, attend
+from veripo_trl.shared_prompt.rollout import sample_completions
+from veripo_trl.shared_prompt.scoring import prefix_can_be_shared, score_completions
 
 KINDS = ["qwen2_5_vl", "qwen3_vl"]
 GROUPS = [3, 1, 2, 3, 2]  # completions of each of the mixed rows: text, image, video, two videos, image + video
@@ -180,7 +182,7 @@ def test_qlora(model_paths, batches):
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
 
-    from veripo_trl.policy import LANGUAGE_MODEL_LINEAR, load_policy
+    from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR, load_policy
 
     model, _ = load_policy(
         str(model_paths["qwen2_5_vl"]),
@@ -424,7 +426,7 @@ def test_the_first_batch_is_checked(precision, fused, batches, monkeypatch, capl
         pack(self, *args)
         self.positions[:, :, sum(self.prefixes) + 1 :] += 1
 
-    logger = logging.getLogger("veripo_trl.shared_prefix")
+    logger = logging.getLogger("veripo_trl.shared_prompt.scoring")
     monkeypatch.setattr(logger, "propagate", True)
     monkeypatch.setattr(shared_prefix.Packed, "__init__", positions_off_by_one)
     assert not prefix_can_be_shared(model, model, prompt, **check)
@@ -452,7 +454,7 @@ def no_kernel(*args):
 def test_the_first_batch_tries_the_kernel(precision, name, kernel, message, fused, batches, monkeypatch, caplog):
     """Its gradients too, which a comparison of log-probabilities does not see."""
     model, _ = fused("qwen2_5_vl", precision)
-    monkeypatch.setattr(logging.getLogger("veripo_trl.shared_prefix"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("veripo_trl.shared_prompt.scoring"), "propagate", True)
     monkeypatch.setattr(prefix_attention, name, kernel)
     check = {"pad_token_id": 0, "accelerator": Accelerator(cpu=True)}
     assert not prefix_can_be_shared(model, model, batches("qwen2_5_vl")[0][4], **check)
@@ -462,7 +464,7 @@ def test_the_first_batch_tries_the_kernel(precision, name, kernel, message, fuse
 def test_other_attention_takes_the_plain_path_and_says_so(fused, batches, monkeypatch, caplog):
     model, _ = fused("qwen2_5_vl", full)
     expected, _ = score(model, batches("qwen2_5_vl"), shared=False)
-    monkeypatch.setattr(logging.getLogger("veripo_trl.shared_prefix"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("veripo_trl.shared_prompt.scoring"), "propagate", True)
     monkeypatch.setattr(shared_prefix, "Packed", None)
     model.set_attn_implementation("eager")
     for _ in range(2):

@@ -130,7 +130,7 @@ def test_rows_follow_the_schema_and_their_truth_is_true(train_rows):
 
 
 def test_solutions_pass_the_projects_own_check(train_rows):
-    answers = pytest.importorskip("veripo_trl.answers")
+    answers = pytest.importorskip("veripo_trl.answers.score")
     for row in train_rows[0]:
         truth = {name: row[name] for name in ("problem_type", "solution", "options")}
         answers.check_solution(**truth)

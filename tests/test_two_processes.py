@@ -16,8 +16,8 @@ import pytest
 from conftest import make_row, write_video
 from safetensors.torch import load_file
 
-from veripo_trl.rollouts import RolloutStore
-from veripo_trl.rows import load_rows
+from veripo_trl.data.rollouts import RolloutStore
+from veripo_trl.data.rows import load_rows
 
 DRIVER = Path(__file__).with_name("two_process_driver.py")
 TIMEOUT_S = 180  # of one launch with all its runs

@@ -19,15 +19,13 @@ from hub_server import HubServer
 from judge_server import JudgeServer, Reply
 from test_disk import files_of_at_most
 
-from veripo_trl import preferences
+from veripo_trl.data.prompts import load_template
+from veripo_trl.data.rollouts import RolloutStore
+from veripo_trl.data.rows import RowError, content_of
 from veripo_trl.errors import VeripoError
-from veripo_trl.hub import push_folder
-from veripo_trl.preferences import load_pairs
-from veripo_trl.prompts import load_template
-from veripo_trl.rollouts import RolloutStore
-from veripo_trl.rows import content_of
-from veripo_trl.rows import RowError
-from veripo_trl.verifier import files
+from veripo_trl.hub.push import push_folder
+from veripo_trl.verifier import files, preferences
+from veripo_trl.verifier.preferences import load_pairs
 from veripo_trl.verifier.summary import shown
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "verify_rollouts.py"
@@ -543,7 +541,7 @@ def test_every_process_reads_the_pairs_of_one_commit(recipe, tmp_path, policy, m
 
 HUB_RUN = """
 import sys
-from veripo_trl.hub import HubError, push_folder
+from veripo_trl.hub.push import HubError, push_folder
 push_folder(sys.argv[1], "tester/rollouts", repo_type="dataset", card="x", path_in_repo="rollouts")
 sys.path.insert(0, sys.argv[2])
 import verify_rollouts

@@ -23,11 +23,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from veripo_trl import video_worker
-from veripo_trl.containers import BadFile, recognise_container
-from veripo_trl.frame_cache import FrameCache
-from veripo_trl.video import Clip, MediaError, VideoError, VideoLoader, VideoSettings, load_image, plan_frames
-from veripo_trl.video_process import DecodeProcess, DecoderError
+from veripo_trl.media import worker as video_worker
+from veripo_trl.media.containers import BadFile, recognise_container
+from veripo_trl.media.frame_cache import FrameCache
+from veripo_trl.media.process import DecodeProcess, DecoderError
+from veripo_trl.media.video import Clip, MediaError, VideoError, VideoLoader, VideoSettings, load_image, plan_frames
 
 SMALL = VideoSettings(fps=2.0, min_frames=4, max_frames=8, min_pixels=28 * 28, max_pixels=56 * 56)
 
@@ -660,7 +660,7 @@ def test_the_decoding_process_ends_with_its_parent(tmp_path):
 
 
 def test_the_decoding_process_does_without_torch():
-    source = "import sys, veripo_trl.video_worker; assert 'torch' not in sys.modules, 'torch was imported'"
+    source = "import sys, veripo_trl.media.worker; assert 'torch' not in sys.modules, 'torch was imported'"
     package = os.path.dirname(os.path.dirname(video_worker.__file__))
     assert os.spawnve(os.P_WAIT, sys.executable, ["python", "-c", source], {**os.environ, "PYTHONPATH": package}) == 0
 
@@ -822,7 +822,7 @@ def test_the_cache_is_bounded_and_drops_the_least_recently_used(tmp_path):
 
 
 def test_scans_are_rare_and_clear_what_killed_writers_left(tmp_path, monkeypatch):
-    from veripo_trl import frame_cache
+    from veripo_trl.media import frame_cache
 
     scans, evict = [], frame_cache.evict
     monkeypatch.setattr(frame_cache, "evict", lambda *args, **kwargs: (scans.append(1), evict(*args, **kwargs)))

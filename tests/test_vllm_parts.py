@@ -11,13 +11,13 @@ import pytest
 import torch
 from conftest import make_row
 
-from veripo_trl.encoding import vision_token_ids
+from veripo_trl.answers.rewards import REWARDS
+from veripo_trl.data.rows import rows_to_dataset
 from veripo_trl.errors import ConfigError
-from veripo_trl.rewards import REWARDS
-from veripo_trl.rows import rows_to_dataset
+from veripo_trl.model.encoding import vision_token_ids
 from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer
-from veripo_trl.trainers.vllm import GapWatch, bias_logits, largest_gap, prepare_config
-from veripo_trl.vllm_rollouts import EngineMismatchError, content_key, engine_options, longest_prompt, media_items
+from veripo_trl.vllm.inputs import EngineMismatchError, content_key, engine_options, longest_prompt, media_items
+from veripo_trl.vllm.training import GapWatch, bias_logits, largest_gap, prepare_config
 
 
 def named(*names):
@@ -77,9 +77,9 @@ def test_the_engine_is_of_the_policys_revision(model_paths, tmp_path, monkeypatc
     from hub_server import HubServer, Repo
     from trl.generation import vllm_generation
 
-    from veripo_trl import stages
-    from veripo_trl.policy import load_policy
-    from veripo_trl.trainers.vllm import trl_engine
+    from veripo_trl.model.policy import load_policy
+    from veripo_trl.recipe import stages
+    from veripo_trl.vllm.training import trl_engine
 
     files = {file.name: file.read_bytes() for file in model_paths["qwen2_5_vl"].iterdir()}
     with HubServer() as hub:
@@ -105,7 +105,7 @@ def one_thread_or_raise(prompt) -> None:
 
 def test_workers_keep_to_one_thread_beside_the_cpu_engine(load, mixed_rows, monkeypatch):
     """vLLM's CPU engine replaces `torch.set_num_threads`, by which the loader keeps a forked worker to one thread."""
-    from veripo_trl.evaluate import encoded_batches
+    from veripo_trl.evaluate.generate import encoded_batches
 
     encoder = load()[1]
     before = torch.get_num_threads()
@@ -121,8 +121,8 @@ def test_media_are_named_in_the_loaders_workers(load, mixed_rows):
     """What the engine is given then is what it would compute itself."""
     import functools
 
-    from veripo_trl.evaluate import encoded_batches
-    from veripo_trl.vllm_rollouts import name_media
+    from veripo_trl.evaluate.generate import encoded_batches
+    from veripo_trl.vllm.inputs import name_media
 
     _, encoder = load()
     prepare = functools.partial(name_media, config=encoder.config)

@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from veripo_trl.media.video import VideoLoader
 from veripo_trl.tiny import world
 from veripo_trl.trainers.grpo import VideoGRPOTrainer
-from veripo_trl.video import VideoLoader
 
 RANK = int(os.environ.get("RANK", "0"))
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "grpo_video.py"

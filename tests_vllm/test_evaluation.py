@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from veripo_trl import vllm_engine
-from veripo_trl.journal import OutputFiles
+from veripo_trl.evaluate.journal import OutputFiles
+from veripo_trl.vllm import evaluation as vllm_engine
 
 SCRIPT = Path(__file__).resolve().parent.parent / "evaluation" / "evaluation_vllm.py"
 TAIL = "\nAnswer with the option's letter from the given choices directly."
@@ -152,7 +152,7 @@ def test_greedy_answers_are_those_of_transformers(kind, script, model_paths, med
 def save_adapter(model: Path, folder: Path) -> Path:
     from peft import LoraConfig
 
-    from veripo_trl.policy import LANGUAGE_MODEL_LINEAR, load_policy
+    from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR, load_policy
 
     lora = LoraConfig(r=4, target_modules=LANGUAGE_MODEL_LINEAR, init_lora_weights=False)
     load_policy(str(model), lora=lora)[0].save_pretrained(folder)

@@ -7,9 +7,9 @@ import torch
 from conftest import make_row, write_video
 from vllm import LLM, SamplingParams
 
-from veripo_trl import vllm_rollouts
-from veripo_trl.encoding import model_inputs
-from veripo_trl.vllm_rollouts import EngineMismatchError, engine_options, generate_with_vllm, vllm_inputs
+from veripo_trl.model.encoding import model_inputs
+from veripo_trl.vllm import inputs as vllm_rollouts
+from veripo_trl.vllm.inputs import EngineMismatchError, engine_options, generate_with_vllm, vllm_inputs
 
 KINDS = ["qwen2_5_vl", "qwen3_vl"]
 MIXED = ["text", "image", "video", "two-videos", "image-and-video"]
@@ -88,8 +88,8 @@ def test_a_video_of_more_tokens_than_one_batch_of_vllm(kind, tmp_path):
     """vLLM takes 4,096 tokens at a time by TRL's setting; a video of more must fit nevertheless."""
     from transformers import AutoConfig
 
-    from veripo_trl import stages
-    from veripo_trl.policy import load_policy
+    from veripo_trl.model.policy import load_policy
+    from veripo_trl.recipe import stages
     from veripo_trl.tiny.model import save_tiny_model
 
     path = save_tiny_model(tmp_path / kind, kind)

@@ -14,8 +14,8 @@ import pytest
 from test_trainer import GAP, gaps, make_trainer
 from trl.generation.vllm_client import VLLMClient
 
-from veripo_trl.trainers.vllm import check_server
-from veripo_trl.vllm_rollouts import EngineMismatchError
+from veripo_trl.vllm.inputs import EngineMismatchError
+from veripo_trl.vllm.training import check_server
 
 TIMEOUT_S = 400  # until a server answers; half a minute on two idle cores
 

@@ -5,11 +5,11 @@ import torch
 from conftest import make_row
 from vllm import LLM
 
-from veripo_trl.policy import LANGUAGE_MODEL_LINEAR, load_policy
-from veripo_trl.rows import rows_to_dataset
-from veripo_trl.trainers import vllm as backend
+from veripo_trl.data.rows import rows_to_dataset
+from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR, load_policy
 from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer
-from veripo_trl.vllm_rollouts import EngineMismatchError, longest_prompt
+from veripo_trl.vllm import training as backend
+from veripo_trl.vllm.inputs import EngineMismatchError, longest_prompt
 
 LORA = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|qkv|linear_fc1|linear_fc2)"
 GAP = "sampling/sampling_logp_difference/max"
@@ -181,7 +181,7 @@ def test_a_wrong_setting_stops_the_run_at_its_first_batch(name, load, mixed_rows
 
 def test_a_wrong_frame_rate_stops_the_run(load, mixed_rows, tmp_path, monkeypatch):
     """Both lines of defence: the positions are compared, and were they not, the log-probabilities are."""
-    from veripo_trl import vllm_rollouts
+    from veripo_trl.vllm import inputs as vllm_rollouts
 
     fields = vllm_rollouts.engine_fields
     monkeypatch.setattr(

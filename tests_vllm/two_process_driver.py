@@ -11,9 +11,9 @@ import conftest  # (environment, torchvision)
 import torch
 from test_trainer import gaps, make_trainer
 
-from veripo_trl import stages
-from veripo_trl.policy import load_policy
-from veripo_trl.trainers import vllm as backend
+from veripo_trl.model.policy import load_policy
+from veripo_trl.recipe import stages
+from veripo_trl.vllm import training as backend
 
 
 def main(model_path: str, media: str, folder: str, size: str) -> None:

@@ -13,9 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import BENCHMARKS  # noqa: E402  (found only after the line above)
-
-from veripo_trl.questions import read_questions, read_records  # noqa: E402
-from veripo_trl.rows import SUFFIXES, RowError, is_data_file, read_json, uncompressed  # noqa: E402
+from veripo_trl.data.rows import SUFFIXES, RowError, is_data_file, read_json, uncompressed  # noqa: E402
+from veripo_trl.evaluate.questions import read_questions, read_records  # noqa: E402
 
 
 def read_official(path: Path) -> list[dict]:

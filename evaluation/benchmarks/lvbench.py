@@ -7,7 +7,7 @@ Videos: LVBench/<key>.mp4, to be fetched from YouTube.
 Metric: accuracy. A question counts in each of its question types.
 """
 
-from veripo_trl.questions import read_options
+from veripo_trl.evaluate.questions import read_options
 
 NAME = "LVBench"
 VIDEOS = "LVBench/<key>.mp4"

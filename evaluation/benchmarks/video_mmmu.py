@@ -10,7 +10,7 @@ Metric: accuracy. VerIPO did not release its file for this benchmark.
 import re
 from pathlib import Path
 
-from veripo_trl.questions import ground_truths, kind_of
+from veripo_trl.evaluate.questions import ground_truths, kind_of
 
 NAME = "VideoMMMU"
 VIDEOS = "VideoMMMU/<Art|Business|Engineering|Humanities|Medicine|Science>/<id>.mp4"

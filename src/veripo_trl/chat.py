@@ -24,16 +24,16 @@ from pathlib import Path
 import torch
 from transformers import BitsAndBytesConfig, TextStreamer
 
-from . import stages
-from .answers import PROBLEM_TYPES, split_completion
-from .encoding import vision_token_ids
-from .errors import VeripoError
-from .evaluate import end_ids
-from .generation import cut_at_end, sample_completions
-from .policy import SEEING, load_policy
-from .prompts import PromptError
-from .tables import CONTROL_CHARACTERS
-from .video import MediaError
+from veripo_trl.answers.score import PROBLEM_TYPES, split_completion
+from veripo_trl.data.prompts import PromptError
+from veripo_trl.errors import VeripoError
+from veripo_trl.evaluate.generate import end_ids
+from veripo_trl.files.tables import CONTROL_CHARACTERS
+from veripo_trl.media.video import MediaError
+from veripo_trl.model.encoding import vision_token_ids
+from veripo_trl.model.policy import SEEING, load_policy
+from veripo_trl.recipe import stages
+from veripo_trl.shared_prompt.rollout import cut_at_end, sample_completions
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 # Of one question, not of the session.

@@ -2,7 +2,12 @@
 
 import contextlib
 import os
+import re
 import sys
+
+_NO_ROOM_SAID = re.compile(
+    r"No space left on device|File too large|Disk quota exceeded|StreamWriter failed writing|enforce fail at inline_cont"
+)
 
 
 class VeripoError(Exception):
@@ -29,6 +34,17 @@ def settings_checked():
         raise ConfigError(error) from error
 
 
+def no_room(error: BaseException) -> str | None:
+    """What to do, if a library found no room for what it wrote: torch and safetensors say so in their texts alone."""
+    cause = error
+    while cause is not None and not _NO_ROOM_SAID.search(str(cause)):
+        cause = cause.__cause__ or cause.__context__
+    return cause and (
+        f"No room on the disk: {str(cause).strip().partition(chr(10))[0]}. Make room where this run writes, then start "
+        f"the same command again: it goes on."
+    )
+
+
 def run(main) -> int | None:
     """A recipe's `main`, as a command: an error that says what to do ends it in that message, without lines of code."""
     try:
@@ -37,8 +53,6 @@ def run(main) -> int | None:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 1
     except Exception as error:  # a full disk that a library found
-        from .disk import no_room
-
         if (message := no_room(error)) is None:
             raise
         print(message, file=sys.stderr, flush=True)

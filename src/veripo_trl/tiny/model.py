@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from veripo_trl.policy import share_weights
+from veripo_trl.model.policy import share_weights
 from veripo_trl.tiny.questions import template_texts
 
 KINDS = ("qwen2_5_vl", "qwen3_vl")

@@ -15,12 +15,13 @@ from peft import PeftModel
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from .. import hub, hub_runs
-from ..errors import VeripoError
-from ..hub_cards import model_card
-from ..policy import save_settings, share_weights
-from ..rows import RowError
-from ..run_folder import RECORD, outlive_sigterm, sync_folder
+from veripo_trl.data.rows import RowError
+from veripo_trl.errors import VeripoError
+from veripo_trl.files.run_folder import RECORD, outlive_sigterm, sync_folder
+from veripo_trl.hub import push as hub
+from veripo_trl.hub import runs as hub_runs
+from veripo_trl.hub.cards import model_card
+from veripo_trl.model.policy import save_settings, share_weights
 
 logger = logging.getLogger(__name__)
 

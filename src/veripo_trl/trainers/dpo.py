@@ -11,14 +11,21 @@ from peft import PeftModel
 from torch.nn.functional import pad
 from trl import DPOConfig, DPOTrainer
 
-from ..encoding import EncodedPrompt, PromptEncoder, PromptTooLongError, check_vision_tokens, encode_unique, text_ids
-from ..errors import settings_checked
-from ..generation import left_pad
-from ..policy import copy_adapter_to_reference
-from ..positions import use_trained_positions
-from ..shared_prefix import prefix_can_be_shared, score_completions
-from .checkpoints import CheckpointMixin
-from .guards import check_frames_matter, refuse_ignored, show_resolved_media
+from veripo_trl.errors import settings_checked
+from veripo_trl.model.encoding import (
+    EncodedPrompt,
+    PromptEncoder,
+    PromptTooLongError,
+    check_vision_tokens,
+    encode_unique,
+    text_ids,
+)
+from veripo_trl.model.policy import copy_adapter_to_reference
+from veripo_trl.model.positions import use_trained_positions
+from veripo_trl.shared_prompt.rollout import left_pad
+from veripo_trl.shared_prompt.scoring import prefix_can_be_shared, score_completions
+from veripo_trl.trainers.checkpoints import CheckpointMixin
+from veripo_trl.trainers.guards import check_frames_matter, refuse_ignored, show_resolved_media
 
 
 @dataclass

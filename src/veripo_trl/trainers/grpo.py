@@ -19,7 +19,10 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler
 
-from ..encoding import (
+from veripo_trl.data.prompts import build_messages
+from veripo_trl.data.rollouts import RolloutStore
+from veripo_trl.errors import VeripoError, settings_checked
+from veripo_trl.model.encoding import (
     EncodedPrompt,
     PromptEncoder,
     check_vision_tokens,
@@ -28,16 +31,13 @@ from ..encoding import (
     vision_inputs,
     vision_token_ids,
 )
-from ..errors import VeripoError, settings_checked
-from ..generation import cut_at_end, sample_completions, whole_groups
-from ..policy import copy_adapter_to_reference
-from ..positions import use_trained_positions
-from ..prompts import build_messages
-from ..rollouts import RolloutStore
-from ..shared_prefix import can_share, prefix_can_be_shared, score_completions
-from . import vllm
-from .checkpoints import CheckpointMixin
-from .guards import check_frames_matter, refuse_ignored, show_resolved_media
+from veripo_trl.model.policy import copy_adapter_to_reference
+from veripo_trl.model.positions import use_trained_positions
+from veripo_trl.shared_prompt.rollout import cut_at_end, sample_completions, whole_groups
+from veripo_trl.shared_prompt.scoring import can_share, prefix_can_be_shared, score_completions
+from veripo_trl.trainers.checkpoints import CheckpointMixin
+from veripo_trl.trainers.guards import check_frames_matter, refuse_ignored, show_resolved_media
+from veripo_trl.vllm import training as vllm
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ import logging
 import torch
 from accelerate.utils import broadcast_object_list
 
-from ..encoding import EncodedPrompt, PromptEncoder, model_inputs
-from ..errors import VeripoError
-from ..tables import printable
+from veripo_trl.errors import VeripoError
+from veripo_trl.files.tables import printable
+from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder, model_inputs
 
 logger = logging.getLogger(__name__)
 

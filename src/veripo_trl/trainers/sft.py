@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 import torch
 from trl import SFTConfig, SFTTrainer
 
-from ..encoding import PromptEncoder, PromptTooLongError, model_inputs, text_ids
-from ..errors import settings_checked
-from ..positions import use_trained_positions
-from ..prompts import build_target
-from ..rows import RowError
-from .checkpoints import CheckpointMixin
-from .guards import check_frames_matter, refuse_ignored, show_resolved_media
+from veripo_trl.data.prompts import build_target
+from veripo_trl.data.rows import RowError
+from veripo_trl.errors import settings_checked
+from veripo_trl.model.encoding import PromptEncoder, PromptTooLongError, model_inputs, text_ids
+from veripo_trl.model.positions import use_trained_positions
+from veripo_trl.trainers.checkpoints import CheckpointMixin
+from veripo_trl.trainers.guards import check_frames_matter, refuse_ignored, show_resolved_media
 
 
 @dataclass

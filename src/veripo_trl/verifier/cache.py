@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import VeripoError
+from veripo_trl.errors import VeripoError
 
 
 class CacheError(VeripoError):

@@ -3,7 +3,7 @@
 import functools
 import re
 
-from veripo_trl.answers import SolutionError, extract_answer, is_well_formed, score_answer, split_completion
+from veripo_trl.answers.score import SolutionError, extract_answer, is_well_formed, score_answer, split_completion
 
 # Scripts without spaces between words: each character counts as a word.
 _SPACELESS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"

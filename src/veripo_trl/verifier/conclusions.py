@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from veripo_trl.answers import boxed_spans, option_labels, read_choice, read_number
+from veripo_trl.answers.score import boxed_spans, option_labels, read_choice, read_number
 
 MAX_THINK_CHARS = 100_000
 MAX_SENTENCE_CHARS = 1_000  # its end; keeps every pattern far from a slow case

@@ -5,7 +5,7 @@ VerIPO discards 80% of the simple examples, those whose rollouts' mean accuracy 
 
 from collections.abc import Hashable, Iterable
 
-from .pairs import seeded_order
+from veripo_trl.verifier.pairs import seeded_order
 
 _TOLERANCE = 1e-9
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..disk import FileError, open_parquet, read_parquet, write_parquet
-from ..rollouts import SCHEMA_FIELDS
+from veripo_trl.data.rollouts import SCHEMA_FIELDS
+from veripo_trl.files.disk import FileError, open_parquet, read_parquet, write_parquet
 
 _UNREAD = ("completion_tokens", "advantage", "seed")
 _MAY_BE_NULL = ("options", "videos", "images", "data_source")

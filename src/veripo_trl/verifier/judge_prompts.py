@@ -13,11 +13,10 @@ from pathlib import Path
 
 import yaml
 
-from veripo_trl.answers import answers_match, read_choice, read_number
+from veripo_trl.answers.score import answers_match, read_choice, read_number
 from veripo_trl.errors import VeripoError
-
-from .conclusions import same_text
-from .judges import Judge
+from veripo_trl.verifier.conclusions import same_text
+from veripo_trl.verifier.judges import Judge
 
 MAX_THINK_CHARS = 20_000  # about 5,000 tokens; of a longer thinking the judge sees the end, where it concludes
 MAX_ANSWER_CHARS = 2_000

@@ -9,9 +9,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from veripo_trl.answers import answers_match, split_completion
-
-from .conclusions import conclude, same_text
+from veripo_trl.answers.score import answers_match, split_completion
+from veripo_trl.verifier.conclusions import conclude, same_text
 
 
 def conclude_by_rules(think: str, *, problem_type: str, options: Sequence[str] | None = None) -> str | None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .judge_prompts import MAX_THINK_CHARS, JudgePrompt, ModelJudge, ReplyError
-from .judges import shown_model
+from veripo_trl.verifier.judge_prompts import MAX_THINK_CHARS, JudgePrompt, ModelJudge, ReplyError
+from veripo_trl.verifier.judges import shown_model
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -28,13 +28,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..answers import split_completion
-from ..disk import room_for
-from ..errors import VeripoError
-from ..prompts import PromptTemplate, build_messages
-from ..rows import QUESTION
-from .checks import repetition_share
-from .judges import conclude_by_rules
+from veripo_trl.answers.score import split_completion
+from veripo_trl.data.prompts import PromptTemplate, build_messages
+from veripo_trl.data.rows import QUESTION
+from veripo_trl.errors import VeripoError
+from veripo_trl.files.disk import room_for
+from veripo_trl.verifier.checks import repetition_share
+from veripo_trl.verifier.judges import conclude_by_rules
 
 KINDS = ("consistency", "penalty", "reflection")
 MAX_TRIED = 64  # combinations looked at per group and kind: a run's group may hold thousands

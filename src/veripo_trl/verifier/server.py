@@ -16,9 +16,9 @@ import random
 import time
 from urllib.parse import urlsplit
 
-from ..errors import VeripoError
-from .judge_prompts import MAX_THINK_CHARS, REPLY_SCHEMA, JudgePrompt, ModelJudge, ReplyError
-from .judges import shown_model
+from veripo_trl.errors import VeripoError
+from veripo_trl.verifier.judge_prompts import MAX_THINK_CHARS, REPLY_SCHEMA, JudgePrompt, ModelJudge, ReplyError
+from veripo_trl.verifier.judges import shown_model
 
 logger = logging.getLogger(__name__)
 

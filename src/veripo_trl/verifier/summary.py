@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..disk import write_whole
-from ..hub_cards import shown_name
-from ..tables import print_table
-from .pairs import KINDS
+from veripo_trl.files.disk import write_whole
+from veripo_trl.files.tables import print_table
+from veripo_trl.hub.cards import shown_name
+from veripo_trl.verifier.pairs import KINDS
 
 
 class PairsSeen:

@@ -5,9 +5,9 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from .cache import VerdictCache
-from .checks import check_rollouts
-from .judge_prompts import MAX_ANSWER_CHARS, ReplyError, check_reply, judged_text, settle
+from veripo_trl.verifier.cache import VerdictCache
+from veripo_trl.verifier.checks import check_rollouts
+from veripo_trl.verifier.judge_prompts import MAX_ANSWER_CHARS, ReplyError, check_reply, judged_text, settle
 
 BATCH = 16  # rollouts that are checked at once; a judge's server waits meanwhile, so not many
 HIGH, LOW = 2, 1.5

@@ -1,0 +1,60 @@
+"""TRL reward functions over `answers.py`; a recipe names them by their keys in `REWARDS` and weighs them by
+`reward_weights`."""
+
+from collections.abc import Sequence
+
+from veripo_trl.answers.score import extract_answer, is_well_formed, score_answer
+
+FORMAT_REWARD = 0.5
+
+
+def _text(completion: str | list[dict]) -> str:
+    """The text of a completion, plain or conversational (one assistant message whose content is a string)."""
+    if isinstance(completion, str):
+        return completion
+    if len(completion) == 1 and isinstance(completion[0].get("content"), str):
+        return completion[0]["content"]
+    raise TypeError(
+        "Expected a completion as a string or as one assistant message with text content, "
+        f"got {completion!r:.200}; multi-turn completions need a reward function of their own."
+    )
+
+
+def _accuracy(completions, solution, problem_type, options, regression_score: str) -> list[float]:
+    options = options if options is not None else [None] * len(completions)
+    return [
+        score_answer(
+            extract_answer(_text(completion)),
+            problem_type=kind,
+            solution=truth,
+            options=choices,
+            regression_score=regression_score,
+        )
+        for completion, truth, kind, choices in zip(completions, solution, problem_type, options, strict=True)
+    ]
+
+
+def accuracy_reward(
+    completions: list, solution: Sequence[str], problem_type: Sequence[str], options: Sequence | None = None, **kwargs
+) -> list[float]:
+    """Accuracy in [0, 1] of the only <answer> span of each completion, each row by its own problem type."""
+    return _accuracy(completions, solution, problem_type, options, "mean_relative_accuracy")
+
+
+def accuracy_relative_error_reward(
+    completions: list, solution: Sequence[str], problem_type: Sequence[str], options: Sequence | None = None, **kwargs
+) -> list[float]:
+    """As `accuracy_reward`, with 1 - relative error (Video-R1's) for regression rows."""
+    return _accuracy(completions, solution, problem_type, options, "relative_error")
+
+
+def format_reward(completions: list, **kwargs) -> list[float]:
+    """0.5 for each completion that is exactly one think span, then one answer span; else 0."""
+    return [FORMAT_REWARD if is_well_formed(_text(completion)) else 0.0 for completion in completions]
+
+
+REWARDS = {
+    "accuracy": accuracy_reward,
+    "accuracy_relative_error": accuracy_relative_error_reward,
+    "format": format_reward,
+}

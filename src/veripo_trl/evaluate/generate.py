@@ -1,0 +1,368 @@
+"""Generate answers to rows and score them: the engine behind the end tables, the loop and the evaluation scripts."""
+
+import hashlib
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from veripo_trl.answers.score import extract_answer, is_well_formed, score_answer, split_completion
+from veripo_trl.data.prompts import PromptError
+from veripo_trl.data.rows import RowError
+from veripo_trl.files.run_folder import outlive_sigterm
+from veripo_trl.media.video import MediaError
+from veripo_trl.model.encoding import JOINT_BYTES, EncodedPrompt, PromptEncoder, PromptTooLongError, vision_token_ids
+from veripo_trl.shared_prompt.rollout import cut_at_end, sample_completions
+
+RESAMPLES = 1000
+GREEDY_BELOW = 1e-5  # a lower temperature is greedy decoding, as vLLM has it too
+ROW_ERRORS = (RowError, MediaError, PromptTooLongError, PromptError)  # what is wrong with a row rather than with us
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How completions are decoded. A temperature below 1e-5 is greedy; `seed` is of the sampling."""
+
+    max_new_tokens: int = 1024
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
+            raise ValueError(
+                f"expected max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and repetition_penalty > 0; got {self}"
+            )
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+    def seed_of(self, *parts) -> int:
+        """A seed for one row or batch: its draws do not depend on what was drawn before it."""
+        digest = hashlib.sha256(repr((self.seed, *parts)).encode()).digest()
+        return int.from_bytes(digest[:4], "big")
+
+
+class TransformersEngine:
+    """Completes encoded prompts with a transformers model, one batch at a time.
+
+    Args:
+        model: the unwrapped policy, in evaluation mode.
+
+    Attributes:
+        ends: ids that end a completion. context: tokens that a prompt and its completion may have together.
+        busy_s: seconds of computing so far. prepare: nothing that the loader's workers could do for this engine.
+    """
+
+    prepare = None
+
+    def __init__(self, model, encoder: PromptEncoder, decoding: Decoding):
+        self.model, self.tokenizer, self.config = model, encoder.processor.tokenizer, encoder.config
+        self.decoding = decoding
+        self.ends = _end_ids(model, self.tokenizer)
+        self.context, self.busy_s = encoder.config.get_text_config().max_position_embeddings, 0.0
+        self.options = {
+            "max_new_tokens": decoding.max_new_tokens,
+            "eos_token_id": self.ends,
+            "suppress_tokens": vision_token_ids(encoder.processor, encoder.config),
+            "repetition_penalty": decoding.repetition_penalty,
+            "top_k": None if decoding.greedy else 0,
+            "top_p": None if decoding.greedy else decoding.top_p,
+            "temperature": None if decoding.greedy else decoding.temperature,
+            "do_sample": not decoding.greedy,
+        }
+
+    def complete(self, prompts: list[EncodedPrompt], places: list[int], *, samples: int = 1) -> list[list[int]]:
+        """Token ids of `samples` completions per prompt, in order, each up to and including its end token.
+
+        Args:
+            places: the prompts' rows. Sampling is seeded by them, so that a batch is drawn alike whatever came before;
+                the global generators are left as they were.
+        """
+        started = time.perf_counter()
+        device = next(self.model.parameters()).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.decoding.seed_of(places))
+            tokens = sample_completions(
+                self.model,
+                [prompt for prompt in prompts for _ in range(samples)],
+                pad_token_id=self.tokenizer.pad_token_id,
+                config=self.config,
+                **self.options,
+            )
+        completions = cut_at_end(tokens, self.ends)  # waits for the device
+        self.busy_s += time.perf_counter() - started
+        return completions
+
+
+def describe_completion(ids: list[int], *, tokenizer, ends: list[int]) -> dict:
+    """`completion`, `completion_tokens`, `think_tokens`, `finish_reason` ("stop" or "length") of generated ids."""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    think = split_completion(text)[0]
+    return {
+        "completion": text,
+        "completion_tokens": len(ids),
+        "think_tokens": len(tokenizer(think)["input_ids"]) if think is not None else 0,
+        "finish_reason": "stop" if ids and ids[-1] in ends else "length",
+    }
+
+
+class EncodedParts(Dataset):
+    """Parts of batches, encoded where they are asked for: in the loader's workers.
+
+    A row that cannot be encoded is the text of its error there, unless `strict`. Rows are told apart by their place:
+    ids repeat in benchmarks. `prepare`, if given, is called with each prompt.
+    """
+
+    def __init__(self, encoder: PromptEncoder, rows, parts: list[list[int]], *, strict: bool, prepare=None):
+        self.encoder, self.rows, self.parts, self.strict, self.prepare = encoder, rows, parts, strict, prepare
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: int) -> tuple[int, list[EncodedPrompt | str]]:
+        places = self.parts[number]
+        try:
+            prompts = self.encoder.encode_rows([self.rows[place] for place in places])
+        except ROW_ERRORS:
+            if self.strict:
+                raise
+            prompts = [self._encode_or_explain(place) for place in places]  # one of them is bad: which?
+        if self.prepare is not None:
+            for prompt in prompts:
+                if not isinstance(prompt, str):
+                    self.prepare(prompt)
+        return number, prompts
+
+    def _encode_or_explain(self, place: int) -> EncodedPrompt | str:
+        try:
+            return self.encoder.encode(self.rows[place])
+        except ROW_ERRORS as error:
+            return f"{type(error).__name__}: {error}"
+
+
+def _as_it_is(part):
+    return part  # a function of the module, so that it reaches spawned workers
+
+
+class Waiting:
+    """Seconds that the loader kept its user waiting: `start_s` for the first batch, `idle_s` for all the others."""
+
+    def __init__(self):
+        self.start_s = self.idle_s = 0.0
+        self.batches = 0
+
+    def add(self, seconds: float) -> None:
+        if self.batches == 0:
+            self.start_s = seconds
+        else:
+            self.idle_s += seconds
+        self.batches += 1
+
+
+def use_one_thread(worker: int) -> None:
+    """A forked worker's second thread would wait for ever. The loader says so to torch, but in a process whose engine is
+    vLLM's CPU build `torch.set_num_threads` has been replaced by a function that does nothing."""
+    torch._C.set_num_threads(1)
+
+
+def encoded_batches(
+    encoder: PromptEncoder,
+    rows,
+    batches: list[list[int]],
+    *,
+    num_workers: int,
+    strict: bool = True,
+    waiting: Waiting | None = None,
+    prepare: Callable[[EncodedPrompt], None] | None = None,
+) -> Iterator[tuple[list[int], list[EncodedPrompt | str]]]:
+    """Encode batches of row numbers ahead of their use.
+
+    Workers are given parts of a batch: a single long video, or as many small clips as are worth one call of the
+    processor. About two batches are under way beside the one in use, so that host memory stays bounded: no more workers
+    are started than these have parts. A slow video holds up its own batch only.
+
+    Args:
+        num_workers: the most processes; 0 encodes here. prepare: called with each prompt where it was encoded.
+
+    Yields:
+        `(places, prompts)`, each batch when all of it is there: in any order where there are workers. With
+        `strict=False` a bad row's prompt is the text of its error.
+    """
+    settings = encoder.loader.settings
+    widest = max(map(len, batches), default=1)
+    size = max(1, min(widest, JOINT_BYTES // (3 * settings.max_frames * settings.max_pixels)))
+    parts, owners = [], []
+    for number, places in enumerate(batches):
+        for start in range(0, len(places), size):
+            parts.append(places[start : start + size])
+            owners.append(number)
+    wanted = math.ceil(2 * widest / size)  # parts under way
+    num_workers = min(num_workers, wanted)
+    ahead = {"prefetch_factor": math.ceil(wanted / num_workers)} if num_workers else {}
+    loader = DataLoader(
+        EncodedParts(encoder, rows, parts, strict=strict, prepare=prepare),
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        in_order=not num_workers,
+        generator=torch.Generator(),  # without one, starting the workers draws from the global generator
+        worker_init_fn=partial(outlive_sigterm, then=use_one_thread),  # training may be going on
+        **ahead,
+    )
+    arrived: dict[int, dict] = defaultdict(dict)
+    asked = time.perf_counter()
+    for number, prompts in loader:
+        owner = owners[number]
+        arrived[owner] |= dict(zip(parts[number], prompts, strict=True))
+        if len(arrived[owner]) == len(batches[owner]):
+            found = arrived.pop(owner)
+            if waiting is not None:
+                waiting.add(time.perf_counter() - asked)
+            yield batches[owner], [found[place] for place in batches[owner]]
+            asked = time.perf_counter()
+
+
+def generate(
+    model,
+    encoder: PromptEncoder,
+    dataset,
+    *,
+    samples: int = 1,
+    temperature: float = 0.0,
+    max_new_tokens: int = 1024,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    seed: int = 0,
+    progress: str | None = None,
+) -> list[dict]:
+    """Answer every row of a dataset.
+
+    Args:
+        model: the unwrapped policy; run in evaluation mode and put back afterwards.
+        dataset: rows as `rows.load_rows` gives them.
+        samples: answers per row. temperature: 0 is greedy decoding.
+        batch_size: rows per batch, times `samples` completions at once.
+        num_workers: processes that decode ahead. seed: of the sampling; the global generators are left as they were.
+        progress: title of a progress bar, None for none.
+
+    Returns:
+        One dict per completion, in row order: `row` (its index), `question_id`, `completion`, `completion_tokens`,
+        `think_tokens`, `finish_reason` ("stop" or "length"), `prompt_template` (its hash).
+
+    Raises:
+        MediaError, RowError, PromptTooLongError: a row cannot be encoded.
+    """
+    engine = TransformersEngine(
+        model, encoder, Decoding(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    )
+    count = len(dataset)
+    batches = [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]
+    training = model.training
+    model.eval()
+    answers = []
+    with tqdm(total=count, desc=progress, unit="row", disable=progress is None) as bar:
+        for places, prompts in encoded_batches(encoder, dataset, batches, num_workers=num_workers):
+            completions = engine.complete(prompts, places, samples=samples)
+            for place, ids in zip(np.repeat(places, samples).tolist(), completions, strict=True):
+                answers.append(
+                    {
+                        "row": place,
+                        "question_id": dataset[place]["question_id"],
+                        **describe_completion(ids, tokenizer=engine.tokenizer, ends=engine.ends),
+                        "prompt_template": encoder.template.hash,
+                    }
+                )
+            bar.update(len(places))
+    model.train(training)
+    return sorted(answers, key=lambda answer: answer["row"])
+
+
+def _end_ids(model, tokenizer) -> list[int]:
+    return end_ids(model.generation_config.eos_token_id, tokenizer)
+
+
+def end_ids(declared: int | list[int] | None, tokenizer) -> list[int]:
+    """The tokens that end a completion: the tokenizer's, and those that the model's generation_config declares."""
+    declared = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    return sorted({tokenizer.eos_token_id, *declared})
+
+
+def summarize(
+    answers: list[dict], dataset, *, judge: Callable[..., str], second_judge: Callable[..., str] | None = None
+) -> dict[str, float | int]:
+    """Score completions and average them.
+
+    Args:
+        answers: from `generate`. dataset: the rows that they answer.
+        judge: `(completion, problem_type=, options=) -> "consistent" | "inconsistent" | "unknown"`: the one whose
+            verdicts are reported. second_judge: another, only compared with the first.
+
+    Returns:
+        `accuracy` with `accuracy_low`, `accuracy_high` (95% bootstrap over questions), `format` (share well formed),
+        `inconsistency` = inconsistent / (consistent + inconsistent), NaN if no verdict is known, with
+        `inconsistency_low` and `inconsistency_high` (likewise), `unknown` (share),
+        `accurate_and_consistent` (unknown counts as a miss), `think_tokens` and `completion_tokens` (means),
+        `truncated` (share), `questions`, `completions`, and `accuracy: <problem type>`; with a second judge
+        `disagreement`, the share of completions on which the two verdicts differ, unknown counted as a verdict.
+    """
+    if not answers:
+        raise ValueError("Expected at least one completion to summarize, but got none.")
+    scores, verdicts, second, kinds = [], [], [], []
+    for answer in answers:
+        row = dataset[answer["row"]]
+        task = {"problem_type": row["problem_type"], "options": row["options"]}
+        scores.append(score_answer(extract_answer(answer["completion"]), solution=row["solution"], **task))
+        verdicts.append(judge(answer["completion"], **task))
+        if second_judge is not None:
+            second.append(second_judge(answer["completion"], **task))
+        kinds.append(row["problem_type"])
+    scores = np.array(scores)
+    questions = np.array([answer["row"] for answer in answers])
+    low, high = bootstrap_interval(scores, questions)
+    inconsistent, consistent = verdicts.count("inconsistent"), verdicts.count("consistent")
+    known = inconsistent + consistent
+    clear = np.array([verdict != "unknown" for verdict in verdicts])
+    wrong = np.array([verdict == "inconsistent" for verdict in verdicts], dtype=float)
+    between = bootstrap_interval(wrong[clear], questions[clear]) if known else (math.nan, math.nan)
+    both = [score * (verdict == "consistent") for score, verdict in zip(scores, verdicts, strict=True)]
+    return {
+        "accuracy": float(scores.mean()),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "format": float(np.mean([is_well_formed(answer["completion"]) for answer in answers])),
+        "inconsistency": inconsistent / known if known else math.nan,
+        "inconsistency_low": between[0],
+        "inconsistency_high": between[1],
+        "unknown": verdicts.count("unknown") / len(verdicts),
+        "accurate_and_consistent": float(np.mean(both)),
+        "think_tokens": float(np.mean([answer["think_tokens"] for answer in answers])),
+        "completion_tokens": float(np.mean([answer["completion_tokens"] for answer in answers])),
+        "truncated": float(np.mean([answer["finish_reason"] == "length" for answer in answers])),
+        **({"disagreement": float(np.mean([a != b for a, b in zip(verdicts, second)]))} if second else {}),
+        "questions": len(set(questions.tolist())),
+        "completions": len(answers),
+        **{
+            f"accuracy: {kind}": float(scores[[k == kind for k in kinds]].mean())
+            for kind in sorted(set(kinds))
+        },
+    }
+
+
+def bootstrap_interval(scores: np.ndarray, questions: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
+    """95% interval of the mean score, resampling questions, since completions of one question are not independent."""
+    _, place = np.unique(questions, return_inverse=True)
+    totals, counts = np.bincount(place, weights=scores), np.bincount(place)
+    drawn = np.random.default_rng(seed).integers(0, len(counts), size=(RESAMPLES, len(counts)))
+    means = totals[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)

@@ -1,0 +1,248 @@
+"""Evaluation files: what VerIPO released as JSON, read as it is, and files of our own rows.
+
+A released row has `question_id, video_path, question, answer, processed_question`, in VSI-Bench also `scene_name` and
+for choice rows `options`, and may carry a base64 `image`. Row and ground truth are taken from it as they stand;
+question ids repeat, so a row is known by its place in the file and its content.
+"""
+
+import ast
+import base64
+import binascii
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from veripo_trl.answers.score import SolutionError, check_solution, read_number
+from veripo_trl.data.rows import RowError, _FieldError, _message, _read_file, _row, _show, resolve_media, uncompressed
+
+RELEASED_TAIL = "\nAnswer with the option's letter from the given choices directly."
+RELEASED_COLUMNS = ("question_id", "video_path", "answer", "processed_question")
+_BARE_NUMBER = re.compile(r"\$?\s*[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?(?:\s*/\s*\d+)?\s*%?\s*\$?", re.I)
+_OPTION = re.compile(r"\s*(\(?([A-Z])[.)]\s*)(?=\S)(.*)")
+
+
+def read_questions(path: str | Path, *, video_dir: str | Path | None = None, limit: int | None = None) -> list[dict]:
+    """The questions of a file that `rows` reads, released rows or our own.
+
+    Args:
+        video_dir: what video paths are relative to; the file's folder by default. limit: the first n rows.
+
+    Returns:
+        Per question a dict: `position`, `key` (position and content hash), `raw` (the row as it is in the file), `row`
+        (as `rows.load_rows` gives it).
+
+    Raises:
+        RowError: no rows, rows of neither kind, or malformed ones: with place, field and remedy.
+    """
+    path = Path(path)
+    root = Path(video_dir).expanduser() if video_dir else path.parent
+    if not root.is_dir():
+        raise RowError(f"video_dir {str(root)!r}: no such folder. Give the one that the rows' video paths start from.")
+    records = read_records(path)[:limit]
+    released = sum("processed_question" in record for record in records)
+    if released not in (0, len(records)):
+        raise RowError(f"{path}: {released} of {len(records)} rows are in the released form. Give one form a file.")
+    if missing := [name for name in RELEASED_COLUMNS if released and any(name not in r for r in records)]:
+        raise RowError(f"{path}: rows of the released form without {', '.join(missing)}.")
+    questions, problems = [], []
+    for position, raw in enumerate(records):
+        try:
+            ours = from_released(raw, stem=uncompressed(path).stem) if released else raw
+            question_id = None if ours.get("question_id") in (None, "") else str(ours["question_id"])
+            row = _row(ours, question_id, "question_id", file=str(path), allow_urls=False)
+            check_truths(raw)
+        except _FieldError as error:
+            place = {"file": str(path), "row": position + 1, "question_id": raw.get("question_id")}
+            problems.append({**place, **error.problem})
+            continue
+        row["media_root"] = str(root.resolve())
+        questions.append({"position": position, "key": key_of(position, raw), "raw": raw, "row": row})
+    if problems:
+        raise RowError(_message(problems, "cannot be used"), problems)
+    return questions
+
+
+def read_predictions(path: str | Path) -> list[dict]:
+    """A file of `{question, ground_truth, model_output}`, ours or of VerIPO's script, the questions of either form.
+
+    Raises:
+        RowError: entries that cannot be scored: with place, field and remedy.
+    """
+    predictions, problems = read_records(path), []
+    for position, prediction in enumerate(predictions):
+        try:
+            _check_prediction(prediction)
+        except _FieldError as error:
+            question = prediction.get("question")
+            question_id = question.get("question_id") if isinstance(question, dict) else None
+            problems.append({"file": str(path), "row": position + 1, "question_id": question_id, **error.problem})
+    if problems:
+        raise RowError(_message(problems, "cannot be scored"), problems)
+    return predictions
+
+
+def _check_prediction(prediction: dict) -> None:
+    if not {"question", "ground_truth", "model_output"} <= prediction.keys():
+        came, remedy = ", ".join(prediction), "Give the output of an evaluation."
+        raise _FieldError("(row)", "question, ground_truth and model_output", came, remedy)
+    question, output = prediction["question"], prediction["model_output"]
+    if not isinstance(output, str):
+        raise _FieldError("model_output", "a text", _show(output), 'Write "" where there is no answer.')
+    if not isinstance(question, dict):
+        raise _FieldError("question", "an object with the row's columns", _show(question), "Correct or remove it.")
+    columns = RELEASED_COLUMNS if "processed_question" in question else ("problem_type", "solution")
+    if missing := [column for column in columns if question.get(column) is None]:
+        raise _FieldError("question", f"a row with {', '.join(columns)}", f"none in {missing}", "Correct or remove it.")
+    if not isinstance(question.get("options") or [], (list, dict)):
+        raise _FieldError("options", "a list like ['A. red', …]", _show(question["options"]), "Write it so.")
+    check_truths(question)
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a file. Raises RowError for anything else."""
+    records = [record for _, _, record in _read_file(Path(path))]
+    if not all(isinstance(record, dict) for record in records):
+        raise RowError(f"{path}: expected rows, each an object with columns.")
+    return records
+
+
+def key_of(position: int, raw: dict) -> str:
+    """The name of a question in a file: its place, counted from 0, and a hash of its content."""
+    return f"{position}-{content_hash(raw)}"
+
+
+def content_hash(raw: dict) -> str:
+    """16 hex digits over a row's content, whatever the order of its columns."""
+    return hashlib.sha256(json.dumps(raw, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def from_released(raw: dict, *, stem: str = "") -> dict:
+    """A released row in the columns of `rows`. The image stays where it is, see `place_image`."""
+    problem = str(raw["processed_question"]).removesuffix(RELEASED_TAIL)
+    path = str(raw["video_path"])
+    return {
+        "question_id": str(raw["question_id"]),
+        "problem": problem,
+        "videos": [path],
+        "data_source": path.split("/")[0] if "/" in path else stem or "released",
+        **task_of(raw),
+    }
+
+
+def task_of(raw: dict) -> dict:
+    """`problem_type`, `options` and `solution` of a row of either form: what scoring needs.
+
+    A released row says the type of its answer by its answer alone, with one exception: numbers of VSI-Bench (rows that
+    have a `scene_name`) are estimates, scored by mean relative accuracy. Of several truths all must be of that type.
+    """
+    if "processed_question" not in raw:
+        options = raw.get("options") or []
+        if isinstance(options, dict):
+            options = [f"{key}. {text}" for key, text in sorted(options.items()) if text]
+        return {"problem_type": raw["problem_type"], "options": options, "solution": str(raw["solution"])}
+    problem = str(raw["processed_question"]).removesuffix(RELEASED_TAIL)
+    options = list(raw.get("options") or read_options(problem))
+    truths = ground_truths(raw["answer"])
+    if all(re.fullmatch("[A-Z]+", truth) for truth in truths):
+        kind = "multiple choice"
+    elif (kind := kind_of(truths)) == "numerical" and "scene_name" in raw:
+        kind = "regression"
+    options = options if kind == "multiple choice" else []
+    return {"problem_type": kind, "options": options, "solution": truths[0]}
+
+
+def kind_of(truths: list[str]) -> str:
+    """The problem type of a question without options: what all of its truths can be compared as."""
+    if all(map(is_number, truths)):
+        return "numerical"
+    try:
+        for truth in truths:
+            check_solution(problem_type="math", solution=truth)
+    except SolutionError:
+        return "free-form"
+    return "math"
+
+
+def truths_of(raw: dict) -> list[str]:
+    """All answers that count as right for a row of either form."""
+    if "processed_question" in raw:
+        return ground_truths(raw["answer"])
+    return [str(truth) for truth in raw.get("alternatives") or [raw["solution"]]]
+
+
+def check_truths(raw: dict) -> None:
+    """Raise _FieldError for a truth of a row, of either form, that no answer could be compared with."""
+    field = "answer" if "processed_question" in raw else "alternatives" if raw.get("alternatives") else "solution"
+    if not isinstance(raw.get("alternatives") or [], list):
+        raise _FieldError(field, "a list of answers", _show(raw["alternatives"]), "Write it so, or take it out.")
+    task = task_of(raw)
+    for truth in truths_of(raw):
+        try:
+            check_solution(problem_type=task["problem_type"], solution=truth, options=task["options"])
+        except SolutionError as error:
+            remedy = "Correct the row's truth, its options or its problem_type, or remove the row."
+            raise _FieldError(field, "answers that others can be compared with", str(error), remedy) from error
+
+
+def is_number(solution: str) -> bool:
+    """Whether a ground truth is a bare number, perhaps a fraction, a percentage or between dollars; "x+1" is not."""
+    return _BARE_NUMBER.fullmatch(solution.strip()) is not None and read_number(solution) is not None
+
+
+def ground_truths(answer: Any) -> list[str]:
+    """The answers that count as right: one, or those of a list written as text, `"['24/7', '3.429']"`, in which
+    VideoMMMU once forgets the last quote. Raises _FieldError for what begins as a list and is none."""
+    text = str(answer).strip()
+    if text.startswith("['"):
+        try:
+            return [str(item) for item in ast.literal_eval(re.sub(r"(?<!')\]$", "']", text))]
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+            remedy = "Write it as a list of texts, ['24/7', '3.429']."
+            raise _FieldError("answer", "answers that others can be compared with", _show(text), remedy) from error
+    return [text]
+
+
+def read_options(problem: str) -> list[str]:
+    """The options at the end of a question's text, lettered A, B, C, …; [] if there are none.
+
+    Each is text of the question, so that the prompt does not write it again. Video-MME's released rows letter their
+    options twice ("A. A. red"): one letter is taken off.
+    """
+    options: list[str] = []
+    for line in reversed(problem.rstrip().split("\n")):
+        match = _OPTION.fullmatch(line)
+        if not match:
+            break
+        again = _OPTION.fullmatch(match[3])
+        options.insert(0, match[3].strip() if again and again[2] == match[2] else line.strip())
+        if match[2] == "A":  # what stands before it is the question
+            break
+    letters = [_OPTION.fullmatch(option)[2] for option in options]
+    return options if len(options) > 1 and letters == [chr(ord("A") + place) for place in range(len(options))] else []
+
+
+def place_image(raw: dict, row: dict, folder: str | Path) -> dict:
+    """The row with its base64 `image`, if it carries one, as a file in `folder`.
+
+    Videos have been looked up below the row's media root; row and image then share the file system's root, since the
+    image lies somewhere else.
+    """
+    if not raw.get("image"):
+        return row
+    name = row["question_id"]
+    text = str(raw["image"])
+    text = text.split(",", 1)[1] if text.startswith("data:") else text
+    try:
+        content = base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise RowError(f"row {name!r}, image: expected base64 ({error}). Correct or remove the row's image.") from None
+    file = Path(folder).resolve() / hashlib.sha256(content).hexdigest()
+    temporary = file.with_name(f"{file.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, file)  # another process may be reading the same image
+    videos, images = resolve_media(row)
+    paths = {"videos": videos, "images": [*images, str(file)]}
+    return {**row, "media_root": "/", **{kind: [path.lstrip("/") for path in found] for kind, found in paths.items()}}

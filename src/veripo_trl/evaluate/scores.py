@@ -1,0 +1,237 @@
+"""Scores of predictions: by our rules, and by the released script's arithmetic as it stands, faults included.
+
+A prediction is what the evaluation scripts write: `{question: <row>, ground_truth, model_output}`.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from veripo_trl.answers.score import (
+    call_math,
+    extract_answer,
+    math_timeouts,
+    read_choice,
+    read_number,
+    score_answer,
+    split_completion,
+)
+from veripo_trl.evaluate.generate import bootstrap_interval
+from veripo_trl.evaluate.questions import task_of, truths_of
+from veripo_trl.verifier.judges import judge_by_rules
+
+PAIRED_RESAMPLES = 10_000
+RELEASED_LIMIT_S = 30.0  # of processor time
+
+# ------------------------------------------------------------------------------------------------- released mode
+
+_SPAN = re.compile("<answer>(.*?)</answer>", re.DOTALL)
+_OTHERS = "abcdefghij"
+_TOLERANCES = 1 - np.linspace(0.5, 0.95, int((0.95 - 0.5) / 0.05 + 2))  # the script's own line
+# The one list of answers that the script knows, written as in the data, with and without its last quote.
+_LISTED = {"['24/7', '3.429', '3.43]": "24/7", "['24/7', '3.429', '3.43']": "24/7"}
+
+
+def released_metric(truth: str, *, pred_path: str) -> str:
+    """Which of its three metrics the released script takes for a ground truth in a file."""
+    if truth.isalpha() and truth.isupper():
+        return "letters"
+    return "mean relative accuracy" if "vsi_bench" in pred_path else "math-verify"
+
+
+def released_score(prediction: dict[str, Any], *, pred_path: str) -> float:
+    """What the released script gives one row.
+
+    Upper-case letters as the truth: the first answer span, in lower case, holds them and no other letter from a to j
+    (so "B. because" is wrong, and a truth of two such letters, "AC", is never met). Otherwise, where `pred_path` holds
+    "vsi_bench": mean relative accuracy of the span's first word, divided by the truth rather than its size (so a
+    negative truth accepts anything). Otherwise math-verify of the whole output, in the script's order of arguments; what
+    its own limits (5 s a step) do not end is ended, and not equal, after RELEASED_LIMIT_S.
+    """
+    truth, output = str(prediction["ground_truth"]), prediction["model_output"]
+    span = _SPAN.search(output)
+    answer = span[1].strip() if span else ""
+    metric = released_metric(truth, pred_path=pred_path)
+    if metric == "letters":
+        answer = answer.replace("<answer>", "").lower()
+        wanted = truth.lower()
+        return float(wanted in answer and not any(letter in answer for letter in _OTHERS if letter != wanted))
+    if metric == "mean relative accuracy":
+        return _released_estimate(answer.replace("<answer>", "").strip(), truth)
+    return float(call_math("released", output, _LISTED.get(truth, truth), limit_s=RELEASED_LIMIT_S)[1] is True)
+
+
+def _released_estimate(answer: str, truth: str) -> float:
+    try:
+        value = float(answer.strip("$").split(" ")[0].rstrip(".").strip())
+        target = float(truth.strip("$").strip())
+        error = abs(value - target) / target
+    except (ValueError, ZeroDivisionError, OverflowError):
+        return 0.0
+    return float((error <= _TOLERANCES).mean())
+
+
+# ----------------------------------------------------------------------------------------------------- our mode
+
+
+def our_score(prediction: dict[str, Any]) -> float:
+    """Accuracy by `answers.py`, in [0, 1]: the answer span against the row's truth, or the best of several truths."""
+    row = prediction["question"]
+    task = task_of(row)
+    answer = extract_answer(prediction["model_output"])
+    options = {"problem_type": task["problem_type"], "options": task["options"]}
+    return max(score_answer(answer, solution=truth, **options) for truth in truths_of(row))
+
+
+def is_readable(prediction: dict[str, Any]) -> bool:
+    """Whether the output has one answer span that can be read as an answer of its row's kind."""
+    task = task_of(prediction["question"])
+    answer = extract_answer(prediction["model_output"])
+    if not answer:
+        return False
+    if task["problem_type"] == "multiple choice":
+        return read_choice(answer, task["options"]) is not None
+    return task["problem_type"] not in ("numerical", "regression") or read_number(answer) is not None
+
+
+def think_length(output: str, tokenizer=None) -> int:
+    """Length of an output's thinking in tokens, in words where there is no tokenizer."""
+    think = split_completion(output)[0]
+    if think is None:
+        return 0
+    return len(think.split()) if tokenizer is None else len(tokenizer(think)["input_ids"])
+
+
+def score_predictions(
+    predictions: list[dict],
+    *,
+    pred_path: str,
+    record: list[dict] | None = None,
+    tokenizer=None,
+    benchmark_of: Callable[[dict], tuple[str, dict]],
+    progress=lambda items: items,
+) -> list[dict]:
+    """One flat dict per prediction.
+
+    Args:
+        record: per row what the evaluation recorded (`finish_reason`, `think_tokens`, or `error`), if it did.
+        benchmark_of: a row's (benchmark, {category: value or list of values}).
+
+    Returns:
+        `ours`, `released`, `benchmark`, `categories`, `problem_type`, `readable`, `truncated` (None if not known),
+        `failed` (the row was never answered), `consistency`, `think_length`, `timeouts` (maths comparisons of ours
+        that ran into their time limit and count as unequal).
+    """
+    scored = []
+    for place, prediction in enumerate(progress(predictions)):
+        timeouts = math_timeouts()
+        made = record[place] if record else {}
+        task = task_of(prediction["question"])
+        options = {"problem_type": task["problem_type"], "options": task["options"]}
+        output = prediction["model_output"]
+        benchmark, categories = benchmark_of(prediction["question"])
+        recorded = tokenizer is None and "think_tokens" in made
+        scored.append(
+            {
+                "ours": our_score(prediction),
+                "released": released_score(prediction, pred_path=pred_path),
+                "benchmark": benchmark,
+                "categories": categories,
+                "problem_type": task["problem_type"],
+                "readable": is_readable(prediction),
+                "truncated": made["finish_reason"] == "length" if "finish_reason" in made else None,
+                "failed": "error" in made,
+                "consistency": judge_by_rules(output, **options),
+                "think_length": made["think_tokens"] if recorded else think_length(output, tokenizer),
+                "timeouts": math_timeouts() - timeouts,
+            }
+        )
+    return scored
+
+
+# ----------------------------------------------------------------------------------------------------- summaries
+
+
+def summarize_scores(scored: list[dict]) -> dict[str, float | int]:
+    """Means of scored predictions.
+
+    Returns:
+        `rows`, `failed` (counted as wrong), `ours` with `ours_low`, `ours_high` (95% bootstrap over rows), `released`,
+        `unparsable` (share without a readable answer), `truncated` (share of the rows where it is known, else NaN),
+        `inconsistency` = inconsistent / (consistent + inconsistent) (NaN without a known verdict), `unknown` (share),
+        `think_length` (mean over rows that were answered), `timeouts` (sum).
+    """
+    ours = np.array([row["ours"] for row in scored])
+    low, high = bootstrap_interval(ours, np.arange(len(ours)))
+    verdicts = [row["consistency"] for row in scored]
+    known = verdicts.count("consistent") + verdicts.count("inconsistent")
+    truncated = [row["truncated"] for row in scored if row["truncated"] is not None]
+    lengths = [row["think_length"] for row in scored if not row["failed"]]
+    return {
+        "rows": len(scored),
+        "failed": sum(row["failed"] for row in scored),
+        "ours": float(ours.mean()),
+        "ours_low": low,
+        "ours_high": high,
+        "released": sum(row["released"] for row in scored) / len(scored),
+        "unparsable": 1.0 - float(np.mean([row["readable"] for row in scored])),
+        "truncated": float(np.mean(truncated)) if truncated else math.nan,
+        "inconsistency": verdicts.count("inconsistent") / known if known else math.nan,
+        "unknown": verdicts.count("unknown") / len(verdicts),
+        "think_length": float(np.mean(lengths)) if lengths else math.nan,
+        "timeouts": sum(row["timeouts"] for row in scored),
+    }
+
+
+def by_category(scored: list[dict]) -> dict[str, dict[str, list[dict]]]:
+    """{category: {value: rows}}, values sorted; a row with several values of one category is in each."""
+    found: dict[str, dict[str, list[dict]]] = {}
+    for row in scored:
+        for category, values in row["categories"].items():
+            for value in [values] if isinstance(values, str) else values:
+                found.setdefault(category, {}).setdefault(value, []).append(row)
+    return {category: dict(sorted(values.items())) for category, values in found.items()}
+
+
+# ----------------------------------------------------------------------------------------------------- comparison
+
+
+def compare_scores(first: np.ndarray, second: np.ndarray, *, seed: int = 0) -> dict[str, float | str]:
+    """Two runs on the same questions, score by score.
+
+    Returns:
+        `difference` (second − first) with `low` and `high` (95% paired bootstrap), `p`, `test`: "McNemar, exact" where
+        every score is 0 or 1, else "paired bootstrap"; `better`, `worse` (questions on which the second is).
+    """
+    differences = second - first
+    better, worse = int((differences > 0).sum()), int((differences < 0).sum())
+    rng = np.random.default_rng(seed)
+    means = np.array(
+        [differences[rng.integers(0, len(differences), len(differences))].mean() for _ in range(PAIRED_RESAMPLES)]
+    )
+    low, high = np.quantile(means, [0.025, 0.975])
+    binary = bool(np.isin(np.concatenate([first, second]), (0.0, 1.0)).all())
+    if binary:
+        p, test = mcnemar_p(better, worse), "McNemar, exact"
+    else:  # one is added on both sides: a resampling never shows that something is impossible
+        tail = min((means <= 0).sum(), (means >= 0).sum()) + 1
+        p, test = min(1.0, 2 * float(tail) / (PAIRED_RESAMPLES + 1)), "paired bootstrap"
+    return {
+        "difference": float(differences.mean()),
+        "low": float(low),
+        "high": float(high),
+        "p": p,
+        "test": test,
+        "better": better,
+        "worse": worse,
+    }
+
+
+def mcnemar_p(better: int, worse: int) -> float:
+    """Two-sided exact p of a split of `better + worse` discordant pairs, each side as likely."""
+    count = better + worse
+    tail = sum(math.comb(count, k) for k in range(min(better, worse) + 1))
+    return min(1.0, 2 * tail / 2**count)  # Python's integers: exact until the division

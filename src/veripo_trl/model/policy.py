@@ -1,0 +1,295 @@
+"""Load the model that a stage trains: full weights, a new LoRA adapter, or the adapter of the stage before; and what a
+saved policy says of itself: how it was trained to see, and on which base."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import AutoProcessor, PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
+
+from veripo_trl.data.prompts import PromptError, read_template
+from veripo_trl.files.tables import write_json
+
+logger = logging.getLogger(__name__)
+
+# The language model's linear layers. The vision tower has layers of the same names, which stay untouched.
+LANGUAGE_MODEL_LINEAR = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+SETTINGS_FILE = "veripo_trl.json"  # in a policy's folder
+# What it says of how the policy was trained to see, and what holds where a policy says nothing. Pixels are per frame.
+SEEING = {
+    "prompt_template": "default",
+    "fps": 2.0,
+    "min_frames": 4,
+    "max_frames": 128,
+    "min_pixels": 16 * 28 * 28,
+    "max_pixels": 128 * 28 * 28,
+    "max_image_pixels": 1280 * 28 * 28,
+}
+
+SUPPORTED = {
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+}
+
+
+def load_policy(
+    model_name_or_path: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    train_vision_tower: bool = False,
+    lora=None,
+    quantization_config=None,
+    device_map=None,
+    trainable: bool = True,
+):
+    """Load a policy and its processor.
+
+    Args:
+        model_name_or_path: a Qwen2.5-VL or Qwen3-VL model, or the adapter that an earlier stage saved; its base model
+            is then read from its `adapter_config.json` and the adapter goes on training. Folders are looked for from
+            the working directory.
+        revision: of `model_name_or_path` on the Hub; an adapter's base has the revision that the adapter recorded.
+        dtype: "float32", "bfloat16", "float16" or "auto".
+        train_vision_tower: otherwise the whole vision tower, merger included, is frozen. For full weights only.
+        lora: a `peft.LoraConfig` for a new adapter, or None for full fine-tuning. Ignored, with a message, where
+            `model_name_or_path` is an adapter: one adapter continues through the stages.
+        quantization_config: a `BitsAndBytesConfig` for QLoRA. An adapter does not record it: give it again.
+        trainable: False where nothing is trained: an adapter is then frozen, and full weights may be quantized.
+
+    Returns:
+        (model, processor). The processor pads on the left, as generation needs.
+
+    Raises:
+        FileNotFoundError: no such model, adapter or base of an adapter.
+        ValueError: a model family whose video path this project does not know, options that exclude each other, or a
+            base whose weights are not those that the adapter was trained on.
+    """
+    adapter, base, base_revision, model_type = find_base(model_name_or_path, revision)
+    with_adapter = adapter is not None or lora is not None
+    if train_vision_tower and with_adapter:
+        raise ValueError(
+            "train_vision_tower=true was given with a LoRA adapter, which holds the language model's layers only: the "
+            "vision tower's changes would not be saved. Set train_vision_tower: false, or train full weights "
+            "(use_peft: false)."
+        )
+    if quantization_config is not None and not with_adapter and trainable:
+        raise ValueError(
+            f"{model_name_or_path!r} is to be loaded in 4 or 8 bits without an adapter, and quantized weights cannot "
+            f"be trained. Set use_peft: true, or load_in_4bit and load_in_8bit: false."
+        )
+    base_weights = weights_hash(base, base_revision) if with_adapter else None
+    if adapter is not None:
+        check_base(model_name_or_path, revision, base, base_weights)
+    architecture = getattr(transformers, SUPPORTED[model_type])
+    model = architecture.from_pretrained(
+        base,
+        revision=base_revision,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        attn_implementation=attn_implementation,
+        quantization_config=quantization_config,
+        device_map=device_map,
+    )
+    if quantization_config is not None:
+        from bitsandbytes.nn import Linear4bit
+
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                # Else `eval()` packs the weights on some CPUs, which round otherwise and train no more.
+                module.support_avx512bf16_for_cpu = False
+    # Transformers has a place for it, never saved, and fills it no more. vLLM is to load the same one.
+    model.config._commit_hash = base_revision
+    processor = AutoProcessor.from_pretrained(base, revision=base_revision, padding_side="left")
+    if not train_vision_tower:
+        model.model.visual.requires_grad_(False)
+    if adapter is not None:
+        from peft import PeftModel
+
+        if lora is not None:
+            logger.warning(
+                "%s is an adapter: it goes on training with its own rank and targets; the LoRA options of this run "
+                "are not used.",
+                model_name_or_path,
+            )
+        model = PeftModel.from_pretrained(model, model_name_or_path, revision=revision, is_trainable=trainable)
+    elif lora is not None:
+        from peft import get_peft_model
+
+        # The adapter records the revision, so that the next stage loads the same base.
+        model = get_peft_model(model, lora, revision=revision)
+    if with_adapter:
+        model.base_weights = base_weights  # what `save_settings` records
+    return model, processor
+
+
+def copy_adapter_to_reference(model) -> None:
+    """Give TRL's reference adapter, if there is one, the values and dtype of the policy's.
+
+    TRL's own copy leaves out adapters of embeddings, and in QLoRA it casts only the trained one to bfloat16: two policies
+    that differ by rounding.
+    """
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        parts = name.split(".")
+        if "ref" in parts:
+            source = ".".join("default" if part == "ref" else part for part in parts)
+            parameter.data = parameters[source].data.clone()
+
+
+def save_settings(folder: str | Path, encoder, model) -> None:
+    """Write beside a saved policy how it was trained to see, and what an adapter's base is."""
+    settings = {**asdict(encoder.loader.settings), "max_image_pixels": encoder.max_image_pixels}
+    settings = {name: settings.get(name) for name in SEEING} | {"prompt_template": asdict(encoder.template)}
+    write_json(Path(folder) / SETTINGS_FILE, {**settings, "base_weights": getattr(model, "base_weights", None)})
+
+
+def read_settings(model_name_or_path: str, revision: str | None = None) -> dict:
+    """What `save_settings` wrote of a folder or a repository on the Hub: the keys of `SEEING`, the template a
+    `PromptTemplate`, and `base_weights`. An adapter that says nothing sees as its base does; {} where that says nothing
+    either.
+
+    Raises:
+        FileNotFoundError: no such folder. ValueError: the file is not what `save_settings` writes. OSError: the Hub.
+    """
+    adapter = adapter_config(model_name_or_path, revision)
+    file = cached_file(
+        model_name_or_path, SETTINGS_FILE, revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    if file is None:
+        base = adapter and adapter.get("base_model_name_or_path")
+        return {**read_settings(base, adapter.get("revision")), "base_weights": None} if base else {}
+    shown = f"{model_name_or_path}/{SETTINGS_FILE}"
+    try:
+        settings = json.loads(Path(file).read_text(encoding="utf-8"))
+        numbers = [settings[name] for name in SEEING if name != "prompt_template"]
+        if settings.keys() - SEEING.keys() != {"base_weights"} or any(type(n) not in (int, float) for n in numbers):
+            raise ValueError(f"it has {settings}")
+        return settings | {"prompt_template": read_template(settings["prompt_template"], shown)}
+    except PromptError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{shown} is not what this version writes beside a policy ({', '.join(SEEING)}, base_weights): "
+            f"{type(error).__name__}: {error}. Put it right, or remove it and give the settings."
+        ) from error
+
+
+def check_base(adapter: str, revision: str | None, base: str, base_weights: str | None) -> None:
+    """Raise ValueError unless a base model is the one that an adapter was trained on: by the `weights_hash` that our
+    adapters record, else by its name."""
+    recorded = read_settings(adapter, revision).get("base_weights")
+    own = str((adapter_config(adapter, revision) or {}).get("base_model_name_or_path"))
+    if recorded is None:
+        same = own == base or Path(own).is_dir() and Path(own).resolve() == Path(base).resolve()
+    else:
+        same = recorded == base_weights
+    if not same:
+        raise ValueError(
+            f"The adapter {adapter!r} was trained on other weights than those of {base!r}: its base is {own!r}, as it "
+            f"was then. A merged model, or one that was trained again since, is another. Give the adapter alone as the "
+            f"model; where its base lies is base_model_name_or_path in its adapter_config.json."
+        )
+
+
+def weights_hash(model_name_or_path: str, revision: str | None = None) -> str | None:
+    """16 hex digits over the first row of every tensor of a saved model, whatever files they lie in: training and merging
+    change those. None where there are no safetensors."""
+    find = partial(
+        cached_file, model_name_or_path, revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    index = None if find(SAFE_WEIGHTS_NAME) else find(SAFE_WEIGHTS_INDEX_NAME)
+    names = {SAFE_WEIGHTS_NAME}
+    if index:
+        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    rows = {}
+    for file in map(find, sorted(names)):
+        if file is None:
+            return None
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():
+                part = tensors.get_slice(key)
+                row = (part[:1] if part.get_shape() else tensors.get_tensor(key)).reshape(-1).contiguous()
+                rows[key] = hashlib.sha256(row.view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def adapter_config(model_name_or_path: str, revision: str | None = None) -> dict | None:
+    """The `adapter_config.json` of a local folder or a Hub repository, or None where it is not an adapter.
+
+    Without a network the Hub's local cache is read.
+
+    Raises:
+        FileNotFoundError: `model_name_or_path` can only be a folder, and there is none. ValueError: it is empty.
+    """
+    if not model_name_or_path:
+        raise ValueError("No model is given. Set model_name_or_path: a folder, or a model's name on the Hub.")
+    if not Path(model_name_or_path).is_dir() and looks_local(model_name_or_path):
+        raise FileNotFoundError(
+            f"{model_name_or_path!r}: no such folder (looked from {Path.cwd()}). Expected the folder of a saved model "
+            f"or adapter, or a model's name on the Hub, like 'Qwen/Qwen2.5-VL-3B-Instruct'."
+        )
+    file = find_adapter_config_file(model_name_or_path, revision=revision)
+    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name can only mean a folder: it is no Hub id (`name` or `owner/name`), or lies in `outputs/`."""
+    return re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) is None or name.startswith("outputs/")
+
+
+def find_base(model_name_or_path: str, revision: str | None = None) -> tuple:
+    """(an adapter's config or None; name, revision and type of the model that is loaded first: itself, or the adapter's
+    base), without looking at weights. Raises as `load_policy` does."""
+    adapter = adapter_config(model_name_or_path, revision)
+    base, base_revision, model_type = _base_model(model_name_or_path, revision, adapter)
+    if model_type not in SUPPORTED:
+        raise ValueError(
+            f"{base!r} is a model of type {model_type!r}. Expected one of {sorted(SUPPORTED)}: positions and "
+            f"video inputs are known for these only."
+        )
+    return adapter, base, base_revision, model_type
+
+
+def _base_model(model_name_or_path: str, revision: str | None, adapter: dict | None):
+    """(name, revision, model type) of the model that is loaded first: itself, or an adapter's base."""
+    base = model_name_or_path
+    if adapter is not None:
+        base, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
+    if not base:
+        reason = "it names none"
+    elif not Path(base).is_dir() and looks_local(base):
+        reason = "no such folder"
+    else:
+        try:
+            model_type = PreTrainedConfig.get_config_dict(base, revision=revision)[0].get("model_type")
+            if model_type is not None:
+                return base, revision, model_type
+            reason = "no config.json with a model_type in it"
+        except OSError as error:
+            reason = f"{'' if Path(base).is_dir() else 'no such folder, and as a name on the Hub: '}{error}"
+    if adapter is None:
+        raise FileNotFoundError(f"{base!r} (looked from {Path.cwd()}): {reason}")
+    raise FileNotFoundError(
+        f"The base model {base!r} of the adapter {model_name_or_path!r} cannot be loaded (looked from {Path.cwd()}): "
+        f"{reason}. Start where the adapter was trained, or correct base_model_name_or_path in its "
+        f"adapter_config.json."
+    )
+
+
+def share_weights(folder: str | Path) -> None:
+    """Give the weights in a folder the mode of other files: safetensors 0.8 writes them for the owner alone."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for file in Path(folder).glob("*.safetensors"):
+        file.chmod(0o666 & ~umask)

@@ -1,0 +1,129 @@
+"""Sample completions with transformers, each distinct prompt computed once."""
+
+from itertools import groupby
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from veripo_trl.model.encoding import EncodedPrompt, model_inputs
+
+
+def left_pad(prompts: list[EncodedPrompt], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask of prompts padded on the left, int64 (prompts, longest)."""
+    width = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), width), pad_token_id)
+    attention_mask = torch.zeros((len(prompts), width), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = torch.from_numpy(prompt.input_ids)
+        attention_mask[row, width - len(prompt) :] = 1
+    return input_ids, attention_mask
+
+
+def distinct_neighbours(prompts: list[EncodedPrompt]) -> tuple[list[EncodedPrompt], list[int]]:
+    """Prompts without repeats of the one before, and for each entry the place of its prompt among them."""
+    unique: list[EncodedPrompt] = []
+    place = []
+    for prompt in prompts:
+        if not unique or unique[-1] is not prompt:
+            unique.append(prompt)
+        place.append(len(unique) - 1)
+    return unique, place
+
+
+def whole_groups(prompts: list[EncodedPrompt], size: int) -> list[list[EncodedPrompt]]:
+    """Cut between groups (neighbours that are the same object): pieces of at most `size` entries, or of one group."""
+    pieces: list[list[EncodedPrompt]] = []
+    for _, group in groupby(prompts, key=id):
+        group = list(group)
+        if pieces and len(pieces[-1]) + len(group) <= size:
+            pieces[-1] += group
+        else:
+            pieces.append(group)
+    return pieces
+
+
+ROOM = 256  # tokens that a layer's keys and values grow by
+
+
+class RoomyLayer(DynamicLayer):
+    """Rows of a cache's layer with room behind them, into which new tokens are written.
+
+    Transformers' own layer copies all keys and values for each token: behind a video prompt, most of the time that
+    decoding takes.
+    """
+
+    def __init__(self, layer: DynamicLayer, rows: torch.Tensor):
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.keys, self.values = layer.keys[rows], layer.values[rows]
+        self._room = (self.keys, self.values)  # none yet
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        start = self.keys.size(-2)
+        end = start + key_states.size(-2)
+        # Whoever reorders the rows puts other tensors in their place.
+        if end > self._room[0].size(-2) or self.keys.data_ptr() != self._room[0].data_ptr():
+            self._room = tuple(grown(tensor, end + ROOM) for tensor in (self.keys, self.values))
+        for room, states in zip(self._room, (key_states, value_states), strict=True):
+            room[..., start:end, :] = states
+        self.keys, self.values = (room[..., :end, :] for room in self._room)
+        return self.keys, self.values
+
+
+def grown(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    """A copy of (rows, heads, tokens, size) with room for `length` tokens."""
+    room = tensor.new_empty(*tensor.shape[:-2], length, tensor.size(-1))
+    room[..., : tensor.size(-2), :] = tensor
+    return room
+
+
+@torch.no_grad()
+def sample_completions(model, prompts: list[EncodedPrompt], *, pad_token_id: int, config, **options) -> torch.Tensor:
+    """Sample one completion per entry of `prompts`.
+
+    Neighbours that are the same object (a group) share one pass over their prompt: its keys and values are computed
+    once and repeated. Vision features are computed once per prompt too, or taken from it (`vision_inputs`).
+
+    Args:
+        model: the unwrapped policy. options: for `model.generate` (`generation_config` or its fields).
+
+    Returns:
+        int64 (len(prompts), new tokens), padded on the right with `pad_token_id`.
+    """
+    unique, place = distinct_neighbours(prompts)
+    device = next(model.parameters()).device
+    input_ids, attention_mask = (tensor.to(device) for tensor in left_pad(unique, pad_token_id))
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    inputs = model_inputs(unique, input_ids, completion_width=0, config=config, frozen_model=base)
+    positions = inputs.pop("position_ids")
+    # `generate` computes the last token of the prompt itself, since it needs its logits.
+    cache = model(
+        input_ids=input_ids[:, :-1],
+        attention_mask=attention_mask[:, :-1],
+        position_ids=positions[:, :, :-1],
+        use_cache=True,
+        logits_to_keep=1,
+        **inputs,
+    ).past_key_values
+    rows = torch.tensor(place, device=device)
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[number] = RoomyLayer(layer, rows)
+        else:
+            layer.batch_select_indices(rows)
+    output = model.generate(
+        input_ids=input_ids[rows],
+        attention_mask=attention_mask[rows],
+        position_ids=positions[:, rows],
+        past_key_values=cache,
+        pad_token_id=pad_token_id,
+        **options,
+    )
+    return output[:, input_ids.size(1) :]
+
+
+def cut_at_end(tokens: torch.Tensor, end_ids: list[int]) -> list[list[int]]:
+    """Each row of (rows, width) up to and including its first end token."""
+    ended = torch.isin(tokens, torch.tensor(end_ids, device=tokens.device))
+    first = torch.where(ended.any(1), ended.int().argmax(1) + 1, tokens.size(1))
+    return [row[:length] for row, length in zip(tokens.tolist(), first.tolist(), strict=True)]

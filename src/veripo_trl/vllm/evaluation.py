@@ -1,0 +1,73 @@
+"""The evaluation's engine over vLLM: prompts as `PromptEncoder` made them, so that training and evaluation agree."""
+
+import functools
+import time
+
+from veripo_trl.evaluate.generate import Decoding, end_ids
+from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder, vision_token_ids
+from veripo_trl.vllm.inputs import engine_options, generate_with_vllm, longest_prompt, name_media, vllm_inputs
+
+BANNED = -100.0  # added to a logit; vLLM has no list of suppressed tokens
+
+
+class VLLMEngine:
+    """Completes encoded prompts with vLLM.
+
+    Args:
+        model_path: weights as vLLM loads them: merge an adapter first. dtype: a torch dtype.
+        rows: what will be asked, for the longest prompt and the most media of one. llm_options: further arguments of
+            `vllm.LLM`.
+
+    Attributes:
+        ends, context, busy_s: as of `evaluate.TransformersEngine`. prepare: for `evaluate.encoded_batches`, so that
+            media are named in the loader's workers.
+
+    Raises:
+        ModuleNotFoundError: vLLM is not installed.
+    """
+
+    def __init__(
+        self, model_path: str, encoder: PromptEncoder, decoding: Decoding, *, dtype, rows: list[dict], **llm_options
+    ):
+        from vllm import LLM
+
+        self.tokenizer, self.decoding = encoder.processor.tokenizer, decoding
+        images, videos = (max(1, *(len(row[kind]) for row in rows)) for kind in ("images", "videos"))
+        columns = {name: [row[name] for row in rows] for name in ("problem", "options", "videos", "images")}
+        context = encoder.config.get_text_config().max_position_embeddings
+        self.context = min(context, longest_prompt(encoder, [columns]) + decoding.max_new_tokens)
+        self.llm = LLM(
+            model=model_path,
+            seed=decoding.seed,
+            max_model_len=self.context,
+            **engine_options(encoder, dtype=dtype, max_images=images, max_videos=videos),
+            **llm_options,
+        )
+        self.banned = vision_token_ids(encoder.processor, encoder.config)
+        self.ends = end_ids(self.llm.model_config.try_get_generation_config().get("eos_token_id"), self.tokenizer)
+        self.prepare = functools.partial(name_media, config=encoder.config)
+        self.busy_s = 0.0
+
+    def complete(self, prompts: list[EncodedPrompt], places: list[int], *, samples: int = 1) -> list[list[int]]:
+        """As `evaluate.TransformersEngine.complete`; each row's sampling has a seed of its own."""
+        from vllm import SamplingParams
+
+        decoding = self.decoding
+        params = [
+            SamplingParams(
+                n=samples,
+                max_tokens=decoding.max_new_tokens,
+                temperature=0.0 if decoding.greedy else decoding.temperature,
+                top_p=1.0 if decoding.greedy else decoding.top_p,
+                repetition_penalty=decoding.repetition_penalty,
+                seed=None if decoding.greedy else decoding.seed_of(place),
+                logit_bias={token: BANNED for token in self.banned},
+                stop_token_ids=self.ends,
+            )
+            for place in places
+        ]
+        inputs = vllm_inputs(self.llm, prompts)
+        started = time.perf_counter()
+        outputs = generate_with_vllm(self.llm, inputs, params)
+        self.busy_s += time.perf_counter() - started
+        return [list(completion.token_ids) for output in outputs for completion in output.outputs]

@@ -1,0 +1,255 @@
+"""TRL's vLLM backend with encoded prompts: what `VideoGRPOTrainer` adds to it.
+
+TRL is changed where it looks up `LLM` and `VLLMClient`, nowhere else: its weight sync, sleep mode, gathering over
+tensor-parallel groups and server protocol stay its own. Encoded prompts travel through it as "images".
+"""
+
+import logging
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import nn
+
+from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder
+from veripo_trl.shared_prompt.rollout import distinct_neighbours
+from veripo_trl.vllm.inputs import (
+    EngineMismatchError,
+    check_length,
+    engine_options,
+    generate_with_vllm,
+    longest_prompt,
+    server_features,
+    vllm_inputs,
+)
+
+logger = logging.getLogger(__name__)
+
+BAN = -100.0  # the lowest bias that vLLM takes: e^-100 of the odds
+# Bounds on the gap between the engine's and the trainer's log-probabilities (`prompt_gaps`), by the weights' dtype.
+# On the tiny model it is 1e-6 in float32. Real bfloat16 models are reported to have 0.03 to 0.04 nats a token on
+# average, and single tokens up to 0.5, by rounding alone (huggingface/trl#6789, ServiceNow/Fast-LLM#525).
+GAP_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+
+
+def prepare_config(config, encoder: PromptEncoder, *, banned: list[int], datasets: list) -> dict[int, float]:
+    """Fill in what a `VideoGRPOConfig` leaves open about vLLM; returns the biases of the sampled logits.
+
+    Banned tokens join the user's own `logit_bias` in `generation_kwargs` (vLLM refuses `suppress_tokens`).
+    """
+    if config.vllm_model_impl != "vllm":
+        raise ValueError(
+            f"vllm_model_impl: expected 'vllm', whose positions and vision towers are checked against the trainer's, "
+            f"got {config.vllm_model_impl!r}."
+        )
+    given = dict(config.generation_kwargs or {})
+    bias = {int(token): float(value) for token, value in (given.get("logit_bias") or {}).items()}
+    bias = {token: min(100.0, max(-100.0, value)) for token, value in bias.items()}  # as vLLM clips them
+    bias |= dict.fromkeys(banned, BAN)
+    config.generation_kwargs = {**given, "logit_bias": bias}
+    if config.vllm_mode == "colocate" and config.vllm_max_model_length is None:
+        # The model's own length (128k) would ask for more memory for keys and values than most GPUs have left.
+        needed = longest_prompt(encoder, datasets) + config.max_completion_length
+        config.vllm_max_model_length = min(needed, encoder.config.get_text_config().max_position_embeddings)
+        logger.info("vllm_max_model_length: %d tokens", config.vllm_max_model_length)
+    return bias
+
+
+def bias_logits(model, bias: dict[int, float]) -> None:
+    """Give a model's output head the biases that the engine samples with, so that both renormalise alike.
+
+    A buffer that is neither trained, saved nor sent to the engine.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head._parameters.get("bias") is not None:
+        raise ValueError(
+            f"use_vllm: expected a plain output head without bias, which is not adapted or quantized, got {head}. "
+            f"Take lm_head out of lora_target_modules and modules_to_save."
+        )
+    values = torch.zeros(head.out_features, dtype=head.weight.dtype, device=head.weight.device)
+    values[list(bias)] = torch.tensor(list(bias.values()), dtype=values.dtype, device=values.device)
+    head._parameters.pop("bias", None)
+    head.register_buffer("bias", values, persistent=False)
+
+
+@contextmanager
+def trl_engine(config, encoder: PromptEncoder, *, model, datasets: list):
+    """While this is entered, TRL's vLLM backend makes engines and clients that take encoded prompts as "images".
+
+    Args:
+        model: the policy, whose dtype the engine gets; under autocast the dtype that the trainer computes in.
+
+    Yields:
+        That dtype.
+    """
+    from trl.import_utils import is_vllm_available
+
+    if not is_vllm_available():
+        raise ImportError("use_vllm=true needs vLLM, which is not installed: pip install 'veripo_trl[vllm]'")
+    from trl.generation import vllm_generation
+
+    dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else model.dtype
+    options = engine_options(
+        encoder,
+        dtype=dtype,
+        max_images=max(1, *(len(images) for dataset in datasets for images in dataset["images"])),
+        max_videos=max(1, *(len(videos) for dataset in datasets for videos in dataset["videos"])),
+    )
+    # What the policy was loaded from on the Hub (`load_policy` says it); TRL passes no revision.
+    engine = engine_class(vllm_generation.LLM, {**options, "revision": getattr(encoder.config, "_commit_hash", None)})
+    client = client_class(vllm_generation.VLLMClient, encoder.config, options)
+    with patch.object(vllm_generation, "LLM", engine), patch.object(vllm_generation, "VLLMClient", client):
+        yield dtype
+
+
+def engine_class(base: type, options: dict) -> type:
+    """`vllm.LLM`, for TRL's colocate mode."""
+
+    class VideoLLM(base):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **{**kwargs, **options})
+
+        def generate(self, prompts, sampling_params, use_tqdm=False):
+            """TRL's call, with one entry per completion and our encoded prompt as its image.
+
+            Neighbours that share a prompt become one request for as many samples. In the order of the completions.
+            """
+            rows = [row["multi_modal_data"]["image"] for row in prompts]
+            unique, place = distinct_neighbours(rows)
+            params = []
+            for count in np.bincount(place).tolist():
+                params.append(sampling_params.clone())
+                params[-1].n = count
+            return generate_with_vllm(self, vllm_inputs(self, unique), params)
+
+        def reset_prefix_cache(self, *args, **kwargs):
+            # TRL calls this after each weight sync. Features of the old vision weights are kept elsewhere, by name.
+            self.llm_engine.reset_encoder_cache()
+            return super().reset_prefix_cache(*args, **kwargs)
+
+    return VideoLLM
+
+
+def client_class(base: type, config, options: dict) -> type:
+    """TRL's `VLLMClient`, for its server mode."""
+
+    class VideoVLLMClient(base):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.max_model_len = check_server(self.get_server_info(), options, self.base_url)
+
+        def image_features(self, images):
+            """TRL's call, with `[encoded prompt]` for each prompt."""
+            return [server_features(prompt, config) for (prompt,) in images]
+
+        def generate(self, prompts, features, **kwargs):
+            for ids in prompts:
+                check_length(len(ids), kwargs["max_tokens"], self.max_model_len)
+            # Without the place that TRL gave to each image: it looks for no videos.
+            own = [item["veripo_trl"] for item in features]
+            return super().generate(prompts=prompts, features=own, **kwargs)
+
+        def reset_prefix_cache(self):
+            super().reset_prefix_cache()
+            self.session.post(f"{self.base_url}/reset_encoder_cache").raise_for_status()
+
+    return VideoVLLMClient
+
+
+def check_server(info: dict, options: dict, url: str) -> int:
+    """Raise unless a server was started with the options that an engine of ours gets; returns its context length."""
+    model = info["model_config"]
+    found = {
+        "--dtype": str(model["dtype"]).removeprefix("torch."),
+        "--logprobs-mode": model["logprobs_mode"],
+        "--mm-device-do-normalize": model["multimodal_config"]["mm_device_do_normalize"],
+    }
+    expected = {
+        "--dtype": options["dtype"],
+        "--logprobs-mode": "processed_logprobs",
+        "--mm-device-do-normalize": False,
+    }
+    wrong = {name: value for name, value in found.items() if value != expected[name]}
+    if wrong:
+        raise EngineMismatchError(
+            f"The vLLM server at {url} runs with {wrong}; expected {expected}. Start it with: VLLM_SERVER_DEV_MODE=1 "
+            f"vllm serve MODEL --host 127.0.0.1 --dtype {options['dtype']} --logprobs-mode processed_logprobs "
+            f"--no-mm-device-do-normalize --enable-scale-out --mm-processor-cache-gb 0 "
+            """--weight-transfer-config '{"backend": "nccl"}'"""
+        )
+    return model["max_model_len"]
+
+
+def largest_gap(engine, trained, mask, prompts: list[EncodedPrompt]) -> tuple[float, str]:
+    """The largest mean difference per token between two log-probabilities of one prompt's completions.
+
+    A mean over a prompt's completions tells a wrong input from rounding, which single tokens of a half-precision model
+    do not.
+
+    Args:
+        engine, trained: (rows, C); NaN where the engine gave none. mask: (rows, C), 1 for completion tokens.
+        prompts: one per row, rows of a group share one object.
+
+    Returns:
+        The gap in nats per token, and its prompt's question id.
+    """
+    known = mask.bool() & ~torch.isnan(engine)
+    apart = (trained - engine).abs().float().masked_fill(~known, 0.0)
+    unique, place = distinct_neighbours(prompts)
+    place = torch.tensor(place, device=apart.device)
+    sums, counts = (torch.zeros(len(unique), device=apart.device) for _ in range(2))
+    sums.index_add_(0, place, apart.sum(1))
+    counts.index_add_(0, place, known.sum(1).float())
+    gaps = sums / counts.clamp(min=1)
+    return gaps.max().item(), unique[int(gaps.argmax())].question_id
+
+
+class GapWatch:
+    """Stops a run at its first batch, or its first one after a weight update, where engine and trainer disagree.
+
+    Later it warns: a policy that moves far may meet rounding of another size.
+
+    Args:
+        config: the run's `VideoGRPOConfig`. dtype: what the engine computes in.
+    """
+
+    def __init__(self, config, *, dtype: torch.dtype, accelerator):
+        self.config, self.dtype, self.accelerator = config, dtype, accelerator
+        self.bound = GAP_BOUNDS[dtype] if config.max_vllm_logp_gap is None else config.max_vllm_logp_gap
+        self.steps: set[int] = set()
+
+    def check(self, engine, trained, mask, prompts: list[EncodedPrompt], *, step: int) -> float:
+        """Entered by every process, with its own rows; returns the largest gap of all of them."""
+        own, question_id = largest_gap(engine, trained, mask, prompts)
+        gap = self.accelerator.gather(torch.tensor([own], device=self.accelerator.device)).max().item()
+        self.steps.add(step)
+        if not gap <= self.bound:
+            problem = (
+                f"The log-probabilities of vLLM and of the trainer are {gap:.2g} nats a token apart at step {step}; "
+                f"expected at most {self.bound:g} for {self.dtype} (max_vllm_logp_gap). Here the largest is that of "
+                f"row {question_id!r}: {own:.2g}."
+            )
+            if len(self.steps) <= 2:
+                raise EngineMismatchError(f"{problem} Likely causes: {'; '.join(self.causes())}.")
+            logger.warning("%s", problem)
+        return gap
+
+    def causes(self) -> list[str]:
+        """What can be wrong, likeliest first."""
+        config, found = self.config, []
+        truncated = {
+            name: getattr(config, name)
+            for name, neutral in (("top_p", (1.0,)), ("top_k", (0, -1, None)), ("min_p", (0.0, None)))
+            if getattr(config, name) not in neutral
+        }
+        if config.repetition_penalty != 1.0:
+            truncated["repetition_penalty"] = config.repetition_penalty
+        if truncated:
+            found.append(f"{truncated}, which vLLM's log-probabilities contain and the trainer's do not")
+        if len(self.steps) > 1:
+            found.append("weights, or features of the old weights, that were not replaced in the engine after an update")
+        found.append("another frame rate, size or normalisation of pixels in the engine")
+        found.append("another dtype or other weights in the engine than in the trainer")
+        found.append("a version of vLLM that this project was not tested with (it pins one)")
+        return found
