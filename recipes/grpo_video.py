@@ -25,7 +25,7 @@ from accelerate import PartialState
 from transformers import set_seed
 from trl import ModelConfig
 
-from veripo_trl.answers.rewards import REWARDS
+from veripo_trl.answers.rewards import REWARDS, reward_function
 from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.errors import ConfigError, VeripoError, run
 from veripo_trl.files.run_folder import only_process
@@ -43,7 +43,10 @@ class GRPOArguments:
 
     rewards: list[str] = field(
         default_factory=lambda: ["accuracy", "format"],
-        metadata={"help": f"Reward functions, of {', '.join(REWARDS)}; weights are `reward_weights`."},
+        metadata={
+            "help": f"Reward functions: {', '.join(REWARDS)}, or module:function of the working directory or a package. "
+            "`reward_weights` weighs them."
+        },
     )
     cold_start: str | None = field(
         default=None,
@@ -51,9 +54,9 @@ class GRPOArguments:
     )
 
     def __post_init__(self):
-        unknown = sorted(set(self.rewards) - set(REWARDS))
-        if unknown:
-            raise ConfigError(f"Unknown rewards {unknown}; expected some of {sorted(REWARDS)}.")
+        names = [reward_function(name).__name__ for name in self.rewards]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"rewards: expected functions of different names, they are logged by them; got {names}.")
 
 
 def cold_start(config: str, model_path: str, seed: int) -> None:
@@ -115,7 +118,7 @@ def train(data_args, report, push, grpo_args, training_args, model_args) -> int 
     store = RolloutStore(Path(training_args.output_dir) / "rollouts")
     trainer = VideoGRPOTrainer(
         model=model,
-        reward_funcs=[REWARDS[name] for name in grpo_args.rewards],
+        reward_funcs=[reward_function(name) for name in grpo_args.rewards],
         args=training_args,
         train_dataset=dataset,
         processing_class=processor,

@@ -24,7 +24,7 @@ from PIL import Image
 from transformers import TrainingArguments
 from trl import ModelConfig
 
-from veripo_trl.answers.rewards import REWARDS
+from veripo_trl.answers.rewards import reward_function
 from veripo_trl.data.rows import rows_to_dataset
 from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR, SEEING
 from veripo_trl.recipe import stages
@@ -76,7 +76,7 @@ def one_step(device, config, shape, answer, search=None) -> dict:
                 parameter.register_post_accumulate_grad_hook(drop_gradient)
         encoder = stages.make_encoder(model, processor, data)
         rows = make_rows(recipe.name, data, training, answer, Path(folder))
-        rewards = [REWARDS[name] for item in settings for name in getattr(item, "rewards", [])]
+        rewards = [reward_function(name) for item in settings for name in getattr(item, "rewards", [])]
         common = {"model": model, "args": training, "processing_class": processor, "encoder": encoder}
         trainer = make_trainer(recipe.name, common, rows_to_dataset(rows), rewards, shape, answer)
         if device == "cuda":

@@ -1,9 +1,18 @@
 """The reward functions as TRL calls them: columns of a batch in, one float per completion out."""
 
+import sys
+
 import pytest
 
-from veripo_trl.answers.rewards import REWARDS, accuracy_relative_error_reward, accuracy_reward, format_reward
+from veripo_trl.answers.rewards import (
+    REWARDS,
+    accuracy_relative_error_reward,
+    accuracy_reward,
+    format_reward,
+    reward_function,
+)
 from veripo_trl.answers.score import SolutionError
+from veripo_trl.errors import ConfigError
 
 GOOD = "<think>t</think><answer>{}</answer>"
 
@@ -79,3 +88,24 @@ def test_names_are_the_metrics_names():
         "accuracy_relative_error": "accuracy_relative_error_reward",
         "format": "format_reward",
     }
+
+
+def test_a_reward_of_the_users_own(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(
+        "SCALE = 10\n\ndef brevity(completions, **kwargs):\n    return [1 - len(text) / SCALE for text in completions]\n"
+    )
+    (tmp_path / "json.py").write_text("raise RuntimeError('this file hides an installed module')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    brevity = reward_function("my_rewards:brevity")
+    assert brevity(completions=["12345"], solution=["B"]) == [0.5] and brevity.__name__ == "brevity"
+    assert reward_function("json:dumps")([1]) == "[1]"
+    assert reward_function("accuracy") is accuracy_reward
+    for name, says in (
+        ("acuracy", "expected some of accuracy"),
+        ("my_rewards:brevty", "no attribute 'brevty'"),
+        ("nowhere:brevity", "No module named 'nowhere'"),
+        ("my_rewards:SCALE", "expected a function, it is a int"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            reward_function(name)

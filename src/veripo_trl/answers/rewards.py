@@ -1,9 +1,11 @@
-"""TRL reward functions over `answers.py`; a recipe names them by their keys in `REWARDS` and weighs them by
-`reward_weights`."""
+"""TRL reward functions over `score.py`; a recipe names them by their keys in `REWARDS`, or the user's own as
+`module:function`, and weighs them by `reward_weights`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from veripo_trl.answers.score import extract_answer, is_well_formed, score_answer
+from veripo_trl.errors import ConfigError
+from veripo_trl.user_functions import is_user_function, user_function
 
 FORMAT_REWARD = 0.5
 
@@ -58,3 +60,19 @@ REWARDS = {
     "accuracy_relative_error": accuracy_relative_error_reward,
     "format": format_reward,
 }
+
+
+def reward_function(name: str) -> Callable[..., list[float]]:
+    """The reward that `rewards:` names: one of `REWARDS`, or the user's own as `module:function`.
+
+    As TRL calls it: with `completions` and every column of the batch by its name, for one float (or None) each. It is
+    logged, stored and weighed under its `__name__`.
+
+    Raises:
+        ConfigError: no such reward.
+    """
+    if name in REWARDS:
+        return REWARDS[name]
+    if is_user_function(name):
+        return user_function(name, setting="rewards")
+    raise ConfigError(f"rewards: expected some of {', '.join(REWARDS)}, or module:function; got {name!r}.")
