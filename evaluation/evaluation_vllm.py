@@ -32,9 +32,11 @@ from veripo_trl.evaluate.generate import Decoding, TransformersEngine
 from veripo_trl.evaluate.journal import Journal, OutputFiles, answer_questions, lock_output, write_outputs
 from veripo_trl.evaluate.questions import read_questions
 from veripo_trl.files.tables import printable
-from veripo_trl.hub.push import PATTERNS, HubError, input_revision
+from veripo_trl.hub.ask import HubError
+from veripo_trl.hub.locate import locate
+from veripo_trl.hub.push import PATTERNS
 from veripo_trl.media.video import VideoSettings
-from veripo_trl.model.policy import SEEING, adapter_config, check_base, load_policy, looks_local, weights_hash
+from veripo_trl.model.policy import SEEING, adapter_config, check_base, load_policy, weights_hash
 from veripo_trl.recipe import stages
 
 RANK = "VERIPO_EVALUATION_RANK"  # set for the processes of a data-parallel run
@@ -160,7 +162,7 @@ def pin_revisions(args) -> dict:
 
 def commit_of(name: str, revision: str | None) -> str | None:
     """The commit that a revision of a model on the Hub is at; None for a folder, be it there or not."""
-    origin = None if looks_local(name) else input_revision(name, "model", revision)
+    origin = locate(name, "model", revision)
     return origin and origin["revision"]
 
 

@@ -27,8 +27,10 @@ from veripo_trl.data.rows import content_of
 from veripo_trl.errors import ConfigError, run
 from veripo_trl.files.disk import read_json
 from veripo_trl.files.run_folder import move_finished_aside, only_process, write_results
-from veripo_trl.hub.push import HubError, dataset_card, fetch_dataset, prepare_repo, push_folder
-from veripo_trl.model.policy import looks_local
+from veripo_trl.hub.ask import HubError
+from veripo_trl.hub.cards import dataset_card
+from veripo_trl.hub.locate import fetch, is_local, locate
+from veripo_trl.hub.push import prepare_repo, push_folder
 from veripo_trl.recipe import stages
 from veripo_trl.verifier import files
 from veripo_trl.verifier.cache import VerdictCache
@@ -153,10 +155,9 @@ def find_rollouts(arguments: VerifyArguments) -> tuple[files.RolloutFiles, dict[
     found, fetched, pushed = [], {}, {}
     for name in arguments.rollouts:
         folder = name
-        if "/" in name and not Path(name).expanduser().exists() and not looks_local(name):
+        if origin := locate(name, "dataset", arguments.rollouts_revision):
             print(f"{name}: no such folder here, so it is read as a Hub dataset", flush=True)
-            folder, revision = fetch_dataset(name, revision=arguments.rollouts_revision)
-            fetched[name] = {"repo_id": name, "revision": revision}
+            folder, fetched[name] = fetch(**origin), origin
         here = files.find_rollout_files(folder)
         if name not in fetched and (origin := pushed_rollouts(here[0].parent)):
             pushed[name] = origin
@@ -202,7 +203,7 @@ def load_tokenizer(name: str | None, rollouts: files.RolloutFiles):
         saved = [str(place) for place in places if (place / "tokenizer_config.json").is_file()]
         name, given = [*saved, policies[0]][0], "the rollouts' policy"
     try:
-        if given != "`tokenizer`" and not Path(name).is_dir() and ("/" not in name or looks_local(name)):
+        if given != "`tokenizer`" and not Path(name).is_dir() and is_local(name):
             raise OSError("no such folder, and not the name of a model on the Hub.")
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -319,12 +320,11 @@ def push(folder: Path, arguments: VerifyArguments, results: dict) -> dict[str, d
             kind, repo_id=repo_id, data_files=patterns[0], license=arguments.hub_license, **card_facts(kind, results)
         )
         message = f"{results['counts']['rollouts']} rollouts, judged by {results['judge']['name']}"
-        pushed = push_folder(
+        held[kind] = pushed = push_folder(
             place, repo_id, repo_type="dataset", card=card, private=arguments.hub_private, patterns=patterns,
             message=message,
         )  # fmt: skip
-        print(f"{pushed.url} holds the {kind} at revision {pushed.revision}", flush=True)
-        held[kind] = {"repo_id": pushed.repo_id, "revision": pushed.revision, "url": pushed.url}
+        print(f"{pushed['url']} holds the {kind} at revision {pushed['revision']}", flush=True)
     return held
 
 

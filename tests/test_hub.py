@@ -13,17 +13,11 @@ import yaml
 from hub_server import HubServer, Repo
 
 from veripo_trl.data.rollouts import RolloutStore
-from veripo_trl.hub import push as hub_module
-from veripo_trl.hub.cards import rollout_counts, shown_name
-from veripo_trl.hub.push import (
-    HubError,
-    dataset_card,
-    fetch_dataset,
-    fetch_file,
-    input_revision,
-    model_card,
-    push_folder,
-)
+from veripo_trl.hub import ask
+from veripo_trl.hub.ask import HubError
+from veripo_trl.hub.cards import dataset_card, model_card, rollout_counts, shown_name
+from veripo_trl.hub.locate import fetch, is_local, locate
+from veripo_trl.hub.push import prepare_repo, push_folder
 
 SOURCE = {"repo_id": "tester/questions", "revision": "a" * 40}
 
@@ -32,7 +26,7 @@ SOURCE = {"repo_id": "tester/questions", "revision": "a" * 40}
 def hub(monkeypatch, tmp_path):
     with HubServer(page_size=2) as server:
         server.use_in_this_process(monkeypatch, tmp_path / "hf_home")
-        monkeypatch.setattr(hub_module, "RETRY_WAITS_S", (0.01,) * 3)
+        monkeypatch.setattr(ask, "RETRY_WAITS_S", (0.01,) * 3)
         yield server
 
 
@@ -67,6 +61,10 @@ def push_rollouts(store: RolloutStore, repo_id: str = "tester/rollouts", **optio
     return push_folder(store.folder, repo_id, repo_type="dataset", card=card, path_in_repo="rollouts", **options)
 
 
+def arrived(hub, repo: str = "datasets/tester/rollouts", branch: str = "main") -> list[str]:
+    return sorted(set(hub.files(repo, branch)) - {".gitattributes"})
+
+
 def client(hub, tmp_path, code: str) -> str:
     """Run code in a process of its own, which reads the Hub's address when its clients are imported."""
     env = {**os.environ, **hub.environment(tmp_path / "other_home")}
@@ -79,13 +77,14 @@ def test_rollouts_go_to_a_private_dataset_and_come_back(hub, tmp_path):
     store = make_rollouts(tmp_path)
     pushed = push_rollouts(store)
     assert hub.repos["datasets/tester/rollouts"].private
-    assert pushed.files == ("README.md", *(f"rollouts/{file.name}" for file in store.files()))
-    assert pushed.revision == hub.repos["datasets/tester/rollouts"].branches["main"]
-    folder, sha = fetch_dataset("tester/rollouts")
-    assert sha == pushed.revision
-    assert RolloutStore(folder / "rollouts").read() == store.read()
+    assert arrived(hub) == ["README.md", *(f"rollouts/{file.name}" for file in store.files())]
+    sha = hub.repos["datasets/tester/rollouts"].branches["main"]
+    found = locate("tester/rollouts", "dataset")
+    assert found == {"repo_id": "tester/rollouts", "revision": sha}
+    assert pushed == found | {"url": f"{hub.url}/datasets/tester/rollouts"}
+    assert RolloutStore(fetch(**found) / "rollouts").read() == store.read()
     code = (
-        "import datasets; from veripo_trl.hub.push import *;"
+        "import datasets;"
         f"d = datasets.load_dataset('tester/rollouts', split='train', revision={sha!r});"
         "print(len(d), d[0]['rewards'], d[0]['videos'])"
     )
@@ -96,15 +95,13 @@ def test_a_second_push_sends_nothing_and_a_revision_stays_what_it_was(hub, tmp_p
     store = make_rollouts(tmp_path)
     first = push_rollouts(store)
     sent = len(hub.requests("put"))
-    assert push_rollouts(store).revision == first.revision
+    assert push_rollouts(store) == first
     assert hub.commits("datasets/tester/rollouts") == 1 and len(hub.requests("put")) == sent
-    (store.folder / "README.md").unlink()  # as after a run of more steps: one new file, a new card
-    make_rollouts(tmp_path, files=3)
+    make_rollouts(tmp_path, files=3)  # as after a run of more steps: one new file, a new card
     second = push_rollouts(store)
     assert len(hub.requests("put")) == sent + 1
-    assert len(RolloutStore(fetch_dataset("tester/rollouts", revision=first.revision)[0] / "rollouts").read()) == 8
-    assert len(RolloutStore(fetch_dataset("tester/rollouts")[0] / "rollouts").read()) == 12
-    assert second.revision != first.revision
+    for pushed, rows in ((first, 8), (second, 12)):
+        assert len(RolloutStore(fetch("tester/rollouts", pushed["revision"]) / "rollouts").read()) == rows
 
 
 def test_files_of_an_earlier_run_leave_the_newest_revision(hub, tmp_path):
@@ -121,11 +118,12 @@ def test_only_what_is_meant_is_sent(hub, tmp_path):
         (store.folder / name).write_text("secret")
     (store.folder / "set_aside" / "001").mkdir(parents=True)
     pq.write_table(pa.table({"x": [1]}), store.folder / "set_aside" / "001" / "r.parquet")
-    pushed = push_rollouts(store)
-    assert pushed.files == ("README.md", *(f"rollouts/{file.name}" for file in store.files()))
-    every = push_folder(store.folder, "tester/all", repo_type="dataset", card="# x\n", patterns=["**/*"])
-    assert {"notes.txt", "set_aside/001/r.parquet"} < set(every.files)
-    assert not [name for name in every.files if name.startswith(("_", ".")) or name.endswith(".bin")]
+    push_rollouts(store)
+    assert arrived(hub) == ["README.md", *(f"rollouts/{file.name}" for file in store.files())]
+    push_folder(store.folder, "tester/all", repo_type="dataset", card="# x\n", patterns=["**/*"])
+    every = arrived(hub, "datasets/tester/all")
+    assert {"notes.txt", "set_aside/001/r.parquet"} < set(every)
+    assert not [name for name in every if name.startswith(("_", ".")) or name.endswith(".bin")]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +162,7 @@ def test_what_is_meant_to_be_private_does_not_go_to_a_public_repository(hub, tmp
         with pytest.raises(HubError, match="tester/open.* is public.*hub_private_repo: false.*hub_private: false"):
             push_rollouts(longer, "tester/open", branch=branch)
         with pytest.raises(HubError, match="^tester/open.* is public.*nothing was sent"):
-            hub_module.prepare_repo("tester/open", repo_type="dataset", private=True, branch=branch)
+            prepare_repo("tester/open", repo_type="dataset", private=True, branch=branch)
     assert len(hub.requests("put")) == sent and hub.commits("datasets/tester/open") == 1
     assert list(hub.repos["datasets/tester/open"].branches) == ["main"]
     push_rollouts(longer, "tester/open", private=False)
@@ -192,65 +190,74 @@ def test_a_repository_that_is_not_ours_is_left_alone(name, hub, tmp_path):
         with pytest.raises(HubError, match=f"tester/theirs.*veripo_trl.*{message}.*Nothing was sent. Give another id"):
             push_folder(store.folder, "tester/theirs", repo_type="dataset", card="# x\n", branch=branch)
         with pytest.raises(HubError, match="^tester/theirs.*Nothing was sent"):
-            hub_module.prepare_repo("tester/theirs", repo_type="dataset", private=True, branch=branch)
+            prepare_repo("tester/theirs", repo_type="dataset", private=True, branch=branch)
     assert hub.files(key) == held and list(hub.repos[key].branches) == ["main"] and not hub.requests("put")
 
 
-def test_a_repository_made_on_the_site_and_a_card_of_ones_own(hub, tmp_path):
-    """The site makes a README.md of a header alone; a card that somebody wrote is tagged, so that pushes can go on."""
+def test_a_repository_made_on_the_site_is_as_good_as_empty(hub, tmp_path):
+    """The site makes a README.md of a header alone."""
     store, key = make_rollouts(tmp_path, files=3), "datasets/tester/rollouts"
     hub.repos[key] = Repo(private=True)
     hub.repos[key].add("main", "by hand", {".gitattributes": b"x", "README.md": b"---\r\nlicense: mit\r\n---\r\n"})
-    card = "---\nlicense: mit\ntags: mine\n---\n\n# Own words\n"
-    push_folder(store.folder, "tester/rollouts", repo_type="dataset", card=card)
-    held = hub.files(key)["README.md"].decode()
-    assert yaml.safe_load(held.split("---")[1]) == {"license": "mit", "tags": ["mine", "veripo_trl"]}
-    assert held.endswith("---\n\n# Own words\n")
+    push_rollouts(store)
     store.files()[-1].unlink()
     hub.fail("resolve", status=503)
-    push_folder(store.folder, "tester/rollouts", repo_type="dataset", card="# Less\n")
+    push_rollouts(store)
     assert len([file for file in hub.files(key) if file.endswith(".parquet")]) == 2
-
-
-def test_one_file_of_a_dataset(hub, tmp_path):
-    (tmp_path / "solved.json").write_text("{}")
-    sha = push_folder(tmp_path, "tester/x", repo_type="dataset", card="# x\n", patterns=["*.json"]).revision
-    for revision in (None, "main", sha):
-        file, found = fetch_file("tester/x", "solved.json", revision=revision)
-        assert file.read_text() == "{}" and found == sha
-    with pytest.raises(HubError, match=f"tester/x .dataset. at {sha} holds no other.json"):
-        fetch_file("tester/x", "other.json")
-    with pytest.raises(HubError, match="tester/nothing"):
-        fetch_file("tester/nothing", "solved.json")
 
 
 def test_a_name_without_owner_and_a_branch(hub, tmp_path):
     pushed = push_rollouts(make_rollouts(tmp_path), "mine", branch="second")
-    assert pushed.repo_id == "tester/mine"
-    assert hub.repos["datasets/tester/mine"].branches["second"] == pushed.revision
+    assert pushed["repo_id"] == "tester/mine"
+    assert hub.repos["datasets/tester/mine"].branches["second"] == pushed["revision"]
     assert "README.md" not in hub.files("datasets/tester/mine", "main")
 
 
-def test_revisions_of_inputs(hub, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("name", "local"),
+    [
+        ("outputs/tiny_sft", True),
+        ("./model", True),
+        ("../model", True),
+        ("/data/model", True),
+        ("~/model", True),
+        ("a/b/c", True),
+        ("models/", True),
+        ("with space/model", True),
+        ("verify/solved.json", True),
+        ("rows/train.jsonl.gz", True),
+        ("gpt2", True),
+        ("", True),
+        ("tester/here", True),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", False),
+    ],
+)
+def test_names_that_can_only_be_here(name, local, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    make_rollouts(tmp_path)
-    assert input_revision("rollouts", "dataset") is None
-    assert input_revision("./somewhere/else/deep", "dataset") is None
-    sha = push_rollouts(RolloutStore(tmp_path / "rollouts")).revision
+    (tmp_path / "tester" / "here").mkdir(parents=True)
+    assert is_local(name) is local
+
+
+def test_names_on_the_hub_at_their_commits(hub, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    store = make_rollouts(tmp_path)
+    assert locate("rollouts", "dataset") is None and locate("./somewhere/else", "dataset") is None
+    sha = push_rollouts(store)["revision"]
     wanted = {"repo_id": "tester/rollouts", "revision": sha}
-    assert input_revision("tester/rollouts", "dataset") == wanted
-    assert input_revision("tester/rollouts", "dataset", sha) == wanted
+    assert locate("tester/rollouts", "dataset") == locate("tester/rollouts", "dataset", sha) == wanted
     with pytest.raises(HubError, match="'none'.*Correct the name or the revision"):
-        input_revision("tester/rollouts", "dataset", "none")
+        locate("tester/rollouts", "dataset", "none")
     with pytest.raises(HubError, match="tester/nothing"):
-        fetch_dataset("tester/nothing")
+        locate("tester/nothing", "dataset")
+    with pytest.raises(HubError, match="tester/nothing"):
+        fetch("tester/nothing", sha)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
-        input_revision("tester/rollouts", "dataset")
+        locate("tester/rollouts", "dataset")
     refs = tmp_path / "hf_home" / "hub" / "datasets--tester--rollouts" / "refs"
-    refs.mkdir(parents=True)
+    refs.mkdir(parents=True, exist_ok=True)
     (refs / "main").write_text(sha)
-    assert input_revision("tester/rollouts", "dataset") == wanted and "as cached" in caplog.text
+    assert locate("tester/rollouts", "dataset") == wanted and "as cached" in caplog.text
 
 
 @pytest.mark.slow
@@ -259,19 +266,20 @@ def test_models_and_adapters_load_by_revision(hub, tmp_path, model_paths):
 
     common = {"stage": "GRPO", "counts": {"optimizer steps": 1}}
     card = model_card(repo_id="tester/base", adapter=False, base="Qwen/Qwen2.5-VL-3B-Instruct", **common)
-    base = push_folder(model_paths["qwen2_5_vl"], "tester/base", repo_type="model", card=card)
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(base.files)
+    base = push_folder(model_paths["qwen2_5_vl"], "tester/base", repo_type="model", card=card)["revision"]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(hub.files("models/tester/base"))
     code = f"""
 from peft import LoraConfig
-from veripo_trl.hub.push import model_card, push_folder
+from veripo_trl.hub.cards import model_card
+from veripo_trl.hub.push import push_folder
 from veripo_trl.model.policy import load_policy
-model, processor = load_policy("tester/base", revision="{base.revision}", lora=LoraConfig(
+model, processor = load_policy("tester/base", revision="{base}", lora=LoraConfig(
     target_modules={LANGUAGE_MODEL_LINEAR!r}, init_lora_weights=False))
 model.save_pretrained("{tmp_path}/adapter")
 card = model_card(repo_id="tester/adapter", stage="GRPO", adapter=True, base="tester/base",
-                  base_revision="{base.revision}", counts={{}})
+                  base_revision="{base}", counts={{}})
 pushed = push_folder("{tmp_path}/adapter", "tester/adapter", repo_type="model", card=card)
-again, _ = load_policy("tester/adapter", revision=pushed.revision)
+again, _ = load_policy("tester/adapter", revision=pushed['revision'])
 mine, other = model.state_dict(), again.state_dict()
 assert mine.keys() == other.keys() and all(mine[name].equal(other[name]) for name in mine)
 print("same", sum("lora" in name for name in mine))
@@ -279,7 +287,7 @@ print("same", sum("lora" in name for name in mine))
     assert re.search(r"same [1-9]", client(hub, tmp_path, code))
     header = yaml.safe_load(hub.files("models/tester/adapter")["README.md"].decode().split("---")[1])
     assert header["library_name"] == "peft" and header["base_model"] == "tester/base"
-    assert base.revision in hub.files("models/tester/adapter")["README.md"].decode()
+    assert base in hub.files("models/tester/adapter")["README.md"].decode()
 
 
 @pytest.mark.parametrize("kind", ["rollouts", "verdicts", "pairs"])

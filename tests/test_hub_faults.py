@@ -11,8 +11,10 @@ import pytest
 from hub_server import HubServer
 from test_hub import make_rollouts, push_rollouts
 
-from veripo_trl.hub import push as hub_module
-from veripo_trl.hub.push import HubError, fetch_dataset, push_folder
+from veripo_trl.hub import ask
+from veripo_trl.hub.ask import HubError
+from veripo_trl.hub.locate import fetch, locate
+from veripo_trl.hub.push import push_folder
 
 SECRET = "hf_veryVerySecretToken"
 REPO = "datasets/tester/rollouts"
@@ -22,7 +24,7 @@ REPO = "datasets/tester/rollouts"
 def hub(monkeypatch, tmp_path):
     with HubServer(token=SECRET) as server:
         server.use_in_this_process(monkeypatch, tmp_path / "hf_home")
-        monkeypatch.setattr(hub_module, "RETRY_WAITS_S", (0.01,) * 3)
+        monkeypatch.setattr(ask, "RETRY_WAITS_S", (0.01,) * 3)
         yield server
 
 
@@ -30,7 +32,7 @@ def assert_whole(hub, store, pushed) -> None:
     held = hub.files(REPO)
     for file in store.files():
         assert held[f"rollouts/{file.name}"] == file.read_bytes()
-    assert pushed.revision == hub.repos[REPO].branches["main"]
+    assert pushed["revision"] == hub.repos[REPO].branches["main"]
 
 
 @pytest.mark.parametrize(
@@ -125,35 +127,38 @@ def test_killed_during_an_upload_the_next_push_goes_on(hub, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert len(hub.blobs) == 1 and hub.commits(REPO) == 0
-    assert [path.name for path in store.folder.iterdir() if path.name.startswith("_push.")]  # what the kill left
+    assert (store.folder / "_push").exists()  # what the kill left
     push_rollouts(store)
-    assert not list(store.folder.glob("_push.*"))
+    assert not (store.folder / "_push").exists()
     assert hub.commits(REPO) == 1 and len(hub.requests("put")) == 3
     assert all(hub.files(REPO)[f"rollouts/{file.name}"] == file.read_bytes() for file in store.files())
 
 
+FULL, LIMIT = "Storage quota exceeded", "Private storage limit"
 REFUSALS = {
-    "read-only token": ({"token": "hf_read_only"}, None, "403.*write role|write role.*403"),
-    "bad token": ({"token": "hf_wrong"}, None, "no valid token: log in"),
-    "another's namespace": ({"token": "hf_foreign"}, None, "403"),
-    "quota at the commit": ({}, ("commit", {"status": 402, "message": "Storage quota exceeded"}), "plan does not allow"),
-    "too large": ({}, ("commit", {"status": 413, "message": "Payload too large"}), "Payload too large"),
-    "quota at the upload": ({}, ("batch", {"status": 403, "message": "Private storage limit"}), "Private storage limit"),
-    "refused upload": ({}, ("put", {"status": 403, "message": "AccessDenied"}), "AccessDenied|403"),
-    "echo of the token": ({}, ("commit", {"status": 400, "message": f"bad header {SECRET}"}), r"bad header \(token\)"),
+    "read-only token": ("hf_read_only", None, "403.*write role|write role.*403"),
+    "bad token": ("hf_wrong", None, "no valid token: log in"),
+    "another's namespace": ("hf_foreign", None, "403"),
+    "quota at the commit": (SECRET, ("commit", {"status": 402, "message": FULL}), FULL),
+    "too large": (SECRET, ("commit", {"status": 413, "message": "Payload too large"}), "Payload too large"),
+    "quota at the upload": (SECRET, ("batch", {"status": 403, "message": LIMIT}), LIMIT),
+    "refused upload": (SECRET, ("put", {"status": 403, "message": "AccessDenied"}), "AccessDenied|403"),
+    "echo of the token": (SECRET, ("commit", {"status": 400, "message": f"bad {SECRET}"}), r"bad \(token\)"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_refusal_is_said_once_at_once_without_the_token(name, hub, tmp_path, monkeypatch, caplog, capsys):
-    options, fault, message = REFUSALS[name]
+    token, fault, message = REFUSALS[name]
+    monkeypatch.setenv("HF_TOKEN", token)
     caplog.set_level(logging.INFO)
     store = make_rollouts(tmp_path)
     if fault:
         hub.fail(fault[0], times=100, **fault[1])
     with pytest.raises(HubError, match=f"(?s)tester/rollouts.*({message})") as caught:
-        push_rollouts(store, **options)
+        push_rollouts(store)
     hub.faults.clear()
+    monkeypatch.setenv("HF_TOKEN", SECRET)
     assert len(hub.requests("commit")) <= 1  # not tried again
     assert str(caught.value).count("\n") == 0
     push_rollouts(store)  # with the right token, or the quota raised
@@ -197,5 +202,5 @@ def test_reading_waits_out_a_fault(hub, tmp_path, operation):
     store = make_rollouts(tmp_path)
     push_folder(store.folder, "tester/rollouts", repo_type="dataset", card="# x\n")
     hub.fail(operation, status=503)
-    folder, _ = fetch_dataset("tester/rollouts")
+    folder = fetch(**locate("tester/rollouts", "dataset"))
     assert len(list(folder.glob("*.parquet"))) == 2

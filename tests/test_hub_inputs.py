@@ -9,9 +9,10 @@ from hub_server import HubServer
 
 from veripo_trl.data.rows import content_of
 from veripo_trl.errors import VeripoError
-from veripo_trl.hub import push as hub_module
+from veripo_trl.hub import ask
 from veripo_trl.hub import runs as hub_runs
-from veripo_trl.hub.push import Pushed, push_folder
+from veripo_trl.hub.cards import TAG
+from veripo_trl.hub.push import push_folder
 from veripo_trl.hub.runs import local_pairs
 from veripo_trl.recipe import stages
 
@@ -22,7 +23,7 @@ ROW = {"problem": "Which?", "options": ["red", "blue"], "problem_type": "multipl
 def hub(monkeypatch, tmp_path):
     with HubServer() as server:
         server.use_in_this_process(monkeypatch, tmp_path / "hf_home")
-        monkeypatch.setattr(hub_module, "RETRY_WAITS_S", (0.01,) * 3)
+        monkeypatch.setattr(ask, "RETRY_WAITS_S", (0.01,) * 3)
         monkeypatch.chdir(tmp_path)
         yield server
 
@@ -37,7 +38,8 @@ def push_solved(tmp_path, dropped: list[str]) -> str:
     folder = tmp_path / "pushed"
     folder.mkdir(exist_ok=True)
     (folder / "solved.json").write_text(json.dumps({"dropped": dropped}))
-    return push_folder(folder, "tester/pairs", repo_type="dataset", card="# x\n", patterns=["*.json"]).revision
+    card = f"---\ntags: {TAG}\n---\n"
+    return push_folder(folder, "tester/pairs", repo_type="dataset", card=card, patterns=["*.json"])["revision"]
 
 
 def test_solved_questions_of_a_dataset_at_its_revisions(hub, tmp_path, capsys):
@@ -84,7 +86,7 @@ def test_a_path_of_this_machine_is_not_asked_for_on_the_hub(hub, tmp_path, entry
     [
         ("tester/nothing", "leave_out: tester/nothing: .*no such repository or revision"),
         ("tester/pairs@none", "leave_out: tester/pairs@none: .*Correct the name or the revision"),
-        ("tester/empty", "leave_out: tester/empty: .*holds no solved.json"),
+        ("tester/empty", "leave_out: tester/empty@.*: expected a solved.json"),
     ],
 )
 def test_what_the_hub_does_not_have_is_said(hub, tmp_path, entry, message):
@@ -141,9 +143,9 @@ def test_a_dpo_card_names_its_pairs(pairs, results, shown, tmp_path, monkeypatch
 
     def push(folder, repo_id, *, card, **options):
         cards[repo_id] = card
-        return Pushed(repo_id, "model", "d" * 40, "url", ())
+        return {"repo_id": repo_id, "revision": "d" * 40, "url": "url"}
 
-    monkeypatch.setattr(hub_runs.hub, "push_folder", push)
+    monkeypatch.setattr(hub_runs, "push_folder", push)
     inputs = {path: PUSHED for path in pairs if path == "tester/pairs"}
     result = {"stage": "DPO", "model": "org/base", "steps": 2, "pairs": {"penalty": 3}, "inputs": inputs}
     args = SimpleNamespace(hub_model_id="tester/dpo", hub_private_repo=None, hub_revision=None)

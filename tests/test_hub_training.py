@@ -51,7 +51,7 @@ def run(place, recipe: str, settings: dict, *, fails: bool = False) -> str:
     hub, folder = place
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     code = (
-        "import sys, runpy, veripo_trl.hub.push as hub; hub.RETRY_WAITS_S = (0.01,) * 3; sys.argv = sys.argv[1:];"
+        "import sys, runpy, veripo_trl.hub.ask as ask; ask.RETRY_WAITS_S = (0.01,) * 3; sys.argv = sys.argv[1:];"
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     env = {**os.environ, **hub.environment(folder / "hf_home"), "OMP_NUM_THREADS": "1"}
@@ -135,7 +135,7 @@ def test_pushes_during_training_fail_loudly_and_the_last_one_is_whole(place):
     hub, folder = place
     code = (
         "from veripo_trl.hub.push import push_folder;"
-        "print(push_folder('world', 'rows', repo_type='dataset', card='# rows\\n', patterns=['train.jsonl']).revision)"
+        "print(push_folder('world', 'rows', repo_type='dataset', card='# rows\\n', patterns=['train.jsonl'])['revision'])"
     )
     env = {**os.environ, **hub.environment(folder / "hf_home")}
     pushed = subprocess.run(
@@ -177,7 +177,7 @@ def test_what_would_push_pickles_or_write_a_token_down_is_refused(options, messa
     import torch
     from transformers import Trainer
 
-    from veripo_trl.hub.push import HubError
+    from veripo_trl.hub.ask import HubError
     from veripo_trl.trainers.checkpoints import CheckpointMixin
     from veripo_trl.trainers.sft import VideoSFTConfig
 

@@ -25,7 +25,6 @@ from veripo_trl.model.policy import (
     adapter_config,
     check_base,
     load_policy,
-    looks_local,
     read_settings,
     weights_hash,
 )  # fmt: skip
@@ -45,25 +44,6 @@ def adapter_path(model_paths, tmp_path):
     model, _ = load_policy(str(model_paths["qwen2_5_vl"]), lora=lora())
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
-
-
-@pytest.mark.parametrize(
-    "name, local",
-    [
-        ("outputs/tiny_sft", True),
-        ("./model", True),
-        ("../model", True),
-        ("/data/model", True),
-        ("~/model", True),
-        ("a/b/c", True),
-        ("models/", True),
-        ("with space/model", True),
-        ("Qwen/Qwen2.5-VL-3B-Instruct", False),
-        ("gpt2", False),
-    ],
-)
-def test_names_that_can_only_be_folders(name, local):
-    assert looks_local(name) is local
 
 
 @pytest.mark.parametrize("name", ["outputs/none_such", "./none_such", "/none/such/model", "a/b/none_such"])

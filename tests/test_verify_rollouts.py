@@ -523,13 +523,13 @@ def test_every_process_reads_the_pairs_of_one_commit(recipe, tmp_path, policy, m
     folder, sources = tmp_path / "outputs" / "verify" / "pairs", [{"path": "tester/pairs", "media_root": str(tmp_path)}]
     with HubServer() as hub:
         hub.use_in_this_process(monkeypatch, tmp_path / "hf_home")
-        push_folder(folder, "tester/pairs", repo_type="dataset", card="x")
+        push_folder(folder, "tester/pairs", repo_type="dataset", card="---\ntags: veripo_trl\n---\n")
         said = []
         monkeypatch.setattr(preferences, "broadcast_object_list", lambda found: said.append(*found) or found)
         main = load_pairs(sources, template=TEMPLATE)
         rows = read(folder)
         files.write_files(rows[:1], folder, files.PAIR_SCHEMA)
-        push_folder(folder, "tester/pairs", repo_type="dataset", card="x")
+        push_folder(folder, "tester/pairs", repo_type="dataset", card="---\ntags: veripo_trl\n---\n")
         monkeypatch.setattr(preferences, "PartialState", lambda: SimpleNamespace(is_main_process=False))
         monkeypatch.setattr(preferences, "broadcast_object_list", lambda found: said[:] if found == [None] else found)
         other = load_pairs(sources, template=TEMPLATE)
@@ -541,7 +541,7 @@ def test_every_process_reads_the_pairs_of_one_commit(recipe, tmp_path, policy, m
 
 HUB_RUN = """
 import sys
-from veripo_trl.hub.push import HubError, push_folder
+from veripo_trl.hub.push import push_folder
 push_folder(sys.argv[1], "tester/rollouts", repo_type="dataset", card="x", path_in_repo="rollouts")
 sys.path.insert(0, sys.argv[2])
 import verify_rollouts

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from veripo_trl.answers import score as answers
 from veripo_trl.errors import VeripoError
+from veripo_trl.hub.locate import is_local
 from veripo_trl.files.disk import FileError, read_parquet
 from veripo_trl.files.tables import printable
 
@@ -51,7 +52,6 @@ _MEDIA_LOOKALIKES = {"video": "videos", "video_path": "videos", "image": "images
 _VIDEO_R1 = {"problem_id", "problem", "data_type", "problem_type", "solution", "path"}
 _URL = re.compile(r"[a-z][a-z0-9+.\-]*://|data:", re.IGNORECASE)
 _TAG = re.compile(r"</?(?:think|answer)>")
-_HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 # What JSON allows and Python does not read: numbers of over 4,300 digits, and values nested hundreds deep.
 _TOO_MUCH = re.compile(rb"\d{4301,}|(?:[\[{][^\[\]{}]*){500}")
 
@@ -302,7 +302,9 @@ def _source_fields(source: dict | DatasetSource) -> dict[str, Any]:
 def _read(source: DatasetSource) -> tuple[list[tuple[str, int, Any]], str | None]:
     """(records, the directory that media are relative to by default)."""
     path = Path(source.path).expanduser()
-    if path.exists() or is_data_file(path):
+    if is_local(source.path):
+        if not path.exists() and not is_data_file(path):
+            raise RowError(f"{source.path}: no such directory, no {'/'.join(SUFFIXES)} file, and not a Hub dataset id.")
         if source.name or source.revision:
             raise RowError(f"{source.path} is local: `name` and `revision` are for Hub datasets; leave them out.")
         if path.is_dir():
@@ -315,8 +317,6 @@ def _read(source: DatasetSource) -> tuple[list[tuple[str, int, Any]], str | None
 
     import datasets
 
-    if not _HUB_ID.fullmatch(source.path):
-        raise RowError(f"{source.path}: no such directory, no {'/'.join(SUFFIXES)} file, and not a Hub dataset id.")
     try:
         dataset = datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""What is pushed to the Hub and found there: the check that it arrived, runs, cards.
+"""Names here or on the Hub, what is pushed there with the check that it arrived, and the cards that it gets.
 
 The network is reached through huggingface_hub alone.
 """

@@ -1,48 +1,21 @@
-"""Cards (README.md) of what is pushed: written from what happened, nothing else."""
+"""Cards (README.md) of what is pushed: `templates/card.md`, filled in with what happened and nothing else."""
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-import yaml
+from huggingface_hub import CardData, RepoCard
 
 from veripo_trl.files.disk import read_parquet
 
 TAG = "veripo_trl"  # of every card that is pushed: it tells repositories that a push of ours made from all others
-METHOD = (
-    "Made with veripo_trl, an independent implementation of VerIPO ([arXiv 2505.19000](https://arxiv.org/abs/2505.19000)"
-    "): GRPO, a verifier of its rollouts, DPO on the resulting pairs, and GRPO again."
-)
-KINDS = {
-    "rollouts": (
-        "Rollouts of a GRPO run: every completion that the run sampled for training, before any filter. One row per "
-        "completion: the question's fields, `completion`, `finish_reason` (`length`: cut off at the limit), `rewards` "
-        "per function, `advantage` within its group, `step`, and `policy`: the model that the "
-        "run started from (a completion was sampled by what training had made of it by that `step`)."
-    ),
-    "verdicts": (
-        "Verdicts on rollouts. One row per rollout, by `rollout_id`: `format_ok`, `accuracy` (the training reward's own "
-        "function), `consistency` of thinking and answer (`unknown` where the judge gave no readable verdict), "
-        "`concluded_answer`, `repetition` (share of repeated word n-grams), `think_tokens`, and who judged."
-    ),
-    "pairs": (
-        "Preference pairs in TRL's conversational format (`prompt`, `chosen`, `rejected`), built from verified rollouts "
-        "of a GRPO run; `policy` is the model that the run started from. `kind` says why one side is preferred: "
-        "`penalty` (wrong, repetitive or too short), `consistency` (thinking and answer disagree), `reflection` (two "
-        "rollouts joined by a second look)."
-    ),
-}
+TEMPLATE = Path(__file__).parent / "templates" / "card.md"
 STAGES = {
     "SFT": "supervised fine-tuning on questions with thinking (cold start)",
     "GRPO": "GRPO on verifiable rewards",
     "DPO": "DPO on preference pairs of verified rollouts",
 }
-LICENSE_NOTE = (
-    "The licence is recorded as `{license}`. What this was made from has licences of its own (the questions and their "
-    "media, the base model); see to those before you publish it."
-)
 
 
 def dataset_card(
@@ -77,17 +50,8 @@ def dataset_card(
         "Judge": judge,
         "Version of the judge's prompt": prompt_version,
     }
-    parts = [
-        KINDS[kind],
-        METHOD,
-        _table("what", "count", counts),
-        _table("origin", "", {**{key: value for key, value in facts.items() if value}, **_origins(inputs)}),
-        "Paths of videos and images are relative to the folder of the source's media, which is not part of this "
-        "dataset.",
-        LICENSE_NOTE.format(license=license),
-        f'```python\nfrom datasets import load_dataset\n\nrows = load_dataset("{repo_id}", split="train")\n```',
-    ]
-    return _card(header, f"{repo_id.split('/')[-1]}", parts)
+    facts = {key: value for key, value in facts.items() if value} | _origins(inputs)
+    return _card(header, repo_id, counts, facts, kind=kind)
 
 
 def model_card(
@@ -118,54 +82,22 @@ def model_card(
     }
     if base_on_hub:
         header |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
-    shown = base if base_on_hub else f"{shown_name(base)} (a local folder, not on the Hub)"
-    revision = f" at revision `{base_revision}`" if base_revision else ""
-    what = "A LoRA adapter for" if adapter else "Full weights, trained from"
-    parts = [f"{what} {shown}{revision}. Stage: {STAGES.get(stage, stage)}.", METHOD, _table("what", "count", counts)]
-    parts += [_table("origin", "", _origins(inputs)), LICENSE_NOTE.format(license=license)]
-    return _card(header, repo_id.split("/")[-1], parts)
+    return _card(
+        header, repo_id, counts, _origins(inputs), kind="model", adapter=adapter, stage=STAGES.get(stage, stage),
+        base=base if base_on_hub else local_name(base), base_revision=base_revision,
+    )  # fmt: skip
 
 
 def rollout_counts(files: Iterable[Path]) -> tuple[dict[str, object], str]:
     """(what a card's table says of a run's rollout files, the policy or policies that it started from)."""
-    columns = ["question_id", "problem_type", "step", "finish_reason", "policy"]
-    questions, steps, policies, kinds, cut, total = set(), set(), set(), Counter(), 0, 0
+    rows = {name: [] for name in ("question_id", "problem_type", "step", "finish_reason", "policy")}
     for file in files:
-        table = read_parquet(file, columns).to_pydict()
-        questions.update(table["question_id"])
-        steps.update(table["step"])
-        policies.update(table["policy"])
-        kinds.update(table["problem_type"])
-        cut += table["finish_reason"].count("length")
-        total += len(table["step"])
-    counts = {"rollouts": total, "questions": len(questions), "steps": len(steps), "cut off at the limit": cut}
-    counts |= {f"rollouts on {kind}": number for kind, number in sorted(kinds.items())}
-    return counts, ", ".join(sorted(policies))
-
-
-def read_card(card: str) -> tuple[dict, str]:
-    """(the YAML header of a README.md, the text below it); without a readable header ({}, all of it)."""
-    match = re.match(r"---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", card.removeprefix("\ufeff"), re.DOTALL | re.MULTILINE)
-    try:
-        header = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
-        header = None
-    return (header, card.removeprefix("\ufeff")[match.end() :]) if isinstance(header, dict) else ({}, card)
-
-
-def tags_of(header: dict) -> list:
-    """The tags in a card's header, which may be one word."""
-    tags = header.get("tags") or []
-    return tags if isinstance(tags, list) else [tags]
-
-
-def tagged(card: str) -> str:
-    """A card whose header has `TAG`, added to a card that somebody wrote."""
-    header, text = read_card(card)
-    if TAG in (tags := tags_of(header)):
-        return card
-    header = yaml.safe_dump({**header, "tags": [*tags, TAG]}, sort_keys=False, allow_unicode=True)
-    return f"---\n{header}---\n\n{text.lstrip()}"
+        for name, values in read_parquet(file, list(rows)).to_pydict().items():
+            rows[name] += values
+    counts = {"rollouts": len(rows["step"]), "questions": len(set(rows["question_id"])), "steps": len(set(rows["step"]))}
+    counts["cut off at the limit"] = rows["finish_reason"].count("length")
+    counts |= {f"rollouts on {kind}": number for kind, number in sorted(Counter(rows["problem_type"]).items())}
+    return counts, ", ".join(sorted(set(rows["policy"])))
 
 
 def shown_name(path: str) -> str:
@@ -175,16 +107,19 @@ def shown_name(path: str) -> str:
     return os.path.basename(os.path.abspath(path)) if leaves else path
 
 
-def _card(header: dict, title: str, parts: list[str]) -> str:
-    text = "\n\n".join(part for part in parts if part)
-    return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n# {title}\n\n{text}\n"
+def local_name(path: str) -> str:
+    """What a card says of a folder here."""
+    return f"{shown_name(path)} (a local folder, not on the Hub)"
 
 
-def _table(left: str, right: str, rows: dict[str, object]) -> str:
-    if not rows:
-        return ""
-    lines = [f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items()]
-    return "\n".join([f"| {left} | {right} |", "|---|---:|" if right else "|---|---|", *lines])
+def _card(header: dict, repo_id: str, counts: dict, origins: dict, **facts) -> str:
+    counts, origins = ({_cell(key): _cell(value) for key, value in table.items()} for table in (counts, origins))
+    title = repo_id.split("/")[-1]
+    return str(
+        RepoCard.from_template(
+            CardData(**header), TEMPLATE, title=title, repo_id=repo_id, counts=counts, origins=origins, **facts
+        )
+    )
 
 
 def _origins(inputs: dict[str, dict | str] | None) -> dict[str, str]:

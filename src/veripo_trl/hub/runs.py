@@ -1,12 +1,13 @@
 """What a training run pushes: its model or adapter with processor and card, and a GRPO run's rollouts."""
 
 import json
-import shutil
+from concurrent.futures import Future
 from pathlib import Path
 
 from veripo_trl.files.disk import read_json
-from veripo_trl.hub import push as hub
-from veripo_trl.hub.cards import dataset_card, model_card, rollout_counts, shown_name
+from veripo_trl.hub.cards import dataset_card, local_name, model_card, rollout_counts, shown_name
+from veripo_trl.hub.locate import is_local
+from veripo_trl.hub.push import find_files, push_folder
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -15,40 +16,49 @@ def push_run(folder: str | Path, args, results: dict, *, rollouts_id: str | None
     """Push what lies in a finished run's folder.
 
     Args:
-        args: its `TrainingArguments`; the `hub_…` ones are read. results: what `stages.finish` gathered.
+        args: its `TrainingArguments`; the `hub_…` ones are read. results: what its `results.json` is to say.
         rollouts_id: dataset for the rollouts, by default the model's name with "-rollouts".
 
     Returns:
-        {"model", "rollouts"}: each {"repo_id", "revision", "url"}, as the Hub says. Raises `hub.HubError`.
+        {"model", "rollouts"}: each {"repo_id", "revision", "url"}, as the Hub says. Raises `HubError`.
     """
-    folder, model_id = Path(folder), model_repo(args)
-    staged, _ = stage_model(folder, folder / "_hub_model", results)
-    private = args.hub_private_repo is not False
-    card = run_card(folder, results, repo_id=model_id, license=license)
-    pushed = {
-        "model": hub.push_folder(
-            staged, model_id, repo_type="model", card=card, message=f"Model after {results['steps']} steps",
-            branch=args.hub_revision or "main", private=private,
-        )
-    }  # fmt: skip
-    rollouts = folder / "rollouts"
-    if files := [rollouts / name for name in hub.find_files(rollouts, ["*.parquet"])]:
-        rollouts_id = rollouts_id or f"{pushed['model'].repo_id}-rollouts"
+    folder = Path(folder)
+    model = push_model(folder, args, results, license=license, message=f"Model after {results['steps']} steps")
+    pushed, rollouts = {"model": model}, folder / "rollouts"
+    if files := [rollouts / name for name in find_files(rollouts, ["*.parquet"])]:
+        rollouts_id = rollouts_id or f"{model['repo_id']}-rollouts"
         counts, policy = rollout_counts(files)
-        inputs = {**(results.get("inputs") or {}), "trained into": _record(pushed["model"])}
+        trained = {"trained into": {key: model[key] for key in ("repo_id", "revision")}}
         card = dataset_card(
             "rollouts", repo_id=rollouts_id, counts=counts, policy=policy, data_files="rollouts/*.parquet",
-            inputs=inputs, license=license,
+            inputs={**(results.get("inputs") or {}), **trained}, license=license,
         )  # fmt: skip
-        pushed["rollouts"] = hub.push_folder(
+        pushed["rollouts"] = push_folder(
             rollouts, rollouts_id, repo_type="dataset", card=card, path_in_repo="rollouts",
-            message=f"Rollouts of {results['steps']} steps", private=private,
+            message=f"Rollouts of {results['steps']} steps", private=args.hub_private_repo is not False,
         )  # fmt: skip
-    for item in pushed.values():
-        print(f"{item.url} holds all {len(item.files)} files at revision {item.revision}", flush=True)
-    for leftover in (staged, folder / "_hub_checkpoint"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    return {name: {**_record(item), "url": item.url} for name, item in pushed.items()}
+    for name, item in pushed.items():
+        print(f"{item['url']} holds the {name} at revision {item['revision']}", flush=True)
+    return pushed
+
+
+def push_model(folder: Path, args, results: dict, *, license: str = "unknown", **options) -> dict | Future:
+    """Push a saved model or adapter with its card; `options` and what comes back are of `push_folder`.
+
+    A base model that lies in a folder here means nothing elsewhere: the pushed adapter names the repository and the
+    revision that it was pushed to, or else what `shown_name` leaves of the folder.
+    """
+    base, replaced = base_of(folder, results), {}
+    if base["adapter"]:
+        name = base["base"] if base["base_on_hub"] else shown_name(base["base"])
+        content = _read(folder / ADAPTER_CONFIG)
+        content |= {"base_model_name_or_path": name, "revision": base["base_revision"]}
+        replaced[ADAPTER_CONFIG] = json.dumps(content, indent=2, sort_keys=True)
+    model_id = model_repo(args)
+    return push_folder(
+        folder, model_id, repo_type="model", card=run_card(folder, results, repo_id=model_id, license=license),
+        replaced=replaced, private=args.hub_private_repo is not False, branch=args.hub_revision or "main", **options,
+    )  # fmt: skip
 
 
 def run_card(folder: Path, results: dict, *, repo_id: str, license: str) -> str:
@@ -65,37 +75,21 @@ def model_repo(args) -> str:
     return args.hub_model_id or Path(args.output_dir).absolute().name
 
 
-def stage_model(source: Path, target: Path, results: dict) -> tuple[Path, dict]:
-    """Put what is pushed of a saved model or adapter into a folder of its own, as links where the disk has them.
-
-    A base model that lies in a folder here means nothing elsewhere: the staged adapter names the repository and the
-    revision that it was pushed to, or else what `shown_name` leaves of the folder.
-
-    Returns:
-        (target, what `model_card` needs to know of the base).
-    """
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    for name in hub.find_files(source, hub.PATTERNS["model"]):
-        hub.link(source / name, target / name)
-    base = base_of(source, results)
-    if base["adapter"]:
-        config = target / ADAPTER_CONFIG
-        name = base["base"] if base["base_on_hub"] else shown_name(base["base"])
-        content = _read(config) | {"base_model_name_or_path": name, "revision": base["base_revision"]}
-        config.unlink()  # a link: the run's own file keeps what it says
-        config.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
-    return target, base
-
-
 def base_of(folder: Path, results: dict) -> dict:
-    """What `model_card` needs to know of what a saved adapter is for, or full weights were trained from."""
-    config = folder / ADAPTER_CONFIG
-    if not config.exists():
-        origin = (results.get("inputs") or {}).get("model") or {}
-        return {"adapter": False, **_base(results["model"], origin.get("revision"))}
-    content = _read(config)
-    return {"adapter": True, **_base(content["base_model_name_or_path"], content.get("revision"))}
+    """What `model_card` needs to know of what a saved adapter is for, or full weights were trained from: the base by
+    its name on the Hub, where it has one."""
+    config, adapter = folder / ADAPTER_CONFIG, {}
+    if config.exists():
+        adapter = _read(config)
+        name, revision = adapter["base_model_name_or_path"], adapter.get("revision")
+    else:
+        name, revision = results["model"], ((results.get("inputs") or {}).get("model") or {}).get("revision")
+    on_hub = not is_local(name)
+    if not on_hub:
+        pushed = _pushed(Path(name)).get("model")
+        on_hub, revision = pushed is not None, pushed and pushed["revision"]
+        name = pushed["repo_id"] if pushed else name
+    return {"adapter": bool(adapter), "base": name, "base_revision": revision, "base_on_hub": on_hub}
 
 
 def local_pairs(folder: Path) -> dict[str, dict | str]:
@@ -106,36 +100,22 @@ def local_pairs(folder: Path) -> dict[str, dict | str]:
         return {}
     sources = _read(arguments).get("PairArguments", {}).get("pairs") or []
     found = {}
-    for path in (Path(source["path"]).expanduser() for source in sources):
-        if not path.exists():  # of the Hub, and among the run's inputs
-            continue
+    for path in (Path(source["path"]).expanduser() for source in sources if is_local(source["path"])):
         name = shown_name(str(path))
-        stages = [place / "results.json" for place in (path, *path.absolute().parents[:2])]
-        pushed = [(_read(file).get("hub") or {}).get("pairs") for file in stages if file.is_file()]
+        pushed = [_pushed(place).get("pairs") for place in (path, *path.absolute().parents[:2])]
         origin = next(filter(None, pushed), None)
-        found["pairs" if len(sources) == 1 else f"pairs of {name}"] = origin or f"{name} (a local folder, not on the Hub)"
+        found["pairs" if len(sources) == 1 else f"pairs of {name}"] = origin or local_name(str(path))
     return found
+
+
+def _pushed(run: Path) -> dict:
+    """What a run's `results.json` says that the Hub holds of it."""
+    results = run / "results.json"
+    return (_read(results).get("hub") or {}) if results.is_file() else {}
 
 
 def _read(file: Path) -> dict:
     return read_json(file, remedy="Take it from a copy, or remove it: cards then do not name what it was pushed to.")
-
-
-def _base(name: str, revision: str | None) -> dict:
-    """A base model by its name on the Hub, where it has one."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return {"base": name, "base_revision": revision, "base_on_hub": hub.HUB_ID.fullmatch(name) is not None}
-    results = folder / "results.json"
-    pushed = _read(results).get("hub") if results.exists() else None
-    if pushed:
-        pushed = pushed["model"]
-        return {"base": pushed["repo_id"], "base_revision": pushed["revision"], "base_on_hub": True}
-    return {"base": name, "base_revision": None, "base_on_hub": False}
-
-
-def _record(pushed: hub.Pushed) -> dict:
-    return {"repo_id": pushed.repo_id, "revision": pushed.revision}
 
 
 def _run_counts(results: dict) -> dict[str, object]:

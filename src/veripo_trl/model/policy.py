@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from veripo_trl.data.prompts import PromptError, read_template
 from veripo_trl.files.tables import write_json
+from veripo_trl.hub.locate import is_local
 
 logger = logging.getLogger(__name__)
 
@@ -234,18 +234,13 @@ def adapter_config(model_name_or_path: str, revision: str | None = None) -> dict
     """
     if not model_name_or_path:
         raise ValueError("No model is given. Set model_name_or_path: a folder, or a model's name on the Hub.")
-    if not Path(model_name_or_path).is_dir() and looks_local(model_name_or_path):
+    if not Path(model_name_or_path).is_dir() and is_local(model_name_or_path):
         raise FileNotFoundError(
             f"{model_name_or_path!r}: no such folder (looked from {Path.cwd()}). Expected the folder of a saved model "
             f"or adapter, or a model's name on the Hub, like 'Qwen/Qwen2.5-VL-3B-Instruct'."
         )
     file = find_adapter_config_file(model_name_or_path, revision=revision)
     return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
-
-
-def looks_local(name: str) -> bool:
-    """Whether a name can only mean a folder: it is no Hub id (`name` or `owner/name`), or lies in `outputs/`."""
-    return re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) is None or name.startswith("outputs/")
 
 
 def find_base(model_name_or_path: str, revision: str | None = None) -> tuple:
@@ -268,7 +263,7 @@ def _base_model(model_name_or_path: str, revision: str | None, adapter: dict | N
         base, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
     if not base:
         reason = "it names none"
-    elif not Path(base).is_dir() and looks_local(base):
+    elif not Path(base).is_dir() and is_local(base):
         reason = "no such folder"
     else:
         try:

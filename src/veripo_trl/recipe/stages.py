@@ -21,7 +21,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from trl.models import unwrap_model_for_generation
 
 from veripo_trl.data.prompts import load_template
-from veripo_trl.data.rows import check_media, content_of, is_data_file, load_rows
+from veripo_trl.data.rows import check_media, content_of, load_rows
 from veripo_trl.errors import ConfigError, settings_checked
 from veripo_trl.evaluate.generate import generate, summarize
 from veripo_trl.files.disk import read_json
@@ -35,11 +35,12 @@ from veripo_trl.files.run_folder import (
 )
 from veripo_trl.files.secrets import without_secrets
 from veripo_trl.files.tables import print_table, write_json
-from veripo_trl.hub.push import HUB_ID, SHA, HubError, fetch_file, input_revision
+from veripo_trl.hub.ask import HubError
+from veripo_trl.hub.locate import SHA, fetch, is_local, locate
 from veripo_trl.hub.runs import push_run, run_card
 from veripo_trl.media.video import VideoLoader, VideoSettings
 from veripo_trl.model.encoding import PromptEncoder
-from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR, SEEING, load_policy, looks_local, read_settings
+from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR, SEEING, load_policy, read_settings
 from veripo_trl.report.plots import save_charts, training_charts
 from veripo_trl.tiny.parser import judge as judge_by_templates
 from veripo_trl.verifier.judges import judge_by_rules
@@ -230,7 +231,7 @@ def make_policy(model_args: ModelConfig, data_args: DataArguments):
         model_args.lora_target_modules = LANGUAGE_MODEL_LINEAR
     revision = None if model_args.model_revision == "main" else model_args.model_revision
     name = model_args.model_name_or_path
-    if name and not looks_local(name) and (origin := _hub_origin(name, "model", revision)):
+    if name and (origin := _hub_origin(name, "model", revision)):
         model_args.model_revision = revision = origin["revision"]
     quantization = get_quantization_config(model_args)
     device_map = {"": torch.cuda.current_device()} if quantization and torch.cuda.is_available() else None
@@ -247,17 +248,14 @@ def make_policy(model_args: ModelConfig, data_args: DataArguments):
 
 
 def _hub_origin(name: str, repo_type: str, revision: str | None) -> dict | None:
-    """`hub.input_revision`, asked once for all processes."""
-    return broadcast_object_list(
-        [input_revision(name, repo_type, revision) if PartialState().is_main_process else None]
-    )[0]
+    """`locate`, asked once for all processes."""
+    return broadcast_object_list([locate(name, repo_type, revision) if PartialState().is_main_process else None])[0]
 
 
 def _pin(sources: list[dict]) -> None:
     """Set the revision of datasets of the Hub to the commit that is read, so that it is known afterwards."""
     for source in sources:
-        path = source.get("path", "")
-        if not is_data_file(path) and (origin := _hub_origin(path, "dataset", source.get("revision"))):
+        if origin := _hub_origin(source.get("path", ""), "dataset", source.get("revision")):
             source["revision"] = origin["revision"]
 
 
@@ -270,7 +268,7 @@ def hub_inputs(data_args: DataArguments, model_args: ModelConfig) -> dict[str, d
     return {
         name: {"repo_id": place, "revision": revision}
         for name, (place, revision) in read.items()
-        if revision and SHA.fullmatch(revision) and not Path(place).exists()
+        if revision and SHA.fullmatch(revision) and not is_local(place)
     }
 
 
@@ -389,20 +387,19 @@ def _without(dataset, dropped: dict[str, str | None]):
 def _dropped_questions(entry: str) -> tuple[str, dict[str, str | None]]:
     """(the entry, of the Hub with its commit; the questions that its `solved.json` says to leave out, {id: content}).
 
-    The main process reads it for all. What ends in .json, starts with outputs/ or exists is a file, never of the Hub.
+    The main process reads it for all.
     """
     found = [None]
     if PartialState().is_main_process:
-        file, local = Path(entry).expanduser(), entry.endswith(".json") or entry.startswith(("outputs/", "."))
-        repo_id, _, revision = entry.partition("@")
-        if not local and "/" in repo_id and HUB_ID.fullmatch(repo_id) and not file.exists():
-            try:
-                file, sha = fetch_file(repo_id, "solved.json", revision=revision or None)
-            except HubError as error:
-                raise HubError(
-                    f"leave_out: {entry}: no such file here, so it was read as a Hub dataset of pairs. {error}"
-                ) from error
-            entry = f"{repo_id}@{sha}"
+        file, (repo_id, _, revision) = Path(entry).expanduser(), entry.partition("@")
+        try:
+            if origin := locate(repo_id, "dataset", revision or None):
+                file = fetch(**origin, patterns=("solved.json",)) / "solved.json"
+                entry = f"{repo_id}@{origin['revision']}"
+        except HubError as error:
+            raise HubError(
+                f"leave_out: {entry}: no such file here, so it was read as a Hub dataset of pairs. {error}"
+            ) from error
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             questions = [str(question) for question in content["dropped"]]

@@ -10,7 +10,6 @@ from collections import defaultdict
 from functools import cached_property, partial
 from pathlib import Path
 
-from huggingface_hub import HfApi
 from peft import PeftModel
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
@@ -18,9 +17,9 @@ from transformers.utils import PushInProgress
 from veripo_trl.data.rows import RowError
 from veripo_trl.errors import VeripoError
 from veripo_trl.files.run_folder import RECORD, outlive_sigterm, sync_folder
-from veripo_trl.hub import push as hub
-from veripo_trl.hub import runs as hub_runs
-from veripo_trl.hub.cards import model_card
+from veripo_trl.hub.ask import HubError
+from veripo_trl.hub.push import prepare_repo
+from veripo_trl.hub.runs import model_repo, push_model
 from veripo_trl.model.policy import save_settings, share_weights
 
 logger = logging.getLogger(__name__)
@@ -176,17 +175,17 @@ class CheckpointMixin:
         if not self.is_world_process_zero():
             return
         if self.args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
-            raise hub.HubError(
+            raise HubError(
                 f"hub_strategy: expected end or every_save, got {self.args.hub_strategy.value}. Checkpoints hold "
                 f"pickled arguments, with paths of this machine: they stay here."
             )
         if self.args.hub_token is not None:
-            raise hub.HubError(
+            raise HubError(
                 "hub_token: expected none. Every checkpoint's training_args.bin would hold it, and logs of the command "
                 "line: set the environment variable HF_TOKEN or log in (`hf auth login`)."
             )
-        self.hub_model_id = hub.prepare_repo(
-            hub_runs.model_repo(self.args),
+        self.hub_model_id = prepare_repo(
+            model_repo(self.args),
             repo_type="model",
             private=self.args.hub_private_repo is not False,
             branch=self.args.hub_revision or "main",
@@ -204,20 +203,13 @@ class CheckpointMixin:
             return
         step = self.state.global_step
         results = {"stage": self._name, "steps": step, "model": self.model.config._name_or_path}
-        # of its own, because checkpoints are deleted while training goes on
-        folder, base = hub_runs.stage_model(
-            Path(checkpoint_folder), Path(self.args.output_dir) / "_hub_checkpoint", results
-        )
-        card = model_card(repo_id=self.hub_model_id, stage=self._name, counts={"optimizer steps": step}, **base)
-        job = HfApi().run_as_future(
-            hub.push_folder,
-            folder,
-            self.hub_model_id,
-            repo_type="model",
-            card=card,
-            private=self.args.hub_private_repo is not False,
+        job = push_model(
+            Path(checkpoint_folder),
+            self.args,
+            results,
             message=f"Model after {step} steps, in training",
-            branch=self.args.hub_revision or "main",
+            staged=Path(self.args.output_dir) / "_push",  # checkpoints are deleted while training goes on
+            background=True,
         )
         job.add_done_callback(lambda job: _tell(job, step))
         self.push_in_progress = PushInProgress([job])

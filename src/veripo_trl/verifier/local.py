@@ -3,11 +3,11 @@
 import asyncio
 import hashlib
 import json
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from veripo_trl.hub.locate import is_local
 from veripo_trl.verifier.judge_prompts import MAX_THINK_CHARS, JudgePrompt, ModelJudge, ReplyError
 from veripo_trl.verifier.judges import shown_model
 
@@ -63,7 +63,7 @@ class LocalJudge(ModelJudge):
         # All that another reply is to be expected from. A path stands in it only as its digest.
         identity = [model_name_or_path, revision, dtype, max_new_tokens, max_think_chars]
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
-        shown = shown_model(model_name_or_path, is_path=Path(model_name_or_path).exists())
+        shown = shown_model(model_name_or_path, is_path=is_local(model_name_or_path))
         self.name = f"local:{shown}@{revision or 'main'}:{digest}"
         self._asked: list[dict] = []
         self._judged: dict[int, dict] = {}

@@ -10,8 +10,7 @@ from accelerate.utils import broadcast_object_list
 from veripo_trl.data.prompts import PromptTemplate
 from veripo_trl.data.rows import RowError, read_rows, rows_to_dataset
 from veripo_trl.files.disk import read_parquet
-from veripo_trl.hub.push import fetch_dataset, input_revision
-from veripo_trl.model.policy import looks_local
+from veripo_trl.hub.locate import fetch, locate
 from veripo_trl.verifier.pairs import KINDS
 
 # What a pair has beside its question's columns.
@@ -135,7 +134,7 @@ def pair_files(source: PairSource) -> tuple[list[Path], dict | None]:
     """The parquet files of a source, in order, and where on the Hub they came from."""
     path, origin = Path(source.path).expanduser(), _hub_origin(source)
     if origin is not None:
-        path, _ = fetch_dataset(source.path, revision=origin["revision"])
+        path = fetch(**origin)
     elif source.revision:
         raise RowError(f"pairs {source.path}: `revision` is for Hub datasets; leave it out of a local path.")
     files = [path] if path.is_file() else sorted(path.rglob("*.parquet")) if path.is_dir() else []
@@ -148,9 +147,8 @@ def _hub_origin(source: PairSource) -> dict | None:
     """{"repo_id", "revision"} of a Hub dataset, its revision a commit; None for files here. The main process looks and
     asks for all, so that they train on the same pairs."""
     found = None
-    local = looks_local(source.path) or "/" not in source.path or source.path.endswith(".parquet")
-    if not local and PartialState().is_main_process:
-        found = input_revision(source.path, "dataset", source.revision)
+    if PartialState().is_main_process:
+        found = locate(source.path, "dataset", source.revision)
     return broadcast_object_list([found])[0]
 
 
