@@ -31,7 +31,7 @@ class Conclusion(NamedTuple):
 
 # It begins with the white space, which is three times as fast as beginning with a look behind.
 _BETWEEN_SENTENCES = re.compile(
-    r"\s(?:(?<=[.!?]\s)(?:(?<!\b[A-Z]\.\s)(?<!\b\d\.\s)\s*|\s*(?=[A-Z]))|(?<=\n)\n*)"
+    r"\s(?:(?<=[.!?]\s)(?:(?<!\b[A-Z]\.\s)(?<!\b\d\.\s)(?<!\bi\.e\.\s)(?<!\be\.g\.\s)\s*|\s*(?=[A-Z]))|(?<=\n)\n*)"
 )
 _TURN = re.compile(r";|\s[—–]\s|,?\s(?=(?:but|however|yet|although|though|so|therefore|thus|hence)\b)", re.I)
 _LEADING = re.compile(r"^\s*(?:since|because|as|given|while|although|though|if (?:we|you|i))\b[^,]*,\s*", re.I)
@@ -88,6 +88,7 @@ def _tail(sentence: str, cue: re.Pattern = _CUE) -> str | None:
 
 _DIGITS = {word: str(value) for value, word in enumerate("two three four five six seven eight nine ten".split(), 2)}
 _DIGITS |= {"once": "1 times", "twice": "2 times"}
+_SAME = {"grey": "gray", "violet": "purple"}
 _FUNCTION_WORDS = set(
     "a an the of to in on at by for from with and or as into onto is are was were be been being am do does did has have"
     " had will would should can it its this that these those there here he she they we i you his her their my our him"
@@ -105,14 +106,15 @@ def _stem(word: str) -> str:
         if word.endswith(ending) and len(word) - len(ending) >= 3:
             word = word[: -len(ending)]
             break
-    word = word[:-1] if len(word) > 3 and word[-1] == word[-2] and word[-1] not in "ls" else word
+    if len(word) > 3 and word.isalpha() and word[-1] == word[-2] and word[-1] not in "ls":  # 2000 is not 200
+        word = word[:-1]
     return word.removesuffix("e") if len(word) > 3 else word
 
 
 def _stems(text: str) -> list[str]:
     """The content words of a text without their endings (all of its words if it has no others); negations are "not"."""
     words = re.findall(r"\w+", _NEGATION.sub(" not ", _in_digits(text.casefold())))
-    return [_stem(word) for word in words if word not in _FUNCTION_WORDS] or words
+    return [_stem(_SAME.get(word, word)) for word in words if word not in _FUNCTION_WORDS] or words
 
 
 def _holds(words: list[str], part: list[str]) -> bool:
@@ -152,6 +154,11 @@ _REFUTED_AFTER = re.compile(
     r"|\s*out\b"  # "rules A out"
 )
 _NOTHING_BUT = re.compile(r"\b(?:nothing|anything|none|no \w+)\b[^,;]*\b(?:but|than|except|besides)\s*(?:option\s)?$")
+# Words before an option's letter; after any other word the letter may be its noun's name.
+_BEFORE_LETTER = re.compile(
+    rf"^(?:{_CUE.pattern}|\b(?:option|choice|answer|letter|is|it's|that's|was|be|or|and|nor|with|to|than|not|of|for|by"
+    r"|that|in|on|both|either|choose|pick|select|only|leaves|matches|fits|supports|means|confirms|gives)s?\b)", re.I,
+)  # fmt: skip
 # What makes a sentence at the end that names one option a conclusion.
 _SETTLES = re.compile(
     rf"{_CUE.pattern}|\b(?:choose|pick(?:ed)?|select(?:ed)?|go(?:ing)?|settl(?:e|ing)|must|only|leav\w+|left|remain\w*"
@@ -160,6 +167,20 @@ _SETTLES = re.compile(
     rf"|stands|verdict)\b|:\W*{_L}\W*$|^\W*{_L}\W*$",
     re.I,
 )
+
+
+# Says which it is, and no more: "the answer is B", "that is option B", "therefore B".
+_OUTRIGHT = re.compile(
+    rf"{_EXPLICIT.pattern}|(?:(?:{_CUE.pattern}|\b(?:that|this|it)(?:'s| is))[\s,:]*(?:it's|it is)?\s*|^\W*)"
+    rf"(?:the )?(?:option\s*|choice\s*)?{_L}(?: is (?:correct|right))?\W*$",
+    re.I,
+)
+
+
+def _is_remark(sentence: str, options: tuple[str, ...]) -> bool:
+    """Whether a last sentence that names a letter may follow the conclusion: "Option A only fits the start." """
+    says_so = _CUE.search(sentence) or _EXPLICIT.search(sentence) or _RETRACTION.search(sentence)
+    return not says_so and re.search(_L, _marked(sentence, options)) is not None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -227,11 +248,22 @@ def _choice_in(sentence: str, last: bool, options: tuple[str, ...], refuted: set
             refuted.update(letters.split(","))
         else:
             named.add(None if re.search(r"\bor\b|/", group[0]) else letters)
+    if _labels_a_thing(text):
+        return Conclusion(None)
     named = {letters for letters in named if letters and len(letters) == 1} or named
     announced = bool(named) and (_SETTLES if last or refuted else _CUE).search(text) is not None
     if len(named) == 1 and (last or announced):
         return Conclusion(named.pop(), announced, named=announced)
     return Conclusion(None) if announced and _CUE.search(text) else None
+
+
+def _labels_a_thing(text: str) -> bool:
+    """Whether the only letter of a marked sentence may be a thing's name, as in "team B's shirt is red"."""
+    letters, texts = re.findall(_L, text), re.findall(_T, text)
+    if len(letters) != 1 or not texts or chr(ord(letters[0]) + 0x100) in texts:
+        return False
+    word = re.search(r"([a-z']+)\s*$", text[: text.index(letters[0])])
+    return word is not None and not _BEFORE_LETTER.search(word[1])
 
 
 def _option_text_in(text: str, last: bool, options: tuple[str, ...]) -> Conclusion | None:
@@ -293,6 +325,12 @@ _AMOUNTS = re.compile(
 )
 
 
+# Beside a numeral, a second number in words: "twice in 10 minutes", "two cats in 3 boxes", "none of the 3".
+_OTHER_NUMBER = re.compile(
+    r"^(?=.*\d).*\b(?:no|none|neither|half|once|twice|thrice|two|three|four|five|six|seven|eight|nine|ten)\b", re.I
+)
+
+
 def _number_in(sentence: str, last: bool, options: tuple[str, ...], refuted: set[str]) -> Conclusion | None:
     sentence = _settled(sentence)
     boxed = boxed_spans(sentence)
@@ -301,9 +339,13 @@ def _number_in(sentence: str, last: bool, options: tuple[str, ...], refuted: set
         if re.search(r":\s*[^:]*\d[^:]*$", sentence) and not re.search(r"\d:\d", sentence):
             tails.append(sentence.rsplit(":", 1)[1])
         tails += [sentence[match.end() :] for match in list(_AMOUNTS.finditer(sentence))[:-7:-1]]
-        if before := re.match(r"(.*)\b(?:in total|altogether|in all)\W*$", sentence, re.I):
-            tails.append(before[1])
+        if total := re.match(r"(.*)\b(?:in total|altogether|in all)\b(.*)$", sentence, re.I):
+            if all(map(_NUMERAL.search, total.groups())):
+                return Conclusion(None)
+            tails.append(total[1])
     announced = [tail for tail in tails if _NUMERAL.search(tail)]
+    if announced and not boxed and _OTHER_NUMBER.search(announced[0]):
+        return Conclusion(None)
     if not announced and not (last and _NUMERAL.search(sentence)):
         return None
     number = read_number(announced[0] if announced else sentence)
@@ -325,6 +367,8 @@ def _expression_in(sentence: str, last: bool, options: tuple[str, ...], refuted:
     if tail is None or (equals and _EQUATION.search(re.sub(r"\\?[A-Za-z]{3,}", " ", left))):
         return None
     if re.search(r"±|\\pm\b|=[^=]*\b(?:and|or)\b[^=]*=", clause):  # several results
+        return Conclusion(None)
+    if re.search(r"\d.*(?:\b(?:about|approximately|roughly)\b|≈).*\d|=.*\bwhere\b.*=", sentence):  # two forms, two names
         return Conclusion(None)
     if dollars := re.findall(r"\$([^$]+)\$", sentence):
         return Conclusion(dollars[-1].rsplit("=", 1)[-1].strip() or None)
@@ -348,6 +392,13 @@ _COLOURS = set("red orange yellow green blue purple violet pink brown black whit
 _RIVALS = (set(map(_stem, _COLOURS)), {"left", "right"}, {"up", "down"}, set(_DIGITS.values()) | {"0", "1"})
 
 
+_DATED = re.compile(
+    r"\d[:/.-]\d|\d\s?[ap]\.?m\b|['’]\d\d\b|o'clock|\bhalf past\b|\bquarter (?:to|past)\b|\bnoon\b|\bmidnight\b"
+    r"|\b(?:january|february|march|april|may|june|july|august|september|october|november|december)\b", re.I,
+)  # fmt: skip
+_WRITTEN = re.compile(r"['’]?\d[\d:/.-]*(?:\s?[ap]\.?m)?")
+
+
 def _text_in(sentence: str, last: bool, options: tuple[str, ...], refuted: set[str]) -> Conclusion | None:
     if boxed := boxed_spans(sentence):
         return Conclusion(boxed[-1].strip() or None)
@@ -362,6 +413,28 @@ def _text_in(sentence: str, last: bool, options: tuple[str, ...], refuted: set[s
     if tail := (tail or "").strip(" .:,!\"'"):
         return Conclusion(tail)
     return Conclusion(sentence.strip(" ."), announced=False, named=False) if last and sentence else None
+
+
+def _alike(word: str, other: str) -> bool:
+    """Whether one word may stand for the other, as in "Coca" and "Coke", "kilometre" and "km"."""
+    short, long = sorted((word, other), key=len)
+    if not short.isalpha() or len(short) < 2 or short[0] != long[0]:
+        return short == long
+    letters = iter(long)
+    return short[:2] == long[:2] or all(letter in letters for letter in short)
+
+
+def _otherwise_written(text: str, other: str) -> bool:
+    """Whether two texts without a common word may still be one: a time or a date in two forms, a name's initials."""
+    written = [{re.sub(r"\d+", "0", number) for number in _WRITTEN.findall(each.casefold())} for each in (text, other)]
+    if written[0] != written[1] and any(map(_DATED.search, (text, other))):
+        return all(_DATED.search(each) or _NUMERAL.search(each) for each in (text, other))
+    for one, two in ((text, other), (other, text)):
+        words, names = re.findall(r"[a-z]\w*", one.casefold()), re.findall(r"\w\w+", two.casefold())
+        initials = "".join(word[0] for word in words if word not in _FUNCTION_WORDS)
+        if len(initials) > 1 and any(initials.endswith(name) or name.startswith(initials[-2:]) for name in names):
+            return True
+    return False
 
 
 def same_text(concluded: str, answer: str, *, exact: bool) -> bool | None:
@@ -387,9 +460,10 @@ def same_text(concluded: str, answer: str, *, exact: bool) -> bool | None:
     if max(len(said), len(given)) > 4 or len(words) > 8:
         return None
     if exact:
-        alike = any(a == b or (a.isalpha() and len(a) > 3 < len(b) and a[:4] == b[:4]) for a in given for b in words)
-        return None if alike else False
+        return None if any(_alike(a, b) for a in given for b in words) or _otherwise_written(kept, answer) else False
     for rivals in _RIVALS:
+        if "left" in rivals and re.search(r"\b(?:left|right) of\b", f"{kept} {answer}"):
+            continue  # one relation is said from either end
         ours, theirs = rivals.intersection(words), rivals.intersection(answered)
         if ours and theirs and not ours & theirs and set(answered) - theirs <= set(words):
             return False
@@ -412,14 +486,26 @@ def conclude(think: str, *, problem_type: str, options: Sequence[str] | None = N
     """What the thinking announces last, else what its last sentence names. Raises KeyError for an unknown problem type
     (rows are checked when they load)."""
     read, options = _READERS[problem_type], tuple(options or ())
-    retracted, refuted, unannounced = False, set(), None
+    retracted, refuted, unannounced, remark = False, set(), None, None
     for place, sentence in enumerate(reversed(_sentences(think[-MAX_THINK_CHARS:]))):
         story = place >= NARRATED and not (read is _choice_in or _EXPLICIT.search(sentence))
-        found = None if story else read(sentence, place == 0, options, refuted)
-        if found and found.announced:
+        last = place == 0 or (place == 1 and remark is not None)
+        found = None if story else read(sentence, last, options, refuted)
+        if found and found.announced and remark:
+            if found.answer == remark.answer or retracted:
+                return remark
+            if _OUTRIGHT.search(_marked(_settled(sentence), options)):
+                return found
+            if place == 1:
+                return Conclusion(None)
+        elif found and found.announced and read is _choice_in and place == 0 and _is_remark(sentence, options):
+            remark = found
+        elif found and found.announced:
             struck = read is _choice_in and refuted.intersection((found.answer or "").split(","))
             retracted = retracted or struck or _TAKEN_BACK.search(_tail(sentence) or "")
             return Conclusion(None) if retracted else found
         unannounced = unannounced or found
         retracted = retracted or _RETRACTION.search(sentence)
+    if remark:
+        return remark
     return Conclusion(None) if retracted or not unannounced else unannounced

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from veripo_trl.answers.score import answers_match, split_completion
+from veripo_trl.answers.score import answers_match, read_number, split_completion
 from veripo_trl.verifier.conclusions import conclude, same_text
 
 
@@ -49,13 +49,32 @@ def _is_rounded(conclusion: str, answer: str) -> bool:
     return bool(number) and value != int(value) and abs(value - float(number[0])) <= 0.5 * 10**-places + 1e-9
 
 
+_UNIT = re.compile(
+    r"\d\s?([mcdk]?m|met(?:er|re)s?|\w+met(?:er|re)s?|in|inch(?:es)?|f(?:ee|oo)?t|yards?|miles?|mg|k?g|k?grams?|kilos?"
+    r"|lbs?|pounds?|m?s|sec(?:ond)?s?|min(?:ute)?s?|h|hrs?|hours?|days?|weeks?|months?|years?|mph|km/h|m/s|k)(?!\w)", re.I
+)
+_FACTORS = (3.281, 3.6, 10, 12, 24, 60, 100, 1000, 3600)
+
+
+def _is_converted(concluded: str, think: str, answer: str, problem_type: str) -> bool:
+    """Whether the answer may be the thinking's number in another unit: "250 cm" and "2.5"."""
+    units = [{unit.casefold() for unit in _UNIT.findall(text)} for text in (think[-200:], answer)]
+    if problem_type not in ("numerical", "regression") or units[1] & units[0] or not (units[0] or units[1]):
+        return False
+    number, value = read_number(answer), float(concluded.rstrip("%"))
+    if number is None or not number[0] or not value:
+        return False
+    ratio = abs(number[0] / value)
+    return any(0.98 <= each / factor <= 1.02 for each in (ratio, 1 / ratio) for factor in _FACTORS)
+
+
 def _verdict_by_rules(think: str, answer: str, problem_type: str, options: Sequence[str] | None) -> dict:
     conclusion = conclude(think, problem_type=problem_type, options=options)
     concluded, reason = conclusion.answer, ""
     same = None if concluded is None else _match(concluded, answer, problem_type, tuple(options or ()))
     if same:
         consistency = "consistent"
-    elif same is False and conclusion.named:
+    elif same is False and conclusion.named and not _is_converted(concluded, think, answer, problem_type):
         consistency = "inconsistent"
     else:
         consistency = "unknown"
