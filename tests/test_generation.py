@@ -63,6 +63,21 @@ def test_all_that_sampling_may_be_told_samples_as_stock_does(load, mixed_rows):
             assert torch.equal(model.generate(**inputs, **options)[:, ids.size(1) :], found), name
 
 
+@pytest.mark.parametrize("declared", [{"use_cache": False}, {"num_beams": 2}, {"no_repeat_ngram_size": 1}])
+def test_a_policys_own_generation_config_counts_for_its_end_tokens_alone(load, mixed_rows, declared):
+    model, encoder = load()
+    model.eval()
+    prompts = encoder.encode_rows(mixed_rows)
+    completions = []
+    for declares in ({}, declared):
+        model.generation_config.update(**declares)
+        torch.manual_seed(0)
+        options = {"config": encoder.config, "do_sample": True, "max_new_tokens": 12}
+        completions.append(sample_completions(model, prompts, pad_token_id=0, **options))
+    assert torch.equal(*completions)
+    assert getattr(model.generation_config, *declared) == declared.popitem()[1]  # as it was
+
+
 def test_completions_longer_than_the_room(load, mixed_rows, monkeypatch):
     """The same tokens, however often a layer has to grow; prompts of different lengths, two rows each."""
     model, encoder = load()

@@ -3,6 +3,7 @@
 from itertools import groupby
 
 import torch
+from transformers import GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from veripo_trl.model.encoding import EncodedPrompt, model_inputs
@@ -85,7 +86,8 @@ def sample_completions(model, prompts: list[EncodedPrompt], *, pad_token_id: int
     once and repeated. Vision features are computed once per prompt too, or taken from it (`vision_inputs`).
 
     Args:
-        model: the unwrapped policy. options: for `model.generate` (`generation_config` or its fields).
+        model: the unwrapped policy. options: for `model.generate` (`generation_config` or its fields). Of the policy's
+            own generation_config.json only the end tokens count.
 
     Returns:
         int64 (len(prompts), new tokens), padded on the right with `pad_token_id`.
@@ -111,14 +113,20 @@ def sample_completions(model, prompts: list[EncodedPrompt], *, pad_token_id: int
             cache.layers[number] = RoomyLayer(layer, rows)
         else:
             layer.batch_select_indices(rows)
-    output = model.generate(
-        input_ids=input_ids[rows],
-        attention_mask=attention_mask[rows],
-        position_ids=positions[:, rows],
-        past_key_values=cache,
-        pad_token_id=pad_token_id,
-        **options,
-    )
+    # What `options` leave open, `generate` would take from the policy's own generation_config.json: another cache, beams.
+    own = base.generation_config
+    base.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
+    try:
+        output = model.generate(
+            input_ids=input_ids[rows],
+            attention_mask=attention_mask[rows],
+            position_ids=positions[:, rows],
+            past_key_values=cache,
+            pad_token_id=pad_token_id,
+            **options,
+        )
+    finally:
+        base.generation_config = own
     return output[:, input_ids.size(1) :]
 
 
