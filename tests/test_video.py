@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import struct
 import sys
@@ -344,6 +345,22 @@ def test_the_last_frame_counts_as_long_as_it_is_shown(tmp_path, load, suffix):
     assert numbers(clip) == [0, 4, 8, 12] + [16] * 10
 
 
+@pytest.mark.parametrize("name", ["c.mkv", "c.mp4"])
+def test_a_clip_shorter_than_its_sound(tmp_path, load, name):
+    with av.open(str(tmp_path / name), "w", options={"movflags": "frag_keyframe"} if name == "c.mp4" else {}) as output:
+        video = add_stream(output, "libx264", width=56, height=56, fps=8, options={"crf": "10"})
+        sound = output.add_stream("aac", rate=16000)
+        for number in range(17):
+            output.mux(video.encode(picture(number, width=56, height=56)))
+        output.mux(video.encode())
+        for number in range(160):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 16000, number * 1024
+            output.mux(sound.encode(frame))
+        output.mux(sound.encode())
+    assert load(tmp_path / name).total_num_frames == 17
+
+
 def test_a_slow_flv_is_not_taken_for_a_cut_one(tmp_path, load):
     clip = load(make_clip(tmp_path / "c.flv", codec="flv", times_s=range(0, 40, 4), fps=Fraction(1, 4)))
     assert (clip.fps, clip.total_num_frames) == (0.25, 10)
@@ -453,6 +470,24 @@ def cut_between_tags(path):
     path.write_bytes(data[:end])
 
 
+def zeros(name, codec, start, end):
+    """A clip with zeros between two places of its file, in shares of its length."""
+
+    def write(path):
+        data = bytearray(make_clip(path.with_name(name), codec=codec).read_bytes())
+        start_at, end_at = round(start * len(data)), round(end * len(data))
+        data[start_at:end_at] = bytes(end_at - start_at)
+        path.write_bytes(data)
+
+    return write
+
+
+def cut_between_fragments(path):
+    data = make_clip(path.with_name("c.mp4"), frames=40, flags="dash+global_sidx", options={"g": "8"}).read_bytes()
+    starts = [match.start() - 4 for match in re.finditer(b"moof", data)]
+    path.write_bytes(data[: starts[len(starts) // 2]])
+
+
 def huge(path):
     with av.open(str(path), "w") as output:
         stream = add_stream(output, "libx264", width=9000, height=4000, fps=8, options={"preset": "ultrafast"})
@@ -514,6 +549,9 @@ BAD_FILES = {
     "truncated mpeg-ts": (truncated("c.ts"), "truncated mpeg-ts"),
     "truncated flv": (truncated("c.flv"), "truncated flv"),
     "flv cut between tags": (cut_between_tags, "truncated: 4.* s long by its header"),
+    "mkv that ends in zeros": (zeros("c.mkv", "libx264", 0.5, 1), "truncated: 4.* s long by its header"),
+    "webm with zeros inside": (zeros("c.webm", "libvpx-vp9", 0.4, 0.8), "truncated: 4.* s long by its header"),
+    "mp4 cut between fragments": (cut_between_fragments, "truncated: 5.* s long by its header"),
     "huge frames": (huge, "9000 x 4000 pixels, over 35651584"),
     "cut after the header": (cut_fast_start, "truncated"),
     "audio only": (audio_only, r"no video stream \(it has: audio\)"),

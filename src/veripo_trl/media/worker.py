@@ -258,19 +258,15 @@ def read_packets(opened, container):
     if not videos:
         kinds = sorted({stream.type if stream.codec_context else "unknown codec" for stream in opened.streams})
         raise Unreadable(f"no video stream (it has: {', '.join(kinds) or 'nothing'})")
-    packets, times_s = {stream.index: [] for stream in videos}, [0.0]
-    for packet in demux(opened, opened.streams if container == "flv" else videos):
+    packets, ends_s = {stream.index: [] for stream in videos}, [0.0]
+    for packet in demux(opened, opened.streams if container in ("flv", "matroska") else videos):
         if not packet.size:
             continue
-        if container == "flv" and packet.pts is not None:
-            times_s.append(float(packet.pts * packet.time_base))
+        if packet.pts is not None:
+            ends_s.append((packet.pts + (packet.duration or 0)) * float(packet.time_base))
         if packet.stream_index in packets:
             fields = packet.pts, packet.dts, packet.duration, packet.is_keyframe, packet.is_discard
             packets[packet.stream_index].append(Packet(*fields))
-    # Downloads of flv that were interrupted end between two tags. The last frame may be as long as any other.
-    times_s, duration_s = np.sort(times_s), (opened.duration or 0) / 1e6
-    if container == "flv" and times_s[-1] + np.diff(times_s).max(initial=1.0) + 0.5 < duration_s:
-        raise Unreadable(f"truncated: {duration_s:.1f} s long by its header, its last time stamp is {times_s[-1]:.1f} s")
 
     def area(stream):
         return stream.codec_context.width * stream.codec_context.height
@@ -280,6 +276,15 @@ def read_packets(opened, container):
     if area(stream) > MAX_FRAME_PIXELS:
         size = f"{stream.codec_context.width} x {stream.codec_context.height} pixels"
         raise Unreadable(f"{size}, over {MAX_FRAME_PIXELS}: make it smaller")
+    # An interrupted flv ends between two tags, a fragmented mp4 between fragments; zeros in a mkv or webm are skipped.
+    duration_s = 0.0
+    if container in ("flv", "matroska"):
+        duration_s = (opened.duration or 0) / 1e6
+    elif container == "mov" and stream.frames != len(packets[stream.index]):
+        duration_s = float((stream.duration or 0) * stream.time_base)
+    ends_s = np.sort(ends_s)  # the last frame may be as long as any other
+    if ends_s[-1] + np.diff(ends_s).max(initial=1.0) + 0.5 < duration_s:
+        raise Unreadable(f"truncated: {duration_s:.1f} s long by its header, its last frame ends at {ends_s[-1]:.1f} s")
     return stream, packets[stream.index]
 
 
