@@ -346,10 +346,19 @@ def test_loops_that_cannot_run(change, message, tmp_path):
         {"judge_command": ["proxy", "--header", "X-Api-Key: SECRET"]},
         {"judge_command": ["proxy", "--header", "Authorization: Bearer SECRET"]},
         {"judge_command": ["proxy", "hf_SECRETSECRETSECRETSECRET"]},
+        {"judge_command": ["curl", "-H", "Authorization: Basic SECRET"]},
+        {"judge_command": ["curl", "-u", "me:SECRET"]},
+        {"judge_command": ["bash", "-c", "DB_PASS=SECRET curl --user me:SECRET http://127.0.0.1:1"]},
+        {"judge_command": ["proxy", "--hf-tokens", "SECRET"]},
+        {"judge_command": ["proxy", "gsk_SECRETSECRETSECRETSECRET"]},
+        {"judge_command": ["proxy", "ya29.SECRETSECRET"]},
+        {"judge_health": "http://SECRET@127.0.0.1:1/health"},
         {"judge_health": "http://me:SECRET@127.0.0.1:1/health"},
         {"overrides": {"judge_url": "http://127.0.0.1:1/v1?api_key=SECRET"}},
         {"overrides": {"judge_request_options": '{"extra_body": {"token": "SECRET"}}'}},
         {"overrides": {"model_init_kwargs": {"password": "SECRET"}}},
+        {"overrides": {"judge_request_options": {"extra_headers": {"authorization": "SECRET"}}}},
+        {"overrides": {"model_init_kwargs": {"api_key": 12345}}},
         {"later_overrides": {"report_to": "sk-SECRETSECRETSECRETSECRET"}},
     ],
 )
@@ -364,6 +373,8 @@ def test_what_is_no_secret_is_left_alone():
     command = ["bash", "-c", "HF_TOKEN=$HF_TOKEN vllm serve", "--hf-token", "--port", 1, "--lora-modules", "monkey=x"]
     command += ["--ssl-keyfile", "/etc/key.pem", "--revision", "a" * 40, "--served-model-name", "task-sk-learn"]
     settings = {"judge_command": command, "eos_token": "<|im_end|>", "pad_token": "x", "hub_token": None}
+    command += ["sort", "--key", "2", "-u", "--max_tokens", "5", "Basic reasoning", "docker run -u 1000:1000", "PWD=/x"]
+    settings |= {"image_token": "<image>", "max_tokens": 512, "url": "https://$ME@host", "first_pass": True}
     settings |= {"judge_api_key_env": "MY_KEY", "tokenizer": "x", "env": {"HF_TOKEN": "$MINE", "MAX_TOKENS": "5"}}
     shipped = [yaml.safe_load(file.read_text()) for file in (RECIPES / "configs").rglob("*.yaml")]
     for value in (settings, shipped):
