@@ -203,6 +203,7 @@ def test_several_letters_are_all_or_nothing(solution, answer, score):
         ("5 m^2", 5), ("5 m²", 5), ("5\\text{ m}^2", 5), ("90^\\circ", 90), ("90°", 90), ("3rd", 3), ("3 and 3", 3),
         ("1 m 20 cm", 1.2), ("1m20cm", 1.2), ("2 minutes and 30 seconds", 2.5), ("5 ft 3 in", 5.25), ("1 h 3 min", 1.05),
         ("2 million", 2e6), ("1.5 thousand people", 1500), ("3 dozen", 36),
+        ("1.5k", 1500), ("2K people", 2000), ("2 km", 2),
         ("<b>3</b>", 3), ("I'd say 3", 3), ("答案是3", 3), ("3\n\nExplanation: 1, 2, 3.", 3), ("3 (not 4)", 3),
     ],
 )  # fmt: skip

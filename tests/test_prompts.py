@@ -63,6 +63,8 @@ def test_messages_put_videos_then_images_then_text_in_one_user_message(tmp_path)
         # not listed: their texts occur in it
         ({"problem": "How many of the 12 cats?", "options": ["1", "2"]},
          "How many of the 12 cats?\n1\n2\nsay multiple choice"),
+        ({"problem": "What grows on Vitamin A. yes", "options": ["yes"]},
+         "What grows on Vitamin A. yes\nyes\nsay multiple choice"),
         ({"problem": "Is 1 2 next?", "options": ["1", "2"]}, "Is 1 2 next?\n1\n2\nsay multiple choice"),
         ({"problem": "Is it red or blue?", "options": ["red", "blue"]},
          "Is it red or blue?\nred\nblue\nsay multiple choice"),

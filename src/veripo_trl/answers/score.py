@@ -322,8 +322,8 @@ def _clean_number(text: str) -> str:
         return repr(whole + top / bottom) if bottom else match[0]
 
     text = re.sub(
-        r"(?<![\w.,/])(\d[\d,]{0,15}(?:\.\d{1,15})?)\s(hundred|thousand|million|billion|dozen)\b",
-        lambda match: repr(float(match[1].replace(",", "")) * _SCALES[match[2].lower()]),
+        r"(?<![\w.,/])(\d[\d,]{0,15}(?:\.\d{1,15})?)(?:\s(hundred|thousand|million|billion|dozen)|(k))\b",
+        lambda match: repr(float(match[1].replace(",", "")) * _SCALES[(match[2] or "thousand").lower()]),
         text,
         flags=re.I,
     )

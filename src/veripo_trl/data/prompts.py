@@ -94,6 +94,8 @@ def build_messages(row: dict[str, Any], template: PromptTemplate) -> list[dict[s
 def lists_options(problem: str, options: list[str]) -> bool:
     """Whether the options stand in the problem word for word and one after the other, each with its letter or on a
     line of its own. Texts that merely occur in it ("How many of the 12 cats", options "1" and "2") are no list."""
+    if len(options) < 2:
+        return False
     letter = r"[(\[]?[A-Za-z][.):\]]+\s*"
     listed = [
         rf"(?<!\S)(?:{letter})?{re.escape(option)}" if re.match(letter, option) else rf"(?:{letter}|^){re.escape(option)}"
