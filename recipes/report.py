@@ -10,8 +10,7 @@ import argparse
 import sys
 import time
 
-from veripo_trl.files.disk import FileError
-from veripo_trl.report.read import ReportError
+from veripo_trl.errors import run
 from veripo_trl.report.write import write_report
 
 
@@ -28,22 +27,19 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.questions < 0 or arguments.max_mb <= 0:
         parser.error("expected --questions 0 or more and --max_mb above 0")
     started = time.time()
-    try:
-        path = write_report(
-            arguments.runs,
-            arguments.output,
-            questions=arguments.questions,
-            seed=arguments.seed,
-            media_root=arguments.media_root,
-            max_mb=arguments.max_mb,
-            scores=arguments.scores,
-            progress=True,
-            say=lambda line: print(line, file=sys.stderr),
-        )
-    except (ReportError, FileError) as error:
-        raise SystemExit(f"report: {error}") from None
+    path = write_report(
+        arguments.runs,
+        arguments.output,
+        questions=arguments.questions,
+        seed=arguments.seed,
+        media_root=arguments.media_root,
+        max_mb=arguments.max_mb,
+        scores=arguments.scores,
+        progress=True,
+        say=lambda line: print(line, file=sys.stderr),
+    )
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB, {time.time() - started:.1f} s): open it in a browser")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -186,12 +186,12 @@ def test_what_is_read(page):
     data = embedded(page)
     assert data["stages"] == ["search-1", "verify-1", "align-1", "search-2 <b>", "align-2"]
     assert len(data["questions"]) == 25 and all(len(item["rollouts"]) == 4 for item in data["questions"])
-    (first,) = [item for item in data["questions"] if item["id"] == "q001"]
-    assert first["rollouts"][0]["text"] == f"<think>{HOSTILE}</think><answer>B</answer>"
+    (first,) = [item for item in data["questions"] if item["question_id"] == "q001"]
+    assert first["rollouts"][0]["completion"] == f"<think>{HOSTILE}</think><answer>B</answer>"
     assert [item["verdict"]["consistency"] for item in first["rollouts"]] == [
         "consistent", "consistent", "inconsistent", "unknown",
     ]  # fmt: skip
-    assert first["rollouts"][2]["rewards"] == {"accuracy": 1.0, "format": 0.5} and first["rollouts"][3]["cut"]
+    assert first["rollouts"][2]["rewards"] == {"accuracy": 1.0, "format": 0.5}
     assert len(data["pairs"]) == 12 and {item["kind"] for item in data["pairs"]} == {"penalty", "consistency"}
     # the frames that the model saw: the run's settings, found from where the run was started
     assert data["media"]["clips/long.mp4"]["note"].startswith("6 frames that the model saw, 56 × 56 pixels, of 24 at 2")
@@ -241,7 +241,8 @@ def test_the_sample_is_drawn_by_seed_and_said(workplace, tmp_path):
     count = len(data["questions"])
     assert f"A sample (seed 0): {count} of 25 questions and {4 * count} of 100 rollouts are on this page." in text
     assert f"A sample (seed 0): {len(data['pairs'])} of 12 pairs" in text
-    assert {item["id"] for item in data["questions"]} != {item["id"] for item in embedded(pages["c"])["questions"]}
+    ids = [{item["question_id"] for item in shown["questions"]} for shown in (data, embedded(pages["c"]))]
+    assert ids[0] != ids[1]
     assert "100: 33.3% inconsistent" in text  # tables are about all
 
 
@@ -250,8 +251,8 @@ def test_long_completions_and_large_groups_are_cut_and_said(tmp_path):
     write_stage(tmp_path / "run", {}, rollouts=rows)
     (item,) = embedded(write_report([tmp_path / "run"]))["questions"]
     assert item["total"] == 100 and len(item["rollouts"]) == report_read.MAX_ROLLOUTS
-    assert {len(row["text"]) for row in item["rollouts"]} != {30_000}
-    assert item["rollouts"][0]["text"].endswith("[…10000 more characters are not on this page]")
+    assert {len(row["completion"]) for row in item["rollouts"]} != {30_000}
+    assert item["rollouts"][0]["completion"].endswith("[…10000 more characters are not on this page]")
 
 
 def test_the_size_holds_for_texts_that_escapes_make_longer(tmp_path):
@@ -300,7 +301,7 @@ def test_parts_that_are_absent_are_named(tmp_path):
     for words in ("No rollouts:", "No verdicts:", "No preference pairs.", "No training log:"):
         assert words in text
     (tmp_path / "bare" / "_arguments.json").write_text("{half")
-    assert "bare/_arguments.json cannot be read" in write_report([tmp_path / "bare"]).read_text()
+    assert "bare/_arguments.json is damaged" in write_report([tmp_path / "bare"]).read_text()
 
 
 def test_benchmark_results(tmp_path):
@@ -383,14 +384,33 @@ def test_what_cannot_be_reported_is_an_error(tmp_path):
     (file,) = (tmp_path / "run" / "rollouts").iterdir()
     with pytest.raises(ReportError, match="no such folder"):
         write_report([tmp_path / "run"], media_root=str(tmp_path / "gone"))
-    for content in (b"PAR1 no more", file.read_bytes().replace(b"I see", b"\xff see"), file.read_bytes()[:-50]):
-        file.write_bytes(content)
-        with pytest.raises(ReportError, match=f"{file.name}: not a readable Parquet file .*remove it"):
-            write_report([tmp_path / "run"])
-    pq.write_table(pa.table({"question_id": ["q000"]}), file)
-    with pytest.raises(ReportError, match=f"{file.name}: no column completion, .*remove it"):
-        write_report([tmp_path / "run"])
     assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_broken_file_is_left_out_and_named_with_its_remedy(tmp_path):
+    """Its place on the page says so; everything else is there."""
+    rows = [rollout("s", number, place) for number in range(2) for place in range(4)]
+    store = RolloutStore(tmp_path / "run" / "rollouts")
+    names = {"part": 0, "rank": 0, "reward_names": ["accuracy_reward"]}
+    files = [store.write(rows[step * 4 :][:4], step=step, **names) for step in (0, 1)]
+    verdicts = [verdict(row, place % 4) for place, row in enumerate(rows)]
+    write_files(verdicts, tmp_path / "run" / "verdicts", VERDICT_SCHEMA)
+    whole, name = files[0].read_bytes(), f"run/rollouts/{files[0].name}"
+    wrong = [b"PAR1 no more", whole.replace(b"I see", b"\xff see"), whole[:-50], b""]
+    remedies = ["not a readable Parquet file .*remove it"] * 4 + ["no column advantage, .*remove it"]
+    for content, remedy in zip([*wrong, None], remedies, strict=True):
+        if content is not None:
+            files[0].write_bytes(content)
+        else:
+            columns = ["question_id", "completion", "completion_tokens", "finish_reason", "rewards"]
+            files[0].write_bytes(whole)
+            pq.write_table(pq.read_table(files[0], columns=columns), files[0])
+        said = []
+        page = write_report([tmp_path / "run"], questions=0, say=said.append)
+        assert len(said) == 1 and re.match(f"{name}: {remedy}", said[0]), said
+        text, data = page.read_text(), embedded(page)
+        assert f"<li>{name}: " in text and str(tmp_path) not in text
+        assert [item["question_id"] for item in data["questions"]] == ["q001"]
 
 
 def test_the_recipe(workplace, tmp_path):
@@ -401,7 +421,7 @@ def test_the_recipe(workplace, tmp_path):
     assert (tmp_path / "r.html").is_file() and "counting" in done.stderr  # progress bars
     command = [sys.executable, str(RECIPE), "gone"]
     wrong = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert wrong.returncode == 1 and wrong.stderr.startswith("report: gone: no such folder")
+    assert wrong.returncode == 1 and wrong.stderr.startswith("ReportError: gone: no such folder")
 
 
 def test_charts(tmp_path):
@@ -629,38 +649,24 @@ def test_the_policy_refuses_what_is_not_ours(browser, page):
     assert len(refused) == 2 and all("Content Security Policy" in message for message in refused), refused
 
 
-def write_many(folder: Path) -> None:
-    """100,000 rollouts of 12,500 questions with their verdicts, and 20,000 pairs."""
-    for part in range(20):
-        rows = []
-        for number in range(part * 5_000, (part + 1) * 5_000):
-            text = f"<think>{'I look at the clip again and count the shapes. ' * (10 + number % 13)}{number}</think>"
-            changes = {"rollout_id": f"r{number}", "completion": f"{text}<answer>{number % 4}</answer>"}
-            rows.append(rollout("s", number // 8 % 12_500, number % 2, **changes))
-        names = ["accuracy_reward", "format_reward"]
-        RolloutStore(folder / "rollouts").write(rows, step=part, part=0, rank=0, reward_names=names)
-        write_files([verdict(row, number % 4) for number, row in enumerate(rows)], folder / "verdicts", VERDICT_SCHEMA)
-        (written,) = (folder / "verdicts").glob("verdicts-*.parquet")
-        written.rename(folder / "verdicts" / f"part-{part:02d}.parquet")
-    table = pa.Table.from_pylist([pair(3, "penalty", "chosen " * 150, "rejected " * 150)], schema=PAIR_SCHEMA)
-    (folder / "pairs").mkdir()
-    pq.write_table(table.take([0] * 20_000), folder / "pairs" / "pairs-00000.parquet")
-
-
-@pytest.mark.slow
 @pytest.mark.browser
-def test_a_hundred_thousand_rollouts(browser, tmp_path):
-    write_many(tmp_path / "large")
-    started = time.perf_counter()
-    path = write_report([tmp_path / "large"], questions=0)
-    seconds = time.perf_counter() - started
-    assert path.stat().st_size < 25e6 and seconds < 60, (path.stat().st_size, seconds)
+def test_of_a_large_run_a_sample_is_shown(browser, tmp_path):
+    rows = []
+    for number in range(4000):
+        text = f"<think>{'I look at the clip again and count the shapes. ' * (10 + number % 13)}{number}</think>"
+        changes = {"rollout_id": f"r{number}", "completion": f"{text}<answer>{number % 4}</answer>"}
+        rows.append(rollout("s", number // 8, number % 2, **changes))
+    write_stage(tmp_path / "large", {}, rollouts=rows, verdicts=[verdict(row, n % 4) for n, row in enumerate(rows)])
+    table = pa.Table.from_pylist([pair(3, "penalty", "chosen " * 50, "rejected " * 50)], schema=PAIR_SCHEMA)
+    (tmp_path / "large" / "pairs").mkdir()
+    pq.write_table(table.take([0] * 1000), tmp_path / "large" / "pairs" / "pairs-00000.parquet")
+    path = write_report([tmp_path / "large"], questions=0, max_mb=5)
+    assert path.stat().st_size < 5e6
     browser.get(path.as_uri())
     note = texts(browser, "#q-note")[0]
-    shown = re.search(r"A sample \(seed 0\): ([\d,]+) of 12,500 questions and ([\d,]+) of 100,000", note)
+    shown = re.search(r"A sample \(seed 0\): ([\d,]+) of 500 questions and ([\d,]+) of 4,000", note)
     assert count(browser) == f"{shown[1]} questions, {shown[2]} rollouts match"
-    assert "400 of 20,000 pairs" in texts(browser, "#p-note")[0]
-    started = time.perf_counter()
+    assert "400 of 1,000 pairs" in texts(browser, "#p-note")[0]
     put(browser, "q-text", "no such words")
-    assert count(browser) == "0 questions, 0 rollouts match" and time.perf_counter() - started < 5
+    assert count(browser) == "0 questions, 0 rollouts match"
     assert browser.get_log("browser") == []

@@ -9,25 +9,23 @@ from jinja2 import Environment, StrictUndefined
 
 from veripo_trl.files.tables import finite
 from veripo_trl.report.plots import DECODINGS, MEASURES, held_out_charts, is_number, svg_uri, training_charts
-
-SCORES = {  # of a line of benchmark results: title
-    "ours": "accuracy",
-    "released": "accuracy, released script",
-    "unparsable": "unparsable",
-    "truncated": "cut",
-    "inconsistency": "inconsistent",
-    "unknown": "unknown",
-}
+from veripo_trl.verifier.checks import inconsistency
 
 
 def render(*, title, stages, counts, benchmarks, questions, pairs, media, absent, sample) -> str:
-    """The whole page as text. See `report.write_report` for what goes in."""
+    """The whole page as text. See `write_report` for what goes in."""
     folder = files("veripo_trl.report") / "template"
-    page, style, script = ((folder / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page, style, script = (
+        (folder / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
+    )
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["thousands"] = "{:,}".format
+    points = milestones(stages)
     data = {
         "stages": [stage["name"] for stage in stages],
-        "questions": [{key: value for key, value in question.items() if key != "stage"} for question in questions],
+        "questions": questions,
         "pairs": pairs,
         "media": media,
     }
@@ -37,14 +35,14 @@ def render(*, title, stages, counts, benchmarks, questions, pairs, media, absent
         script=script,
         style_hash=content_hash(style),
         script_hash=content_hash(script),
-        facts=_facts(stages, counts),
-        cards=_cards(milestones(stages)),
-        stages=_stage_table(stages, counts),
-        held_out=_held_out_table(milestones(stages)),
-        benchmarks=list(map(_benchmark_table, benchmarks)),
-        training=_training(stages),
-        questions_note=_questions_note(questions, media, counts, sample),
-        pairs_note=_pairs_note(pairs, sample),
+        totals=_totals(stages, counts),
+        cards=_cards(points),
+        stages=[_stage_row(stage, count) for stage, count in zip(stages, counts, strict=True)],
+        held_out=_held_out_rows(points),
+        benchmarks=[{**scores, "rows": _benchmark_rows(scores["lines"])} for scores in benchmarks],
+        training=[(stage["name"], charts) for stage in stages if (charts := _curves(stage["history"]))],
+        shown=_shown(questions, pairs, media),
+        sample=sample,
         absent=absent or ["Nothing is absent."],
         data=embed(data),
     )
@@ -63,169 +61,146 @@ def embed(data) -> str:
     return text
 
 
-def _facts(stages, counts) -> list[str]:
-    numbers = {
-        "stage" if len(stages) == 1 else "stages": len(stages),
-        "rollouts": sum(count["rollouts"] for count in counts),
-        "verdicts": sum(sum(count["verdicts"].values()) for count in counts),
-        "pairs": sum(sum(count["pairs"].values()) for count in counts),
-    }
-    minutes = sum(stage["minutes"] for stage in stages if is_number(stage["minutes"]))
-    facts = [(f"{number:,}", name) for name, number in numbers.items() if number]
-    return facts + ([(f"{minutes:.1f}", "minutes")] if minutes else [])
-
-
 def milestones(stages) -> list[dict]:
     """The policies whose held-out results are known, in order: `{"label", "greedy", "sampled"}`; the first may be the
     start of the run."""
     found = []
     for stage in stages:
-        results = stage["results"]
-        if not found and _evaluated(results.get("before")):
-            found.append({"label": "start", **results["before"]})
-        if _evaluated(results.get("after")):
-            found.append({"label": str(stage["name"]), **results["after"]})
+        before, after = stage["results"].get("before"), stage["results"].get("after")
+        if not found and _evaluated(before):
+            found.append({"label": "start", **before})
+        if _evaluated(after):
+            found.append({"label": str(stage["name"]), **after})
     return found
 
 
 def _evaluated(results) -> bool:
-    return isinstance(results, dict) and any(isinstance(results.get(decoding), dict) for decoding in DECODINGS)
+    return isinstance(results, dict) and any(
+        isinstance(results.get(decoding), dict) for decoding in DECODINGS
+    )
+
+
+def _totals(stages, counts) -> dict:
+    return {
+        "stages": len(stages),
+        "rollouts": sum(count["rollouts"] for count in counts),
+        "verdicts": sum(sum(count["verdicts"].values()) for count in counts),
+        "pairs": sum(sum(count["pairs"].values()) for count in counts),
+        "minutes": sum(stage["minutes"] for stage in stages if is_number(stage["minutes"])),
+    }
+
+
+def _shown(questions, pairs, media) -> dict:
+    """How much of the run is on the page."""
+    return {
+        "questions": len(questions),
+        "rollouts": sum(len(question["rollouts"]) for question in questions),
+        "filmed": sum(
+            any(media.get(name, {}).get("frames") for name in q["videos"] + q["images"]) for q in questions
+        ),
+        "pairs": len(pairs),
+    }
 
 
 def _cards(points: list[dict]) -> list[dict]:
     """A chart with its title, its last value, and how far that is from the first, for each measure."""
-    if not points:
-        return []
     cards = []
-    for (key, title, percent, better), chart in zip(MEASURES, held_out_charts(points), strict=True):
-        decoding = chart["series"][0]["name"]
-        values = [value for value in chart["series"][0]["y"] if is_number(value)]
-        card = {"title": title, "chart": svg_uri(chart), "alt": _spoken(chart), "value": "–", "moved": "", "tone": ""}
+    for (key, title, percent, better), chart in (
+        zip(MEASURES, held_out_charts(points), strict=True) if points else ()
+    ):
+        decoding, scale, unit = chart["series"][0]["name"], 100 if percent else 1, "%" if percent else ""
+        values = [scale * value for value in chart["series"][0]["y"] if is_number(value)]
+        card = {"title": title, "chart": svg_uri(chart), "value": "–", "moved": "", "tone": ""}
         if key == "inconsistency":
             card["title"] += f" (unknown {_percent((points[-1].get(decoding) or {}).get('unknown'))})"
         if values:
+            card["value"] = f"{values[-1]:.1f}{unit}"
+        if len(values) > 1:
             change = values[-1] - values[0]
-            card["value"] = f"{100 * values[-1]:.1f}%" if percent else f"{values[-1]:.1f}"
-            if len(values) > 1:
-                card["moved"] = (f"{100 * change:+.1f} points" if percent else f"{change:+.1f}").replace("-", "−")
-                card["tone"] = "" if not better or abs(change) < 1e-9 else "good" if change * better > 0 else "bad"
+            card["moved"] = f"{change:+.1f}{' points' if percent else ''}".replace("-", "−")
+            card["tone"] = (
+                "" if not better or abs(change) < 1e-7 else "good" if change * better > 0 else "bad"
+            )
         cards.append(card)
     return cards
 
 
-def _spoken(chart: dict) -> str:
-    """A chart in words, for those who do not see it."""
-    show = _percent if chart["percent"] else lambda value: f"{value:.4g}"
-    series = [(one["name"], [value for value in one["y"] if is_number(value)]) for one in chart["series"]]
-    return f"{chart['title']}: " + "; ".join(
-        f"{name} from {show(values[0])} to {show(values[-1])}" for name, values in series if values
-    )
+def _curves(history: list[dict]) -> list[dict]:
+    return [{"title": chart["title"], "chart": svg_uri(chart)} for chart in training_charts(history)]
 
 
-def _stage_table(stages, counts) -> dict:
-    rows = []
-    for stage, count in zip(stages, counts, strict=True):
-        verdicts = count["verdicts"]
-        known = verdicts.get("consistent", 0) + verdicts.get("inconsistent", 0)
-        judged = "–"
-        if total := sum(verdicts.values()):
-            share = _percent(verdicts.get("inconsistent", 0) / known) if known else "–"
-            judged = f"{total:,}: {share} inconsistent, {_percent(verdicts.get('unknown', 0) / total)} unknown"
-        kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(count["pairs"].items(), key=str))
-        tokens, minutes = count["completion_tokens"], stage["minutes"]
-        rows.append(
-            [
-                f"{stage['name']} ({stage['recipe']})" if stage["recipe"] else stage["name"],
-                stage["status"] or "–",
-                f"{minutes:.1f}" if is_number(minutes) else "–",
-                f"{count['rollouts']:,}" if count["rollouts"] else "–",
-                f"{count['questions']:,}" if count["questions"] else "–",
-                _percent(count["accuracy"]),
-                "–" if tokens is None else f"{tokens:.0f}",
-                _percent(count["truncated"]),
-                judged,
-                kinds or "–",
-            ]
-        )
-    head = ["stage", "status", "minutes", "rollouts", "questions", "accuracy", "tokens", "cut", "verdicts", "pairs"]
-    return {"head": head, "rows": rows, "numbers": (2, 8)}
+def _stage_row(stage, count) -> dict[str, str]:
+    verdicts, judged = count["verdicts"], "–"
+    if total := sum(verdicts.values()):
+        judged = f"{total:,}: {_percent(inconsistency(verdicts))} inconsistent, "
+        judged += f"{_percent(verdicts.get('unknown', 0) / total)} unknown"
+    return {
+        "stage": f"{stage['name']} ({stage['recipe']})" if stage["recipe"] else stage["name"],
+        "status": stage["status"] or "–",
+        "minutes": _number(stage["minutes"], ".1f"),
+        "rollouts": _number(count["rollouts"] or None, ","),
+        "questions": _number(count["questions"] or None, ","),
+        "accuracy": _percent(count["accuracy"]),
+        "tokens": _number(count["completion_tokens"], ".0f"),
+        "cut": _percent(count["truncated"]),
+        "verdicts": judged,
+        "pairs": ", ".join(f"{n:,} {kind}" for kind, n in sorted(count["pairs"].items(), key=str)) or "–",
+    }
 
 
-def _held_out_table(points: list[dict]) -> dict:
+def _held_out_rows(points: list[dict]) -> list[dict[str, str]]:
     keys = {key for point in points for decoding in DECODINGS for key in point.get(decoding) or {}}
     kinds = sorted(key for key in keys if key.startswith("accuracy: "))
-    head = ["policy after", "decoding", "accuracy", "95% interval", "accurate and consistent", "inconsistent", "unknown"]
-    head += ["format", "think tokens", "cut", "questions", *(key.removeprefix("accuracy: ") for key in kinds)]
-    shares = ("accurate_and_consistent", "inconsistency", "unknown", "format")
-    rows = [
-        [point["label"], decoding, _percent(values.get("accuracy")), _interval(values, "accuracy")]
-        + [_percent(values.get(key)) for key in shares]
-        + [f"{values['think_tokens']:.1f}" if is_number(values.get("think_tokens")) else "–"]
-        + [_percent(values.get("truncated")), values.get("questions", "–")]
-        + [_percent(values.get(key)) for key in kinds]
+    return [
+        {
+            "policy after": point["label"],
+            "decoding": decoding,
+            "accuracy": _percent(values.get("accuracy")),
+            "95% interval": _interval(values, "accuracy"),
+            "accurate and consistent": _percent(values.get("accurate_and_consistent")),
+            "inconsistent": _percent(values.get("inconsistency")),
+            "unknown": _percent(values.get("unknown")),
+            "format": _percent(values.get("format")),
+            "think tokens": _number(values.get("think_tokens"), ".1f"),
+            "cut": _percent(values.get("truncated")),
+            "questions": values.get("questions", "–"),
+            **{key.removeprefix("accuracy: "): _percent(values.get(key)) for key in kinds},
+        }
         for point in points
         for decoding in DECODINGS
         if (values := point.get(decoding))
     ]
-    return {"head": head, "rows": rows, "numbers": (2, len(head))}
 
 
-def _benchmark_table(scores: dict) -> dict:
+def _benchmark_rows(lines: list[dict]) -> list[dict[str, str]]:
     """The lines of one file of scores: a benchmark, then its categories."""
-    head = [scores["name"], "rows", "accuracy", "95% interval", *list(SCORES.values())[1:], "thinking"]
-    rows = []
-    for line in scores["lines"]:
-        length = line.get("think_length")
-        rows.append(
-            [f"· {line['category']}: {line.get('value')}" if line.get("category") else line.get("benchmark")]
-            + [line.get("rows", "–"), _percent(line.get("ours")), _interval(line, "ours")]
-            + [_percent(line.get(key)) for key in list(SCORES)[1:]]
-            + [f"{length:.0f}" if is_number(length) else "–"]
-        )
-    return {"name": scores["name"], "notes": scores["notes"], "head": head, "rows": rows, "numbers": (1, len(head))}
+    return [
+        {
+            "benchmark": f"· {line['category']}: {line.get('value')}"
+            if line.get("category")
+            else line.get("benchmark"),
+            "rows": line.get("rows", "–"),
+            "accuracy": _percent(line.get("ours")),
+            "95% interval": _interval(line, "ours"),
+            "accuracy, released script": _percent(line.get("released")),
+            "unparsable": _percent(line.get("unparsable")),
+            "cut": _percent(line.get("truncated")),
+            "inconsistent": _percent(line.get("inconsistency")),
+            "unknown": _percent(line.get("unknown")),
+            "thinking": _number(line.get("think_length"), ".0f"),
+        }
+        for line in lines
+    ]
+
+
+def _number(value, form: str) -> str:
+    return format(value, form) if is_number(value) else "–"
 
 
 def _percent(value) -> str:
-    return f"{100 * value:.1f}%" if is_number(value) else "–"
+    return _number(value, ".1%")
 
 
 def _interval(values: dict, key: str) -> str:
     low, high = values.get(f"{key}_low"), values.get(f"{key}_high")
-    return f"{100 * low:.1f}–{100 * high:.1f}%" if is_number(low) and is_number(high) else "–"
-
-
-def _training(stages) -> list[dict]:
-    found = [(stage["name"], training_charts(stage["history"])) for stage in stages]
-    return [
-        {"name": name, "cards": [{"title": c["title"], "chart": svg_uri(c), "alt": _spoken(c)} for c in charts]}
-        for name, charts in found
-        if charts
-    ]
-
-
-def _questions_note(questions, media, counts, sample) -> str:
-    total = sum(count["rollouts"] for count in counts)
-    shown = sum(len(question["rollouts"]) for question in questions)
-    if not total:
-        return "There are no rollouts in this run."
-    filmed = sum(any(media.get(name, {}).get("frames") for name in q["videos"] + q["images"]) for q in questions)
-    if len(questions) == sample["questions"] and shown == total:
-        what = f"All {len(questions):,} questions and all {total:,} rollouts are on this page"
-    else:
-        what = (
-            f"A sample (seed {sample['seed']}): {len(questions):,} of {sample['questions']:,} questions and {shown:,} of "
-            f"{total:,} rollouts are on this page. Filters and counts here are about the sample; the tables above are "
-            f"about all"
-        )
-    return f"{what}. {filmed:,} questions come with the frames that the model saw."
-
-
-def _pairs_note(pairs, sample) -> str:
-    if not sample["pairs"]:
-        return "There are no preference pairs in this run."
-    if len(pairs) == sample["pairs"]:
-        return f"All {len(pairs):,} pairs. Words that only one side has are marked."
-    return (
-        f"A sample (seed {sample['seed']}): {len(pairs):,} of {sample['pairs']:,} pairs, the kinds in turn. Words that "
-        f"only one side has are marked."
-    )
+    return f"{100 * low:.1f}–{high:.1%}" if is_number(low) and is_number(high) else "–"

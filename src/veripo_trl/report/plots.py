@@ -8,10 +8,10 @@ and `"high"`, all lists of one length; values that are no finite number are left
 import base64
 import io
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
+from matplotlib.figure import Figure
 
 from veripo_trl.files.disk import write_whole
 
@@ -39,6 +39,7 @@ LOGGED = {  # what a trainer logs: title; a reward has its own name
     "learning_rate": "learning rate",
 }
 MAX_POINTS = 400  # of one series; more are thinned, the last one kept
+MAX_BARS = 60  # a picture has a largest size
 
 
 def is_number(value) -> bool:
@@ -53,12 +54,16 @@ def training_charts(history: list[dict]) -> list[dict]:
     titles |= {key: key.removeprefix("rewards/").removesuffix("/mean").replace("_", " ") for key in rewards}
     charts = []
     for key, title in (titles | LOGGED).items():
-        points = [(entry["step"], entry[key]) for entry in history if key in entry and is_number(entry.get("step"))]
+        points = [
+            (entry["step"], entry[key]) for entry in history if key in entry and is_number(entry.get("step"))
+        ]
         points = [point for point in points if is_number(point[1])]
         if len(points) > 1:
             points = points[(len(points) - 1) % (stride := math.ceil(len(points) / MAX_POINTS)) :: stride]
             steps, values = map(list, zip(*points, strict=True))
-            charts.append({"title": title, "series": [{"name": title, "x": steps, "y": values}], "percent": False})
+            charts.append(
+                {"title": title, "series": [{"name": title, "x": steps, "y": values}], "percent": False}
+            )
     return charts
 
 
@@ -85,22 +90,26 @@ def held_out_charts(points: list[dict]) -> list[dict]:
 
 def draw(axis, chart: dict) -> None:
     """Draw a chart on an axis of matplotlib."""
-    for place, one in enumerate(chart["series"]):
-        rows = zip(*(one.get(key) or [None] * len(one["x"]) for key in ("x", "y", "low", "high")), strict=True)
+    for number, one in enumerate(chart["series"]):
+        rows = zip(
+            *(one.get(key) or [None] * len(one["x"]) for key in ("x", "y", "low", "high")), strict=True
+        )
         rows = [row for row in rows if is_number(row[1])]
         if not rows:
             continue
         x, y, low, high = zip(*rows, strict=True)
-        look = {"color": COLOURS[place % len(COLOURS)], "linestyle": "-" if place < 2 else "--"}
+        look = {"color": COLOURS[number % len(COLOURS)], "linestyle": "-" if number < 2 else "--"}
         look |= {"marker": "o", "markersize": 4} if chart.get("ticks") else {}
         axis.plot(x, y, label=one["name"], **look)
         if all(map(is_number, low + high)):
             axis.vlines(x, low, high, color=look["color"], alpha=0.45)
     if chart.get("ticks"):
-        labels = [label if len(label) <= 16 else f"{label[:15]}…" for label in chart["ticks"]]
-        axis.set_xticks(range(len(labels)), labels, rotation=30 if sum(map(len, labels)) > 36 else 0, parse_math=False)
+        labels = [_shortened(label, 16) for label in chart["ticks"]]
+        axis.set_xticks(
+            range(len(labels)), labels, rotation=30 if sum(map(len, labels)) > 36 else 0, parse_math=False
+        )
     if chart["percent"]:
-        axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+        axis.yaxis.set_major_formatter("{x:.0%}")
         axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]))
     if len(chart["series"]) > 1:
         axis.legend(fontsize=7, frameon=False)
@@ -109,41 +118,73 @@ def draw(axis, chart: dict) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def _shortened(label: str, length: int) -> str:
+    return label if len(label) <= length else f"{label[: length - 1]}…"
+
+
 def save_charts(path: Path, charts: list[dict], *, title: str) -> None:
     """Write charts beside each other as one png; none where there are no charts."""
     if not charts:
         return
     columns = min(4, len(charts))
     rows = math.ceil(len(charts) / columns)
+    figure = _figure(3.4 * columns, 2.8 * rows)
+    for number, chart in enumerate(charts, 1):
+        axis = figure.add_subplot(rows, columns, number)
+        axis.set_title(chart["title"], fontsize=10)
+        draw(axis, chart)
+    _save_png(path, figure, title)
 
-    def write(figure):
-        for place, chart in enumerate(charts, 1):
-            axis = figure.add_subplot(rows, columns, place)
-            axis.set_title(chart["title"], fontsize=10)
-            draw(axis, chart)
-        figure.suptitle(title, fontsize=11, parse_math=False)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=120)
-        write_whole(path, buffer.getvalue())
 
-    _with_figure((3.4 * columns, 2.8 * rows), write)
+def save_scores(path: Path, lines: list[dict], *, title: str) -> None:
+    """The table of `evaluate.scores.lines_of` as a png: accuracy with its interval, and inconsistency; of the first
+    `MAX_BARS` lines."""
+    if len(lines) > MAX_BARS:
+        title, lines = f"{title}: the first {MAX_BARS} of {len(lines)} lines", lines[:MAX_BARS]
+    names = [
+        f"{line['category']}: {line['value']}" if line["category"] else line["benchmark"] for line in lines
+    ]
+    figure, heights = _figure(10, 1.4 + 0.28 * len(lines)), range(len(lines))[::-1]
+    left, right = figure.subplots(1, 2, sharey=True)
+    ours, released, inconsistent = (
+        [100 * line[key] for line in lines] for key in ("ours", "released", "inconsistency")
+    )
+    low, high = (
+        [abs(100 * (line[end] - line["ours"])) for line in lines] for end in ("ours_low", "ours_high")
+    )
+    left.barh(heights, ours, xerr=[low, high], height=0.6, color=COLOURS[0], ecolor="#222222", label="ours")
+    left.plot(released, heights, "o", color=COLOURS[1], ms=4, label="released")
+    left.set(xlim=(0, 100), xlabel="accuracy %")
+    left.set_yticks(heights, [_shortened(name, 50) for name in names], parse_math=False)
+    left.legend(fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))  # above: bars may fill the axes
+    right.barh(heights, inconsistent, height=0.6, color=COLOURS[3])
+    right.set(xlabel="inconsistent % (of the outputs whose verdict is known)")
+    for axis in (left, right):
+        axis.grid(axis="x", alpha=0.3)
+        axis.tick_params(labelsize=8)
+    _save_png(path, figure, title)
 
 
 def svg_uri(chart: dict) -> str:
     """A chart as an image's address. What is in an image can neither run nor load anything."""
-    buffer = io.BytesIO()
-
-    def write(figure):
-        draw(figure.add_subplot(), chart)
-        # without a date and with ids of its own, equal runs have equal reports
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "veripo_trl", "font.family": "sans-serif"}):
-            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-
-    _with_figure((2.9, 2.0), write)
+    figure, buffer = _figure(2.9, 2.0), io.BytesIO()
+    draw(figure.add_subplot(), chart)
+    # without a date and with ids of its own, equal runs have equal reports
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": "veripo_trl", "font.family": "sans-serif"}
+    ):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _with_figure(size: tuple[float, float], write: Callable) -> None:
-    from matplotlib.figure import Figure  # not pyplot's, which asks for a screen and keeps every figure
+def _figure(width: float, height: float) -> Figure:
+    return Figure(
+        figsize=(width, height), layout="constrained"
+    )  # not pyplot's, which wants a screen and is kept
 
-    write(Figure(figsize=size, layout="constrained"))
+
+def _save_png(path: Path, figure: Figure, title: str) -> None:
+    figure.suptitle(title, fontsize=11, parse_math=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120)
+    write_whole(path, buffer.getvalue())

@@ -1,7 +1,9 @@
-"""The checks that need no judge: accuracy, format, repetition and length of the thinking."""
+"""The checks that need no judge: accuracy, format, repetition and length of the thinking; what inconsistency is."""
 
 import functools
+import math
 import re
+from collections.abc import Mapping
 
 from veripo_trl.answers.score import SolutionError, extract_answer, is_well_formed, score_answer, split_completion
 
@@ -23,6 +25,12 @@ def repetition_share(think: str, *, ngram: int = 10) -> float:
     if total < 2:
         return 0.0
     return 1.0 - len(set(zip(*(words[start:] for start in range(ngram))))) / total
+
+
+def inconsistency(verdicts: Mapping[str, int]) -> float:
+    """inconsistent / (consistent + inconsistent), of counts by verdict: unknown ones are left out; NaN if all are."""
+    known = verdicts.get("consistent", 0) + verdicts.get("inconsistent", 0)
+    return verdicts.get("inconsistent", 0) / known if known else math.nan
 
 
 def check_rollouts(

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from veripo_trl.files.disk import write_whole
-from veripo_trl.files.tables import print_table
+from veripo_trl.files.tables import finite, print_table
 from veripo_trl.hub.cards import shown_name
+from veripo_trl.verifier.checks import inconsistency
 from veripo_trl.verifier.pairs import KINDS
 
 
@@ -34,7 +35,6 @@ class PairsSeen:
 
 def summarize(rollouts: int, questions: int, counts: Counter, pairs: PairsSeen, dropped: Counter) -> dict:
     """The counts of results.json."""
-    known = counts["consistent"] + counts["inconsistent"]
     return {
         "rollouts": rollouts,
         "questions": questions,
@@ -42,7 +42,7 @@ def summarize(rollouts: int, questions: int, counts: Counter, pairs: PairsSeen, 
         "format": counts["well formed"] / rollouts,
         "verdicts": {name: counts[name] for name in ("consistent", "inconsistent", "unknown")},
         "unknown_why": {why.split(": ")[1]: n for why, n in counts.most_common() if why.startswith("unknown: ")},
-        "inconsistency": counts["inconsistent"] / known if known else None,
+        "inconsistency": finite(inconsistency(counts)),  # None where no verdict is known
         "unknown": counts["unknown"] / rollouts,
         "pairs": {**dict.fromkeys(KINDS, 0), **pairs.kinds},
         "faults": dict(pairs.faults.most_common()),

@@ -10,6 +10,13 @@ function make(tag, name, ...content) {
   return element;
 }
 
+function button(name, text, onClick) {
+  const element = make("button", name, text);
+  element.type = "button";
+  element.addEventListener("click", onClick);
+  return element;
+}
+
 function fill(select, choices) {
   for (const [value, label] of choices) {
     const option = make("option", "", label);
@@ -22,32 +29,35 @@ function fill(select, choices) {
 const number = value => value.toLocaleString("en");
 const plural = (count, word) => `${number(count)} ${word}${count === 1 ? "" : "s"}`;
 const wrong = rollout => rollout.accuracy !== null && rollout.accuracy < 0.5;
+const isCut = rollout => rollout.finish_reason === "length";
 const verdict = rollout => (rollout.verdict ? rollout.verdict.consistency : null);
 
 // ---- completions ----------------------------------------------------------------------------------------------------
 
-// Pieces of a completion: the tags, the thinking, the answer, and what stands outside of them.
-function pieces(text) {
+const TAG = /^<\/?(?:think|answer)>$/;
+
+// Texts in a row as a paragraph that shows its tags, thinking and answer; those that are marked in elements `tag`.
+function paragraph(list, marks, tag) {
+  const body = make("p", "text");
+  body.dir = "auto";
   let inside = "";
-  return text.split(/(<\/?(?:think|answer)>)/).filter(Boolean).map(part => {
-    if (/^<\/?(?:think|answer)>$/.test(part)) {
-      inside = part[1] === "/" ? "" : part.slice(1, -1);
-      return ["tag", part];
-    }
-    return [inside, part];
-  });
+  for (let from = 0, to; from < list.length; from = to) {
+    const isTag = TAG.test(list[from]);
+    if (isTag) inside = list[from][1] === "/" ? "" : list[from].slice(1, -1);
+    to = from + 1;
+    while (!isTag && to < list.length && marks[to] === marks[from] && !TAG.test(list[to])) to++;
+    const span = make("span", isTag ? "tag" : inside, list.slice(from, to).join(""));
+    body.append(marks[from] ? make(tag, "", span) : span);
+  }
+  return body;
 }
 
 function completion(text) {
-  const body = make("p", "text", ...pieces(text).map(([name, part]) => make("span", name, part)));
-  body.dir = "auto";
+  const body = paragraph(text.split(/(<\/?(?:think|answer)>)/).filter(Boolean), []);
   if (text.length < 900) return body;
   body.classList.add("clip");
-  const more = make("button", "link", "show all");
-  more.type = "button";
-  more.addEventListener("click", () => {
-    const clipped = body.classList.toggle("clip");
-    more.textContent = clipped ? "show all" : "show less";
+  const more = button("link", "show all", () => {
+    more.textContent = body.classList.toggle("clip") ? "show all" : "show less";
   });
   return make("div", "", body, more);
 }
@@ -81,7 +91,7 @@ function accuracyTone(value) {
 function folded(rollouts) {
   const groups = new Map();
   for (const rollout of rollouts) {
-    const key = `${rollout.stage}\n${rollout.text}`;
+    const key = `${rollout.stage}\n${rollout.completion}`;
     if (!groups.has(key)) groups.set(key, []);
     groups.get(key).push(rollout);
   }
@@ -95,19 +105,19 @@ function rolloutView([rollout, ...others]) {
     if (!name.startsWith("accuracy") || value !== rollout.accuracy) badges.push(badge("", `${name} ${value}`));
   }
   badges.push(...verdictBadges(rollout.verdict));
-  if (rollout.cut) badges.push(badge("warn", "cut at the longest length"));
-  badges.push(badge("", plural(rollout.tokens, "token")));
+  if (isCut(rollout)) badges.push(badge("warn", "cut at the longest length"));
+  badges.push(badge("", plural(rollout.completion_tokens, "token")));
   if (rollout.advantage !== null) badges.push(badge("", `advantage ${rollout.advantage < 0 ? "−" : "+"}${Math.abs(rollout.advantage).toFixed(2)}`));
   const place = `${data.stages[rollout.stage]}, step ${rollout.step}`;
-  const view = make("article", "rollout", make("div", "badges", ...badges, make("span", "", place)), completion(rollout.text), verdictReason(rollout.verdict));
-  view.title = [rollout, ...others].map(item => item.id).join(", ");
+  const view = make("article", "rollout", make("div", "badges", ...badges, make("span", "", place)), completion(rollout.completion), verdictReason(rollout.verdict));
+  view.title = [rollout, ...others].map(item => item.rollout_id).join(", ");
   return view;
 }
 
 // ---- questions ------------------------------------------------------------------------------------------------------
 
 function options(item) {
-  const letters = item.type === "multiple choice" ? item.solution.split(",").map(letter => letter.trim()) : [];
+  const letters = item.problem_type === "multiple choice" ? item.solution.split(",").map(letter => letter.trim()) : [];
   const list = make("ul", "options");
   let marked = false;
   for (const option of item.options) {
@@ -144,19 +154,20 @@ function questionView({question, rollouts}) {
   const of = question.total > question.rollouts.length ? ` (${number(question.total)} in the run)` : "";
   const matched = `${number(rollouts.length)} of ${plural(question.rollouts.length, "rollout")}${of}`;
   const card = make("article", "question",
-    make("div", "meta", make("span", "", question.id), badge("", question.type), badge("", question.source), make("span", "", matched)),
+    make("div", "meta", make("span", "", question.question_id), badge("", question.problem_type), badge("", question.data_source), make("span", "", matched)),
     make("p", "problem", question.problem), ...options(question), ...files.map(film), list);
   if (groups.length > shown) {
-    const more = make("button", "", `Show ${number(groups.length - shown)} more`);
-    more.type = "button";
-    more.addEventListener("click", () => { list.append(...groups.slice(shown).map(rolloutView)); more.remove(); });
+    const more = button("", `Show ${number(groups.length - shown)} more`, () => {
+      list.append(...groups.slice(shown).map(rolloutView));
+      more.remove();
+    });
     card.append(more);
   }
   return card;
 }
 
-const lower = item => (item.lower ??= [item.id, item.problem, ...item.options, item.source || "", item.solution].join("\n").toLowerCase());
-const lowerText = rollout => (rollout.lower ??= `${rollout.id}\n${rollout.text}`.toLowerCase());
+const lower = item => (item.lower ??= [item.question_id, item.problem, ...item.options, item.data_source, item.solution].join("\n").toLowerCase());
+const lowerText = rollout => (rollout.lower ??= `${rollout.rollout_id}\n${rollout.completion}`.toLowerCase());
 
 const shows = {
   all: () => true,
@@ -165,7 +176,7 @@ const shows = {
   inconsistent: rollout => verdict(rollout) === "inconsistent",
   "right but inconsistent": rollout => verdict(rollout) === "inconsistent" && !wrong(rollout),
   unknown: rollout => verdict(rollout) === "unknown",
-  cut: rollout => rollout.cut,
+  cut: isCut,
 };
 
 function chosenQuestions() {
@@ -173,7 +184,7 @@ function chosenQuestions() {
   const show = shows[at("q-show").value], kind = at("q-kind").value, stage = at("q-stage").value, sort = at("q-sort").value;
   const found = [];
   for (const question of data.questions) {
-    if (kind && question.type !== kind) continue;
+    if (kind && question.problem_type !== kind) continue;
     const inQuestion = !text || lower(question).includes(text);
     const rollouts = question.rollouts.filter(rollout =>
       show(rollout) && (stage === "" || rollout.stage === Number(stage)) && (inQuestion || lowerText(rollout).includes(text)));
@@ -183,11 +194,10 @@ function chosenQuestions() {
     const known = rollouts.filter(rollout => rollout.accuracy !== null);
     return known.length ? known.reduce((sum, rollout) => sum + rollout.accuracy, 0) / known.length : 2;
   };
-  const longest = rollouts => Math.max(...rollouts.map(rollout => rollout.tokens));
   if (sort === "longest" || sort === "shortest") {
     const sign = sort === "longest" ? 1 : -1;
-    for (const item of found) item.rollouts.sort((a, b) => sign * (b.tokens - a.tokens));
-    found.sort((a, b) => b.rollouts[0].tokens * sign - a.rollouts[0].tokens * sign);
+    for (const item of found) item.rollouts.sort((a, b) => sign * (b.completion_tokens - a.completion_tokens));
+    found.sort((a, b) => b.rollouts[0].completion_tokens * sign - a.rollouts[0].completion_tokens * sign);
   } else if (sort === "hardest") {
     found.sort((a, b) => mean(a.question.rollouts) - mean(b.question.rollouts));
   } else if (sort === "mixed") {
@@ -230,28 +240,12 @@ function differences(left, right) {
   return marks;
 }
 
-function markedText(list, marks, tag) {
-  const body = make("p", "text");
-  body.dir = "auto";
-  let inside = "";
-  for (let place = 0; place < list.length;) {
-    const isTag = /^<\/?(?:think|answer)>$/.test(list[place]);
-    if (isTag) inside = list[place][1] === "/" ? "" : list[place].slice(1, -1);
-    let end = place + 1;
-    while (!isTag && end < list.length && marks[end] === marks[place] && !/^<\/?(?:think|answer)>$/.test(list[end])) end++;
-    const span = make("span", isTag ? "tag" : inside, list.slice(place, end).join(""));
-    body.append(marks[place] ? make(tag, "", span) : span);
-    place = end;
-  }
-  return body;
-}
-
 function side(name, title, list, marks, tag, verdicts, ids, fault) {
   const found = verdicts.filter(Boolean);
   const badges = fault ? [badge("bad", `rejected as ${fault}`)] : [];
   badges.push(...found.flatMap(item => [
     item.accuracy === undefined ? null : badge(accuracyTone(item.accuracy), `accuracy ${item.accuracy}`), ...verdictBadges(item)]));
-  const view = make("section", `side ${name}`, make("h4", "", title), make("div", "badges", ...badges), markedText(list, marks, tag),
+  const view = make("section", `side ${name}`, make("h4", "", title), make("div", "badges", ...badges), paragraph(list, marks, tag),
     ...found.map(verdictReason));
   view.title = ids.join(" + ");
   return view;
@@ -260,17 +254,14 @@ function side(name, title, list, marks, tag, verdicts, ids, fault) {
 function pairView(pair) {
   const left = words(pair.chosen), right = words(pair.rejected);
   const marks = differences(left, right);
-  const meta = make("div", "meta", make("span", "", pair.id), badge("", pair.kind), make("span", "", data.stages[pair.stage]));
-  if (data.questions.some(question => question.id === pair.id)) {
-    const link = make("button", "link", "its rollouts");
-    link.type = "button";
-    link.addEventListener("click", () => {
+  const meta = make("div", "meta", make("span", "", pair.question_id), badge("", pair.kind), make("span", "", data.stages[pair.stage]));
+  if (data.questions.some(question => question.question_id === pair.question_id)) {
+    meta.append(button("link", "its rollouts", () => {
       for (const id of ["q-show", "q-kind", "q-stage", "q-sort"]) at(id).selectedIndex = 0;
-      at("q-text").value = pair.id;
+      at("q-text").value = pair.question_id;
       lists.questions.update();
       at("questions").scrollIntoView();
-    });
-    meta.append(link);
+    }));
   }
   return make("article", "pair", meta, make("p", "problem", pair.problem), ...options(pair),
     make("div", "sides",
@@ -289,7 +280,7 @@ function showDifference(body) {
 function chosenPairs() {
   const text = at("p-text").value.trim().toLowerCase(), kind = at("p-kind").value;
   const found = data.pairs.filter(pair => (!kind || pair.kind === kind) &&
-    (!text || [pair.id, pair.problem, ...pair.options, pair.solution, pair.chosen, pair.rejected].join("\n").toLowerCase().includes(text)));
+    (!text || [pair.question_id, pair.problem, ...pair.options, pair.solution, pair.chosen, pair.rejected].join("\n").toLowerCase().includes(text)));
   if (at("p-sort").value === "longest") found.sort((a, b) => b.chosen.length - a.chosen.length);
   return found;
 }
@@ -312,12 +303,9 @@ function paged(prefix, perPage, choose, view, describe) {
     at(`${prefix}-count`).textContent = describe(list.items);
     at(`${prefix}-list`).replaceChildren(...list.items.slice(from, to).map(view));
     at(`${prefix}-list`).querySelectorAll(".side .text").forEach(showDifference);
-    const back = make("button", "", "Previous"), next = make("button", "", "Next");
-    back.type = next.type = "button";
+    const back = button("", "Previous", () => list.turn(-1)), next = button("", "Next", () => list.turn(1));
     back.disabled = from === 0;
     next.disabled = to >= list.items.length;
-    back.addEventListener("click", () => list.turn(-1));
-    next.addEventListener("click", () => list.turn(1));
     at(`${prefix}-pager`).replaceChildren(...(list.items.length > perPage ? [back, `${number(from + 1)} to ${number(to)} of ${number(list.items.length)}`, next] : []));
   };
   const form = at(`${prefix}-filters`);
@@ -335,7 +323,7 @@ const offered = Object.entries({
 }).filter(([name]) => name === "all" || rollouts.some(shows[name]));
 const stagesSeen = [...new Set(rollouts.map(rollout => rollout.stage))].sort((a, b) => a - b);
 fill(at("q-show"), offered);
-fill(at("q-kind"), [["", "All question types"], ...kindsOf(data.questions, "type")]);
+fill(at("q-kind"), [["", "All question types"], ...kindsOf(data.questions, "problem_type")]);
 fill(at("q-stage"), [["", "All stages"], ...stagesSeen.map(place => [String(place), data.stages[place]])]);
 fill(at("q-sort"), [["", "As drawn"], ["longest", "Longest first"], ["shortest", "Shortest first"], ["hardest", "Lowest accuracy first"], ["mixed", "Most divided first"]]);
 fill(at("p-kind"), [["", "All kinds"], ...kindsOf(data.pairs, "kind")]);
