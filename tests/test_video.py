@@ -699,7 +699,7 @@ def test_the_decoding_process_ends_with_its_parent(tmp_path):
 
 def test_the_decoding_process_does_without_torch():
     source = "import sys, veripo_trl.media.worker; assert 'torch' not in sys.modules, 'torch was imported'"
-    package = os.path.dirname(os.path.dirname(video_worker.__file__))
+    package = str(Path(video_worker.__file__).parents[2])
     assert os.spawnve(os.P_WAIT, sys.executable, ["python", "-c", source], {**os.environ, "PYTHONPATH": package}) == 0
 
 
