@@ -86,15 +86,6 @@ def test_the_readmes_main_command_needs_no_arguments():
     assert readme_command("main command").endswith("python recipes/veripo.py")
 
 
-def test_the_readmes_files_exist():
-    text = (ROOT / "README.md").read_text()
-    assert "@@" not in text  # a place that was to be filled in
-    named = set(re.findall(r"(?:recipes|src|tests|speed)/[\w./-]+\.(?:py|yaml|json)", text))
-    named |= {f"recipes/configs/{path}" for path in re.findall(r"--config ([\w/]+\.yaml)", text)}
-    missing = [path for path in sorted(named) if not (ROOT / path).exists()]
-    assert named and not missing
-
-
 def test_no_file_is_large_and_none_names_a_machine():
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in files:
