@@ -18,6 +18,7 @@ import warnings
 import zlib
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
