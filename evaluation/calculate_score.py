@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from veripo_trl.answers.score import MATH_LIMIT_S, math_timeouts
 from veripo_trl.data.rows import RowError, read_json
+from veripo_trl.errors import run
 from veripo_trl.evaluate.generate import RESAMPLES
 from veripo_trl.evaluate.questions import content_hash, read_predictions, task_of
 from veripo_trl.evaluate.scores import (
@@ -364,7 +365,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except RowError as error:
-        sys.exit(str(error))
+    sys.exit(run(main))

@@ -8,6 +8,10 @@ with the same command. Exits with 3 if rows could not be answered (they are list
 it broke off: what was answered is kept.
 """
 
+from veripo_trl.start import start
+
+start()  # before torch is imported
+
 import argparse
 import hashlib
 import importlib
@@ -27,7 +31,7 @@ from tqdm import tqdm
 
 from veripo_trl.data.prompts import PromptError
 from veripo_trl.data.rows import RowError
-from veripo_trl.errors import VeripoError
+from veripo_trl.errors import VeripoError, print_under_any_locale
 from veripo_trl.evaluate.generate import Decoding, TransformersEngine
 from veripo_trl.evaluate.journal import Journal, OutputFiles, answer_questions, lock_output, write_outputs
 from veripo_trl.evaluate.questions import read_questions
@@ -396,6 +400,7 @@ def report(files: OutputFiles, questions: list[dict], errors: list[dict]) -> int
 
 
 if __name__ == "__main__":
+    print_under_any_locale()
     try:
         sys.exit(main())
     except VeripoError as error:

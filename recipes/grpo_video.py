@@ -8,11 +8,11 @@ Without arguments it makes the embedded world, cold-starts the tiny model, train
 A run that was broken off goes on from its last checkpoint.
 """
 
+from veripo_trl.start import start
+
+start()  # before torch and peft are imported
+
 import os
-
-# The loader's workers share the cores with the model: threads that spin while they wait would slow both many times over.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
-
 import signal
 import subprocess
 import sys
@@ -20,7 +20,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# after ours, which keeps peft from importing bitsandbytes
 from accelerate import PartialState
 from transformers import set_seed
 from trl import ModelConfig

@@ -7,17 +7,15 @@
 Without arguments it trains the embedded tiny model. A run that was broken off goes on from its last checkpoint.
 """
 
-import os
+from veripo_trl.start import start
 
-# The loader's workers share the cores with the model: threads that spin while they wait would slow both many times over.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+start()  # before torch and peft are imported
 
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# after ours, which keeps peft from importing bitsandbytes
 from transformers import TrainerCallback, set_seed
 from trl import ModelConfig
 

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "veripo_trl"
 
 # From the ground up: what is in a room imports from its own and from those before it.
-ROOMS = ["errors", "user_functions", "files", "answers", "media", "hub", "data", "model", "shared_prompt", "verifier",
-         "evaluate", "vllm", "trainers", "report", "tiny", "recipe", "chat"]  # fmt: skip
+ROOMS = ["start", "errors", "user_functions", "files", "answers", "media", "hub", "data", "model", "shared_prompt",
+         "verifier", "evaluate", "vllm", "trainers", "report", "tiny", "recipe", "chat"]  # fmt: skip
 # Light enough for every start: torch is not loaded with them.
 PURE = ["answers.score", "answers.rewards", "data.rows", "data.prompts", "evaluate.questions", "media.worker",
         "verifier.judges", "verifier.checks", "verifier.cache", "verifier.server", "verifier.verify", "verifier.pairs",
@@ -58,15 +59,23 @@ def test_pure_modules_load_without_torch(name):
     assert output.split() == ["False", "False"]
 
 
+def test_the_import_changes_nothing_of_its_process():
+    code = "import sys; f = list(sys.meta_path), sys.stdout.errors; import veripo_trl, veripo_trl.errors; "
+    code += "print(f == (sys.meta_path, sys.stdout.errors), veripo_trl.__version__)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.split() == ["True", metadata.version("veripo_trl")]
+
+
 def test_a_locale_without_utf_8_ends_no_script():
-    code, environment = "import veripo_trl; print('12 → 3')", {**os.environ, "PYTHONIOENCODING": "ascii"}
+    code = "from veripo_trl.errors import run; run(lambda: print('12 → 3'))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout == "12 \\u2192 3\n"
     scripts = [*(ROOT / "recipes").glob("*.py"), *(ROOT / "evaluation").glob("*.py")]
     for path in [*scripts, *(ROOT / "evaluation").rglob("*.py"), *SOURCE.rglob("*.py")]:
         tree = ast.parse(path.read_text())
         if path in scripts:  # what makes the screen take anything
-            assert re.search(r"^(from|import) veripo_trl\b", path.read_text(), re.M), path
+            assert re.search(r"run\w*\(main\)|print_under_any_locale\(\)", path.read_text()), path
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text"):
                 assert "encoding" in {keyword.arg for keyword in node.keywords}, f"{path}:{node.lineno}"

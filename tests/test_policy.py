@@ -261,7 +261,10 @@ def test_a_model_that_says_nothing_gets_the_defaults(model_paths, adapter_path, 
         data = stages.DataArguments(fps=3.0)
         stages.see_as_trained(data, str(folder))
         assert {name: getattr(data, name) for name in SEEING} == {**SEEING, "fps": 3.0}
-    assert not caplog.text and not capsys.readouterr().err
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"{folder} has no veripo_trl.json of how it was trained; by default: prompt_template def")
+        assert "fps" not in line
+    assert not caplog.text
 
 
 def test_an_adapter_that_says_nothing_sees_as_its_base(model_paths, media_root, tmp_path):

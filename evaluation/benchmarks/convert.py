@@ -12,9 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import BENCHMARKS  # noqa: E402  (found only after the line above)
-from veripo_trl.data.rows import SUFFIXES, RowError, is_data_file, read_json, uncompressed  # noqa: E402
-from veripo_trl.evaluate.questions import read_questions, read_records  # noqa: E402
+from benchmarks import BENCHMARKS  # found only after the line above
+from veripo_trl.data.rows import SUFFIXES, RowError, is_data_file, read_json, uncompressed
+from veripo_trl.errors import run
+from veripo_trl.evaluate.questions import read_questions, read_records
 
 
 def read_official(path: Path) -> list[dict]:
@@ -68,4 +69,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -1,6 +1,7 @@
 """The base of our errors. A command ends in the message of one, without lines of code."""
 
 import contextlib
+import io
 import os
 import re
 import sys
@@ -45,8 +46,15 @@ def no_room(error: BaseException) -> str | None:
     )
 
 
+def print_under_any_locale() -> None:
+    """Under one without UTF-8 a print of "→" would end a command: such characters are escaped, as stderr does."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def run(main) -> int | None:
-    """A recipe's `main`, as a command: an error that says what to do ends it in that message, without lines of code."""
+    """A script's `main`, as a command: an error that says what to do ends it in that message, without lines of code."""
+    print_under_any_locale()
     try:
         return main()
     except VeripoError as error:

@@ -278,23 +278,28 @@ def see_as_trained(
 ) -> None:
     """Fill in the template and the frame settings that are not given: as the policy was trained, else the defaults.
 
-    Says what it took from the policy, and warns of what is given and differs.
+    Says what it took from the policy and what it took by default, and warns of what is given and differs.
     """
     trained = read_settings(name, None if revision == "main" else revision)
-    taken, differing = [], []
+    taken, by_default, differing = [], [], []
     for key, default in defaults.items():
         given, own = getattr(data_args, key), trained.get(key)
         if given is None:
             setattr(data_args, key, default if own is None else own)
         template = key == "prompt_template" and own is not None
         shown = f"{key} {own.name if template else own}"
-        if own is not None and given is None:
+        if own is None and given is None:
+            by_default.append(f"{key} {default}")
+        elif given is None:
             taken.append(shown)
         elif own is not None and (load_template(given).hash != own.hash if template else given != own):
             differing.append(f"{shown} (here {given})")
     if int(os.environ.get("RANK", "0")) == 0:
         if taken:
             print(f"{name}: as it was trained: {', '.join(taken)}", file=sys.stderr, flush=True)
+        if by_default:
+            message = f"{name} has no veripo_trl.json of how it was trained; by default: {', '.join(by_default)}"
+            print(message, file=sys.stderr, flush=True)
         if differing:
             logger.warning("%s was trained with %s: it does not see here as it did there.", name, ", ".join(differing))
 

@@ -1,0 +1,26 @@
+"""What a command does before it imports torch and what comes with it. A library changes none of this by its import."""
+
+import logging
+import os
+import sys
+
+
+class _NoBitsandbytes:
+    """Keeps `import peft`, which comes with TRL, from importing bitsandbytes for one rare helper: a second of every
+    start. What quantizes imports it later; TRL's GRPO trainer does in any case."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        helpers = sys.modules.get("peft.helpers")
+        if name == "bitsandbytes" and helpers is not None and not hasattr(helpers, "bnb"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def start() -> None:
+    """To be called first in a script that trains or answers."""
+    # The loader's workers share the cores with the model: threads that spin while they wait would slow both many times.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+    if _NoBitsandbytes not in sys.meta_path:
+        sys.meta_path.insert(0, _NoBitsandbytes)
+    # On some CPUs its import warns of a kernel for what `policy.load_policy` turns off.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
