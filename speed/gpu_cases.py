@@ -32,19 +32,19 @@ CONFIGS: dict[str, tuple] = {
     "qwen2_5_vl_7b/1_activation.yaml": ("7b", None, None),
     "qwen2_5_vl_7b/5_search.yaml": ("7b", None, None),
 }
-STAGES = ("parity", "update", "dpo", "rollout", "step", "frames", "loading", "hardware")
+STAGES = ("parity", "update", "dpo", "rollout", "step", "loading", "hardware", "frames", "sizes")
 
 
-def plan(device: str, shapes: list[str]) -> dict[str, list[Case]]:
+def plan(device: str, shape: str) -> dict[str, list[Case]]:
     """All cases by stage. On a CPU everything is short, and what it cannot do is skipped."""
     stages: dict[str, list[Case]] = {name: [] for name in STAGES}
 
     def add(stage: str, name: str, seconds: float, function: str, needs=(), **options):
         stages[stage].append(Case(name, seconds / 5 if device == "cpu" else seconds, function, options, needs))
 
-    small = "tiny" if shapes == ["tiny"] else "mid"
+    small = "tiny" if shape == "tiny" else "mid"
     for dtype in ("bfloat16", "float32"):
-        for heads, key_value_heads, size in HEADS:
+        for heads, key_value_heads, size in HEADS if dtype == "bfloat16" or device == "cpu" else []:  # else no kernel
             name = f"attention {heads}/{key_value_heads} × {size}, {dtype}"
             sizes = {"heads": heads, "key_value_heads": key_value_heads, "size": size}
             add("parity", name, 2, "gpu_parity:attention", **sizes, dtype=dtype)
@@ -55,51 +55,45 @@ def plan(device: str, shapes: list[str]) -> dict[str, list[Case]]:
     for function in ("features", "positions", "against_cpu"):
         add("parity", function, 5, f"gpu_parity:{function}", shape=small)
 
-    def update(stage: str, seconds: float, part: str, shape: str, sizes: tuple, pair="features given", **options):
-        prompt, completion, group = sizes
-        name = f"{shape}, P {prompt}, C {completion}, G {group}, {pair}"
-        options |= {"part": part, "shape": shape, "pair": pair}
-        options |= {"prompt": prompt, "completion": completion, "group": group}
-        add(stage, name, seconds * slow[shape], "gpu_update:update", **options)
+    slow = 1 if shape == "7b" else 0.5  # of what computes; decoding waits for launches
+    prompt, completion, group = SIZES[shape]
+    named = {"shape": shape, "prompt": prompt, "completion": completion, "group": group}
 
-    slow = {shape: 1 if shape == "7b" else 0.5 for shape in SIZES}
-    for shape in shapes:
-        sizes = prompt, completion, group = SIZES[shape]
-        named = {"shape": shape, "prompt": prompt, "completion": completion, "group": group}
-        update("update", 60, "grpo", shape, sizes, noise=True)
-        update("update", 150, "grpo", shape, sizes, "everything", noise=True)
-        add("update", f"{shape}, profile", 30 * slow[shape], "gpu_update:profile", **named)
-        add("update", f"{shape}, kernels", 40, "gpu_update:kernels", **named)
-        pair = (prompt, 512 if prompt == 8200 else completion, 2)
-        update("dpo", 60, "dpo", shape, pair, noise=True)
-        update("dpo", 120, "dpo", shape, pair, "everything", noise=True)
-        add("rollout", f"{shape}, phases", 50 * slow[shape], "gpu_runs:phases", **named)
-        add("rollout", f"{shape}, against stock", 100 * slow[shape], "gpu_runs:rollout", **named)
-        add("step", f"{shape}, whole step, ours", 100 * slow[shape], "gpu_runs:step", shape=shape, shared=True)
-        if shape == shapes[-1]:
-            add("rollout", f"{shape}, vLLM", 150, "gpu_runs:rollout_vllm", ("cuda", "vllm"), **named)
-            add("rollout", "copies", 10, "gpu_runs:copies", ("cuda",))
-        if shape == shapes[0]:
-            add("step", "tiny loop", 240, "gpu_runs:loop", quick=device == "cpu")
-        add("step", f"{shape}, whole step, plain", 130 * slow[shape], "gpu_runs:step", shape=shape, shared=False)
-        add("step", f"{shape}, QLoRA", 90 * slow[shape], "gpu_update:qlora", ("bitsandbytes",), **named)
-        for gib, seconds in ((24, 20), (48, 60), (80, 120)):
-            for way in ("ours", "plain"):
-                named_so = {"shape": shape, "way": way, "gib": gib}
-                name = f"{shape}, {gib} GiB, {way}"
-                add("frames", name, seconds * slow[shape], "gpu_update:most_frames", ("cuda",), **named_so)
-    for shape in reversed(shapes):  # of the last one the model is there
-        prompt, completion, group = SIZES[shape]
-        lengths = ((1024, 15), (4096, 30), (16384, 90), (32768, 120)) if prompt == 8200 else ((48, 5),)
-        for length, seconds in lengths:
-            update("update", seconds, "grpo", shape, (length, completion, group))
-        for count, seconds in ((4, 30), (16, 60)) if prompt == 8200 else ((2, 5),):
-            update("update", seconds, "grpo", shape, (prompt, completion, count))
-    add("loading", "decoders", 40, "gpu_runs:decoders", quick=device == "cpu")
-    add("loading", "workers", 60, "gpu_runs:workers", quick=device == "cpu")
-    for config, (shape, answer, search) in CONFIGS.items():
-        sizes = {"shape": "tiny", "answer": answer and 8} if device == "cpu" else {"shape": shape, "answer": answer}
-        if sizes["shape"] in shapes:
-            seconds = 40 if shape == "3b" else 60
+    def update(stage: str, seconds: float, part: str, prompt=prompt, completion=completion, group=group,
+               pair="features given", noise=False):  # fmt: skip
+        name = f"{shape}, P {prompt}, C {completion}, G {group}, {pair}"
+        name = f"{part} {name}" if stage == "sizes" else name
+        options = {**named, "prompt": prompt, "completion": completion, "group": group}
+        add(stage, name, seconds * slow, "gpu_update:update", **options, part=part, pair=pair, noise=noise)
+
+    update("update", 80, "grpo", noise=True)
+    add("update", f"{shape}, profile", 30 * slow, "gpu_update:profile", **named)
+    add("update", f"{shape}, kernels", 40, "gpu_update:kernels", **named)
+    answer = 512 if prompt == 8200 else completion
+    update("dpo", 60, "dpo", completion=answer, group=2, noise=True)
+    add("rollout", f"{shape}, phases", 50, "gpu_runs:phases", **named)
+    add("rollout", f"{shape}, against stock", 100, "gpu_runs:rollout", **named)
+    add("rollout", "copies", 10, "gpu_runs:copies", ("cuda",))
+    add("rollout", f"{shape}, vLLM", 100, "gpu_runs:rollout_vllm", ("cuda", "vllm"), **named)
+    add("step", f"{shape}, whole step, ours", 80, "gpu_runs:step", shape=shape, shared=True)
+    add("step", "tiny loop", 240, "gpu_runs:loop", quick=device == "cpu")
+    add("step", f"{shape}, QLoRA", 90 * slow, "gpu_update:qlora", ("bitsandbytes",), **named)
+    add("step", f"{shape}, whole step, plain", 100, "gpu_runs:step", shape=shape, shared=False)
+    for function in ("decoders", "workers"):
+        add("loading", function, 50, f"gpu_runs:{function}", quick=device == "cpu")
+    for config, (own, length, search) in CONFIGS.items():
+        sizes = {"shape": "tiny", "answer": length and 8} if device == "cpu" else {"shape": own, "answer": length}
+        if sizes["shape"] == shape:
+            seconds = 40 if own == "3b" else 60
             add("hardware", config, seconds, "gpu_hardware:one_step", config=config, search=search, **sizes)
+    for way in ("ours", "plain"):
+        for gib, seconds in ((24, 40), (48, 80), (80, 240)):
+            options = {"shape": shape, "way": way, "gib": gib}
+            add("frames", f"{shape}, {gib} GiB, {way}", seconds * slow, "gpu_update:most_frames", ("cuda",), **options)
+    update("sizes", 150, "grpo", pair="everything", noise=True)
+    for length, seconds in ((1024, 15), (4096, 30), (16384, 90), (32768, 120)) if prompt == 8200 else ((48, 5),):
+        update("sizes", seconds, "grpo", prompt=length)
+    for count, seconds in ((4, 30), (16, 60)) if prompt == 8200 else ((2, 5),):
+        update("sizes", seconds, "grpo", group=count)
+    update("sizes", 120, "dpo", completion=answer, group=2, pair="everything", noise=True)
     return stages

@@ -90,19 +90,27 @@ def one_step(device, config, shape, answer, search=None) -> dict:
         return record
     measured = torch.cuda.max_memory_allocated() / GIB
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / GIB
-    needed = measured + OUTSIDE_GIB[processes]
+    needed, states = measured + OUTSIDE_GIB[processes], sum(p.numel() for p in trained)
     if zero:  # gradients in bfloat16; weights and two moments in float32
-        needed += (sum(p.numel() for p in trained) * (2 + 12) / processes + BUCKETS) / GIB
+        needed += (states * (2 + 12) / processes + BUCKETS) / GIB
+    else:  # Adam's moments, which a first step makes after its peak
+        needed += 8 * states / GIB
     if zero == 3:
         needed -= weights * (1 - 1 / processes)
     if yaml.safe_load(file.read_text()).get("beta") and recipe.name == "grpo_video.py" and "lora" not in config:
         needed += weights / (processes if zero == 3 else 1)
-    largest = max(map(int, re.findall(r"(\d+) GB", hardware)))
-    memory = {"needs GiB": needed, "measured GiB": measured, "processes": processes, "ZeRO": zero}
-    record = {**memory, "says": hardware, **record}
-    if needed > largest:
-        record |= {"state": "failed", "message": f"needs more than the {largest} GB of its Hardware line"}
-    return record
+    reserved = torch.cuda.max_memory_reserved() / GIB
+    memory = {"needs GiB": needed, "measured GiB": measured, "reserved GiB": reserved, "processes": processes}
+    return {**memory, "ZeRO": zero, **verdict(needed, hardware), **record}
+
+
+def verdict(needed: float, hardware: str) -> dict:
+    """Of what a `Hardware:` line says, the sizes of a card that suffice: "24 to 80 GB" names two."""
+    sizes = [int(size) for size in re.findall(r"\d+", re.search(r"(\d+ to )?\d+ GB", hardware)[0])]
+    found: dict = {"says": hardware, **{f"fits {size} GB": needed <= size for size in sizes}}
+    if needed > max(sizes):
+        found |= {"state": "failed", "message": f"needs more than the {max(sizes)} GB of its Hardware line"}
+    return found
 
 
 def drop_gradient(parameter) -> None:

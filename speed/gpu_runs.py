@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,9 @@ import bench_step
 import torch
 import yaml
 from gpu_update import held, release
+from machine import cores
 from models import SIDE, made_up_prompt, random_model
+from on_gpu import ends_with_its_parent
 from timing import alternate
 from torch.utils.data import DataLoader
 
@@ -101,13 +104,13 @@ def copies(device) -> dict:
     size = 256 * 2**20
     pageable = torch.ones(size, dtype=torch.uint8)
     on_device = pageable.to(device)
-    pinned = pageable.pin_memory()
+    kept = [pinned := pageable.pin_memory()]  # what is pinned and given back would be there for the next
     ways = {
         "to the device, pageable": lambda: on_device.copy_(pageable),
         "to the device, pinned": lambda: on_device.copy_(pinned, non_blocking=True),
         "to the host, pageable": lambda: pageable.copy_(on_device),
         "to the host, pinned": lambda: pinned.copy_(on_device, non_blocking=True),
-        "pinning": pageable.pin_memory,
+        "pinning": lambda: kept.append(pageable.pin_memory()),
     }
     return {f"{name}, GB/s": size / 1e9 / way["seconds"] for name, way in alternate(ways, runs=3).items()}
 
@@ -120,7 +123,7 @@ def step(device, shape, shared) -> dict:
     quick = shape == "tiny"
     if quick:
         bench_step.SIZES["tiny"] = {"prompts": 2, "completion": 8}
-    args = argparse.Namespace(device=device, workers=4, beta=0.0, width=640, height=360, fps=30, seconds=64)
+    args = argparse.Namespace(device=device, workers=2, beta=0.0, width=640, height=360, fps=30, seconds=64)
     args.folder = SCRATCH / "clips"
     args.folder.mkdir(parents=True, exist_ok=True)
     release()
@@ -133,7 +136,9 @@ def step(device, shape, shared) -> dict:
     prompts = bench_step.SIZES[shape]["prompts"]
     record = {f"{part} s": value for part, value in seconds.items()}
     record |= {"prompts": prompts, "prompt tokens": found["prompt tokens"], "clips a s": prompts / seconds["whole"]}
-    record["waits"] = "the GPU" if seconds["wait for data"] > 0.05 * seconds["whole"] else "the cores"
+    last = found["steps"][-1]  # by a worker's second clip: its first one starts its decoder
+    loading, busy = last["load (in workers)"] + last["encode (in workers)"], seconds["whole"] - seconds["wait for data"]
+    record |= {"loading on one core s": loading, "waits": "the GPU" if loading / cores() > busy else "the cores"}
     if device == "cuda":
         record["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
     return record
@@ -150,7 +155,7 @@ def loop(device, quick) -> dict:
     config |= {"iterations": 1, "output_dir": "outputs/veripo"}
     for stage in [*config["stages"], *config["iteration"]]:
         if stage["recipe"] != "verify_rollouts.py":
-            changes = {"use_cpu": device == "cpu", "dataloader_num_workers": min(4, os.cpu_count() or 1)}
+            changes = {"use_cpu": device == "cpu", "dataloader_num_workers": min(4, cores())}
             changes |= few_steps(stage["recipe"]) if quick else {}
             stage["overrides"] = {**stage.get("overrides", {}), **changes}
     if device == "cuda":
@@ -159,7 +164,7 @@ def loop(device, quick) -> dict:
         small_world(folder / "outputs" / "tiny_world")
     (folder / "loop.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, str(ROOT / "recipes" / "veripo.py"), "--config", "loop.yaml"]
-    subprocess.run(command, cwd=folder, check=True)
+    subprocess.run(command, cwd=folder, check=True, preexec_fn=ends_with_its_parent(signal.SIGTERM))
     run = json.loads((folder / "outputs" / "veripo" / "run.json").read_text())
     shutil.rmtree(folder / "outputs" / "veripo")  # what was broken off goes on, what is done is done anew
     minutes = {f"{entry['name']} minutes": entry["minutes"] for entry in run["stages"] if entry["status"] == "done"}
@@ -231,9 +236,8 @@ def workers(device, quick) -> dict:
     args, rows = sources(quick)
     model, processor = random_model("tiny", dtype=torch.bfloat16)
     encoder = bench_loading.make_encoder(model.config, processor, args, decode_threads=1)
-    cores = os.cpu_count() or 1
-    record: dict = {"cores": cores, "sampled frames a clip": min(args.max_frames, 2 * args.seconds)}
-    for count in (1,) if quick else (1, 4, cores):
+    record: dict = {"cores": cores(), "sampled frames a clip": min(args.max_frames, 2 * args.seconds)}
+    for count in (1,) if quick else sorted({1, 4, min(cores(), 32)}):
         own = [rows[number % len(rows)] for number in range(4 * count)]
         loader, at = DataLoader(own, batch_size=1, num_workers=count, collate_fn=encoder.encode_rows), []
         for _ in loader:

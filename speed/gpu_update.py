@@ -9,6 +9,7 @@ from statistics import median
 import torch
 from bench_update import Part, differences, most, over_limits, peak_bytes, resident_bytes, with_adapter
 from models import SIDE, made_up_prompt, question, random_model
+from on_gpu import too_large
 from timing import alternate
 
 from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR, load_policy
@@ -133,11 +134,19 @@ def measured(made: Part, way: str, pair: str, rows_at_once: int | None = None) -
 
 def plain_as_it_fits(made: Part, pair: str) -> dict | None:
     """The plain way with all rows at once; where they do not fit row by row, which a pair of DPO cannot."""
-    try:
-        return {**measured(made, "plain", pair), "rows_at_once": None, "how": "all rows at once"}
-    except torch.OutOfMemoryError:
-        pass  # here its traceback still holds what was there
+    if found := as_it_fits(lambda: measured(made, "plain", pair)):
+        return {**found, "rows_at_once": None, "how": "all rows at once"}
     return row_by_row(made, pair) if is_grpo(made) else None
+
+
+def as_it_fits(run):
+    """What `run` gives, or None where the GPU's memory does not suffice. Then nothing is left of it."""
+    try:
+        return run()
+    except RuntimeError as error:
+        if not too_large(error):
+            raise
+    return None
 
 
 def row_by_row(made: Part, pair: str) -> dict:
@@ -146,10 +155,8 @@ def row_by_row(made: Part, pair: str) -> dict:
     gb = []
     for rows in (1, 2):
         made.load(prompt, completion=completion, group=rows)
-        try:
-            gb.append(measured(made, "plain", pair)["gb"])
-        except torch.OutOfMemoryError:
-            print(f"{rows} plain rows do not fit", flush=True)
+        if found := as_it_fits(lambda: measured(made, "plain", pair)):
+            gb.append(found["gb"])
     made.load(prompt, completion=completion, group=group)
     found = {**measured(made, "plain", pair, rows_at_once=1), "rows_at_once": 1}
     if len(gb) < 2:
@@ -216,6 +223,11 @@ def profile(device, shape, prompt, completion, group) -> dict:
     return {"s": seconds, **busy, "launches": sum(event.count for event in events)}
 
 
+def kernel_name(query: torch.Tensor) -> str:
+    kernel = kernel_for(query)
+    return "gathered keys" if kernel is None else kernel[0].__name__
+
+
 # ---- kernels ----------------------------------------------------------------------------------------------------------
 
 
@@ -236,7 +248,7 @@ def kernels(device, shape, prompt, completion, group) -> dict:
     start = layout.prefix_tokens
     pairs = {"packed": start**2 / 2 + group * completion * start + group * completion**2 / 2}
     pairs["plain"] = group * (prompt + completion) ** 2 / 2
-    record: dict = {"kernel": "gathered keys" if kernel_for(q) is None else kernel_for(q)[0].__name__}
+    record: dict = {"kernel": kernel_name(q)}
     expected = None
     for name, make in (("torch", packed_attention), ("flex", flex), ("flash-attn", flash_attn), ("plain", plain_rows)):
         backward = name != "flex" or device == "cuda"  # on a CPU it has no backward
@@ -250,6 +262,8 @@ def kernels(device, shape, prompt, completion, group) -> dict:
 
             found = alternate({name: run}, runs=5, warm_up=2)[name]
         except Exception as error:  # one that is not here, or fails, leaves the others their lines
+            if name == "torch":
+                raise
             record[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             print(name, repr(error), flush=True)
             continue
@@ -334,10 +348,12 @@ BYTES_A_TOKEN = {("7b", "ours"): 6.8e5, ("3b", "ours"): 4.6e5, ("7b", "plain"): 
 def most_frames(device, shape, way, gib) -> dict:
     """The most frames of one video with which an update with 8 completions of 270 tokens stays within so many GiB."""
     made = part_of("grpo", shape, device)
+    load(made, shape, 600, 270, 8)
+    made.step(way, EVERYTHING)  # what kernels and libraries take for themselves is there from the first on
     made.model.zero_grad()
     free()
     available, total = torch.cuda.mem_get_info()
-    outside = total - available - torch.cuda.memory_reserved()  # CUDA's context
+    outside = total - available - torch.cuda.memory_reserved()  # CUDA's context, and another program's
     cap = min(gib * 2**30, total)  # a card of 80 has 79
     if gib * 2**30 > 1.05 * total:
         return {"state": "skipped", "message": f"the card has {total / 2**30:.0f} GiB"}
@@ -347,16 +363,13 @@ def most_frames(device, shape, way, gib) -> dict:
     per_pair, seconds = (SIDE[shape] // 28) ** 2, {0: 0.0}
 
     def fits(frames: int) -> bool:
-        try:
-            load(made, shape, frames // 2 * per_pair + 100, 270, 8)
-            seconds[frames] = made.step(way, EVERYTHING)
-            return True
-        except torch.OutOfMemoryError:
-            return False
-        finally:
-            made.model.zero_grad()
-            free()
-            print(f"{frames} frames: {'fit' if frames in seconds else 'too many'}", flush=True)
+        load(made, shape, frames // 2 * per_pair + 100, 270, 8)
+        taken = as_it_fits(lambda: made.step(way, EVERYTHING))
+        made.model.zero_grad()
+        free()
+        print(f"{frames} frames: {'fit' if taken else 'too many'}", flush=True)
+        seconds[frames] = taken or 0.0
+        return taken is not None
 
     torch.cuda.set_per_process_memory_fraction((cap - outside) / total)
     try:

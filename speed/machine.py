@@ -10,6 +10,11 @@ import torch
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
+def cores() -> int:
+    """Those that this process may use, of a container's, a job's or all."""
+    return len(os.sched_getaffinity(0))
+
+
 def describe_machine() -> dict:
     """Processor, cores, memory, accelerator and versions, for a result file."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -17,7 +22,7 @@ def describe_machine() -> dict:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
         "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "memory_gib": round(memory),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 LAYOUTS = [([7, 5], [[3, 1, 4], [2]]), ([1], [[6]]), ([300], [[70] * 8]), ([513, 2], [[129, 1], [64, 200]])]
 
 
-@pytest.mark.parametrize("case", on_gpu.plan("cuda", ["mid"])["parity"], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", on_gpu.plan("cuda", "mid")["parity"], ids=lambda case: case.name)
 def test_parity(case):
     """Kernels, packed against plain rows, losses, features, positions: in float32, bfloat16 and under autocast."""
     record = on_gpu.attempt(case, "cuda")

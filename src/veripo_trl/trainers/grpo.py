@@ -514,6 +514,8 @@ class VideoGRPOTrainer(CheckpointMixin, GRPOTrainer):
     def training_step(self, *args, **kwargs):
         started, rollout = time.perf_counter(), self.seconds["rollout"]
         loss = super().training_step(*args, **kwargs)
+        if self.accelerator.device.type == "cuda":  # else the clock stops before the kernels do
+            torch.cuda.synchronize()
         self.seconds["update"] += time.perf_counter() - started - (self.seconds["rollout"] - rollout)
         return loss
 
