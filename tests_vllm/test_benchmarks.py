@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROGRAM = Path(__file__).parent.parent / "benchmarks" / "bench_rollout.py"
+PROGRAM = Path(__file__).parent.parent / "speed" / "bench_rollout.py"
 
 
 def test_rollout(tmp_path):
