@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks import BENCHMARKS
 from tqdm import tqdm
 
-from veripo_trl.answers.score import MATH_LIMIT_S, math_timeouts
+from veripo_trl.answers.math_process import MATH_LIMIT_S, math_timeouts
 from veripo_trl.data.rows import RowError, read_json
 from veripo_trl.errors import run
 from veripo_trl.evaluate.generate import RESAMPLES

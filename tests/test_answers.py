@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from veripo_trl.answers import score as answers
+from veripo_trl.answers import math_process
+from veripo_trl.answers.choice import read_choice
+from veripo_trl.answers.math_process import math_timeouts
+from veripo_trl.answers.numbers import read_number
 from veripo_trl.answers.score import (
     PROBLEM_TYPES,
     SolutionError,
@@ -19,9 +22,6 @@ from veripo_trl.answers.score import (
     check_solution,
     extract_answer,
     is_well_formed,
-    math_timeouts,
-    read_choice,
-    read_number,
     score_answer,
     split_completion,
 )
@@ -341,7 +341,7 @@ def test_math_in_threads_forks_and_after_a_kill():
     assert score(7) == 1.0  # beside the child's
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     for process in ("the one that calculates", "its parent"):  # as the kernel's memory killer does
-        pid, timeouts = answers._worker.pid, math_timeouts()
+        pid, timeouts = math_process._worker.pid, math_timeouts()
         if process == "the one that calculates":
             pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
         os.kill(pid, signal.SIGKILL)
@@ -529,4 +529,4 @@ def test_unknown_problem_types_raise_everywhere():
     ):
         with pytest.raises(SolutionError, match="regression"):
             call()
-    assert answers.PROBLEM_TYPES == ("multiple choice", "numerical", "regression", "math", "OCR", "free-form")
+    assert PROBLEM_TYPES == ("multiple choice", "numerical", "regression", "math", "OCR", "free-form")

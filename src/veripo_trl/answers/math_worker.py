@@ -1,4 +1,4 @@
-"""The process in which maths is parsed and compared; `answers.py` starts it as a script and sends it calls.
+"""The process in which maths is parsed and compared; math_process.py starts it as a script and sends it calls.
 
 A time limit that is an exception can be lost in a library's destructor or bare `except`, and waits for long integer
 arithmetic to end. Here the kernel ends the process (SIGPROF's default action), after a limit in processor time. What

@@ -1,4 +1,4 @@
-"""TRL reward functions over `score.py`; a recipe names them by their keys in `REWARDS`, or the user's own as
+"""TRL reward functions over `score_answer`; a recipe names them by their keys in `REWARDS`, or the user's own as
 `module:function`, and weighs them by `reward_weights`."""
 
 from collections.abc import Callable, Sequence

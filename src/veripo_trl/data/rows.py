@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from veripo_trl.answers import score as answers
 from veripo_trl.errors import VeripoError
-from veripo_trl.hub.locate import is_local
 from veripo_trl.files.disk import FileError, read_parquet
 from veripo_trl.files.tables import printable
+from veripo_trl.hub.locate import is_local
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -15,7 +15,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from veripo_trl.answers.score import SolutionError, check_solution, read_number
+from veripo_trl.answers.numbers import read_number
+from veripo_trl.answers.score import SolutionError, check_solution
 from veripo_trl.data.rows import RowError, _FieldError, _message, _read_file, _row, _show, resolve_media, uncompressed
 
 RELEASED_TAIL = "\nAnswer with the option's letter from the given choices directly."

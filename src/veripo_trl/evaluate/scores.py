@@ -10,15 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from veripo_trl.answers.score import (
-    call_math,
-    extract_answer,
-    math_timeouts,
-    read_choice,
-    read_number,
-    score_answer,
-    split_completion,
-)
+from veripo_trl.answers.choice import read_choice
+from veripo_trl.answers.math_process import call_math, math_timeouts
+from veripo_trl.answers.numbers import read_number
+from veripo_trl.answers.score import extract_answer, score_answer, split_completion
 from veripo_trl.evaluate.generate import bootstrap_interval
 from veripo_trl.evaluate.questions import task_of, truths_of
 from veripo_trl.verifier.judges import judge_by_rules
@@ -78,7 +73,7 @@ def _released_estimate(answer: str, truth: str) -> float:
 
 
 def our_score(prediction: dict[str, Any]) -> float:
-    """Accuracy by `answers.py`, in [0, 1]: the answer span against the row's truth, or the best of several truths."""
+    """Accuracy by `score_answer`, in [0, 1]: the answer span against the row's truth, or the best of several truths."""
     row = prediction["question"]
     task = task_of(row)
     answer = extract_answer(prediction["model_output"])

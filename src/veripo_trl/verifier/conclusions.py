@@ -11,7 +11,9 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from veripo_trl.answers.score import boxed_spans, option_labels, read_choice, read_number
+from veripo_trl.answers.choice import option_labels, read_choice
+from veripo_trl.answers.numbers import read_number
+from veripo_trl.answers.plain import boxed_spans
 
 MAX_THINK_CHARS = 100_000
 MAX_SENTENCE_CHARS = 1_000  # its end; keeps every pattern far from a slow case

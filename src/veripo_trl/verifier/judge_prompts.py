@@ -13,7 +13,9 @@ from pathlib import Path
 
 import yaml
 
-from veripo_trl.answers.score import answers_match, read_choice, read_number
+from veripo_trl.answers.choice import read_choice
+from veripo_trl.answers.numbers import read_number
+from veripo_trl.answers.score import answers_match
 from veripo_trl.errors import VeripoError
 from veripo_trl.verifier.conclusions import same_text
 from veripo_trl.verifier.judges import Judge

@@ -9,7 +9,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from veripo_trl.answers.score import answers_match, read_number, split_completion
+from veripo_trl.answers.numbers import read_number
+from veripo_trl.answers.score import answers_match, split_completion
 from veripo_trl.verifier.conclusions import conclude, same_text
 
 
