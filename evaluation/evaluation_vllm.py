@@ -39,7 +39,7 @@ from veripo_trl.files.tables import printable
 from veripo_trl.hub.ask import HubError
 from veripo_trl.hub.locate import locate
 from veripo_trl.hub.push import PATTERNS
-from veripo_trl.media.video import VideoSettings
+from veripo_trl.media.sampling import VideoSettings
 from veripo_trl.model.policy import SEEING, adapter_config, check_base, load_policy, weights_hash
 from veripo_trl.recipe import stages
 

@@ -13,7 +13,7 @@ from trl import ModelConfig
 
 from veripo_trl.data.rows import DatasetSource
 from veripo_trl.errors import ConfigError
-from veripo_trl.media.video import VideoSettings
+from veripo_trl.media.sampling import VideoSettings
 from veripo_trl.model.policy import SEEING
 from veripo_trl.recipe import stages
 from veripo_trl.trainers.dpo import VideoDPOConfig

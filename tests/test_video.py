@@ -28,8 +28,10 @@ from PIL import Image
 from veripo_trl.media import worker as video_worker
 from veripo_trl.media.containers import BadFile, recognise_container
 from veripo_trl.media.frame_cache import FrameCache
+from veripo_trl.media.images import load_image
 from veripo_trl.media.process import DecodeProcess, DecoderError
-from veripo_trl.media.video import Clip, MediaError, VideoError, VideoLoader, VideoSettings, load_image, plan_frames
+from veripo_trl.media.sampling import VideoSettings, plan_frames
+from veripo_trl.media.video import Clip, MediaError, VideoError, VideoLoader
 
 SMALL = VideoSettings(fps=2.0, min_frames=4, max_frames=8, min_pixels=28 * 28, max_pixels=56 * 56)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import aiohttp
 
 from veripo_trl.media.containers import BadFile, check_file, recognise_container
-from veripo_trl.media.video import MediaError, read_image
+from veripo_trl.media.images import read_image
+from veripo_trl.media.video import MediaError
 
 DEFAULT_FOLDER = Path.home() / ".cache" / "veripo_trl" / "downloads"
 MAX_BYTES = 4 * 1024**3

@@ -1,4 +1,4 @@
-"""Video files to sampled, resized frames, with the metadata that positions in time need; and images.
+"""Video files to sampled, resized frames, with the metadata that positions in time need.
 
 Sampling and sizes are qwen-vl-utils' rules, so that the processor has nothing left to do: pass it the frames with
 `do_sample_frames=False, do_resize=False` and `video_metadata={total_num_frames, fps, frames_indices}`. One departure:
@@ -7,24 +7,19 @@ rate and times are those of the frames, where qwen-vl-utils takes every clip for
 
 import json
 import os
-import struct
 import threading
 import time
-import zlib
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from veripo_trl.errors import VeripoError
 from veripo_trl.files.tables import printable
-from veripo_trl.media.containers import BadFile, check_file, open_media, recognise_container
+from veripo_trl.media.containers import BadFile, check_file, recognise_container
 from veripo_trl.media.frame_cache import FrameCache, cache_key
 from veripo_trl.media.process import DecodeProcess, WorkerHung, WorkerLost
+from veripo_trl.media.sampling import VideoSettings, plan_frames
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)  # what Pillow's decoders raise
-MAX_ASPECT_RATIO = 200  # qwen-vl-utils' and the processors' own bound
-MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own bound for a decompression bomb
 DECODING = 2  # part of the frame cache's keys: raised when other frames are read from a file than before
 
 
@@ -37,38 +32,6 @@ class MediaError(VeripoError):
 
 class VideoError(MediaError):
     """A video that cannot be used."""
-
-
-@dataclass(frozen=True)
-class VideoSettings:
-    """How a clip is sampled. Pixels are per frame, whatever the model's processor calls them.
-
-    fps: frames taken per second of video. min_frames, max_frames: bounds of their number, which is even; a clip that
-    has fewer than min_frames gives what it has, rounded down to an even number (qwen-vl-utils' rule), and a clip of a
-    single frame gives that frame twice. size_factor: both sides are multiples of it (28 for Qwen2.5-VL, 32 for
-    Qwen3-VL: patch size × merge size).
-    """
-
-    fps: float = 2.0
-    min_frames: int = 4
-    max_frames: int = 128
-    min_pixels: int = 16 * 28 * 28
-    max_pixels: int = 128 * 28 * 28
-    size_factor: int = 28
-
-    def __post_init__(self):
-        if not self.fps > 0:
-            raise ValueError(f"fps must be above 0, got {self.fps}")
-        if not 2 <= self.min_frames + self.min_frames % 2 <= self.max_frames:
-            raise ValueError(
-                f"expected 2 <= min_frames <= max_frames with an even number between them, "
-                f"got min_frames={self.min_frames}, max_frames={self.max_frames}"
-            )
-        if not self.size_factor**2 <= self.max_pixels or not 0 < self.min_pixels <= self.max_pixels:
-            raise ValueError(
-                f"expected min_pixels <= max_pixels and size_factor² <= max_pixels (all per frame), "
-                f"got min_pixels={self.min_pixels}, max_pixels={self.max_pixels}, size_factor={self.size_factor}"
-            )
 
 
 @dataclass
@@ -202,82 +165,3 @@ class VideoLoader:
             if reply["backend"] == "pyav":
                 break
         raise BadFile(f"cannot be decoded ({'; '.join(errors)}); re-encode the file or leave the row out")
-
-
-def plan_frames(source: dict, settings: VideoSettings) -> tuple[list[int], int, int]:
-    """Frame indices and the height and width to resize to, for a source's total_num_frames, fps, height and width."""
-    from qwen_vl_utils.vision_process import (
-        smart_nframes,  # here, because it imports torch
-    )
-
-    total, fps = source["total_num_frames"], source["fps"]
-    if not fps > 0:
-        raise BadFile("the file does not say its frame rate; re-encode it or leave the row out")
-    count = 2
-    if total >= 2:  # a single frame is given twice, as Qwen's processor pads
-        limits = {"fps": settings.fps, "min_frames": settings.min_frames, "max_frames": settings.max_frames}
-        count = smart_nframes(limits, total_frames=total, video_fps=fps)
-    indices = np.linspace(0, total - 1, count).round().astype(int).tolist()
-    return (indices, *plan_size(source["height"], source["width"], settings))
-
-
-def plan_size(height: int, width: int, settings: VideoSettings) -> tuple[int, int]:
-    """Height and width in multiples of size_factor, within the pixel limits, as Qwen's processor rounds them."""
-    from qwen_vl_utils.vision_process import (
-        smart_resize,  # here, because it imports torch
-    )
-
-    factor = settings.size_factor
-    try:
-        sides = smart_resize(height, width, factor, min_pixels=settings.min_pixels, max_pixels=settings.max_pixels)
-    except ValueError as error:  # longer than 200 times its other side
-        raise BadFile(f"{height} x {width} pixels: {error}; crop the file or leave the row out") from None
-    # qwen-vl-utils rounds the short side of a very long frame down to 0; transformers keeps one factor, as here
-    return max(sides[0], factor), max(sides[1], factor)
-
-
-def load_image(path, *, row_id, settings: VideoSettings | None = None, name=None):
-    """The image at `path` as an RGB PIL.Image, upright by its EXIF, transparency on white.
-
-    With `settings` it is resized as a frame would be, within their pixel limits. Raises MediaError that names `row_id`
-    and `name` or the file.
-    """
-    try:
-        return read_image(os.path.realpath(path), settings)
-    except BadFile as error:
-        raise MediaError(f"row {row_id!r}, image {os.fspath(name or path)!r}: {error}") from None
-
-
-def read_image(path, settings):
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    check_file(path)
-    try:
-        with open_media(path) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise BadFile(f"{image.width} x {image.height} pixels, over {MAX_IMAGE_PIXELS}; make it smaller")
-            image = ImageOps.exif_transpose(image)
-            if image.mode[0] == "I":  # 16 bits of grey: Pillow's conversion makes all above 255 white
-                clear = image.info.pop("transparency", None)
-                values = np.asarray(image)
-                image = Image.fromarray((values // 257).astype(np.uint8))
-                if clear is not None:
-                    image.putalpha(Image.fromarray(np.uint8(values != clear) * 255))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            if max(image.size) > MAX_ASPECT_RATIO * min(image.size):  # processors refuse it, without the row's id
-                sides = f"{image.width} x {image.height} pixels"
-                raise BadFile(f"aspect ratio over {MAX_ASPECT_RATIO} ({sides}); crop the image or leave the row out")
-            image = image.convert("RGB")
-    except Image.DecompressionBombError as error:
-        raise BadFile(f"{error}; make it smaller") from None
-    except UnidentifiedImageError:
-        raise BadFile(f"is not an image; expected {', '.join(IMAGE_FORMATS)} by its content") from None
-    except IMAGE_ERRORS as error:
-        raise BadFile(f"cannot be decoded ({error}); convert the file or leave the row out") from None
-    if settings is not None:
-        height, width = plan_size(image.height, image.width, settings)
-        if (width, height) != image.size:
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return image

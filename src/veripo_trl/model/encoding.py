@@ -14,7 +14,8 @@ from veripo_trl.data.rows import content_of, resolve_media
 from veripo_trl.errors import VeripoError
 from veripo_trl.files.tables import printable
 from veripo_trl.media.downloads import fetch
-from veripo_trl.media.video import VideoLoader, load_image
+from veripo_trl.media.images import load_image
+from veripo_trl.media.video import VideoLoader
 from veripo_trl.model.features import held_features, tower_is_frozen
 from veripo_trl.model.positions import mrope_positions
 

@@ -12,7 +12,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from veripo_trl.data.rows import RowError, resolve_media
-from veripo_trl.media.video import MediaError, VideoLoader, VideoSettings, load_image
+from veripo_trl.media.images import load_image
+from veripo_trl.media.sampling import VideoSettings
+from veripo_trl.media.video import MediaError, VideoLoader
 from veripo_trl.report.read import ReportError, find_path
 
 THUMB_HEIGHT, THUMB_WIDTH = 96, 200  # pixels at most
