@@ -128,14 +128,14 @@ def run_rules(folder: str, tokenizer_folder: str) -> None:
     total = sum(pq.ParquetFile(path).metadata.num_rows for path in files)
     before_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     counts, tokens, start, cpu_start = {}, 0, time.perf_counter(), time.process_time()
-    with tqdm(total=total, desc="verify", unit="rollout") as progress:
-        verdicts = verify_stream(RolloutFiles(files), judge=RulesJudge(), tokenizer=tokenizer, progress=progress)
-        truths = (truth for path in files for truth in pq.read_table(path, columns=["expected"])[0].to_pylist())
-        for verdict, expected in zip(verdicts, truths, strict=True):
-            if verdict["consistency"] != expected:
-                raise SystemExit(f"{verdict} was expected to be {expected}")
-            counts[verdict["consistency"]] = counts.get(verdict["consistency"], 0) + 1
-            tokens += verdict["think_tokens"]
+    verdicts = verify_stream(RolloutFiles(files), judge=RulesJudge(), tokenizer=tokenizer)
+    truths = (truth for path in files for truth in pq.read_table(path, columns=["expected"])[0].to_pylist())
+    progress = tqdm(verdicts, total=total, desc="verify", unit="rollout")
+    for verdict, expected in zip(progress, truths, strict=True):
+        if verdict["consistency"] != expected:
+            raise SystemExit(f"{verdict} was expected to be {expected}")
+        counts[verdict["consistency"]] = counts.get(verdict["consistency"], 0) + 1
+        tokens += verdict["think_tokens"]
     seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     numbers = {"seconds": seconds, "cpu_seconds": cpu_s, "peak_mib": peak_mib, "before_mib": before_mib}

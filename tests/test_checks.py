@@ -2,9 +2,10 @@
 
 import pytest
 
+from veripo_trl.answers.rewards import accuracy_relative_error_reward, accuracy_reward
 from veripo_trl.answers.score import SolutionError
 from veripo_trl.tiny.model import build_tokenizer
-from veripo_trl.verifier.checks import check_rollouts, repetition_share
+from veripo_trl.verifier.checks import AccuracyError, check_rollouts, repetition_share
 
 TEN = "one two three four five six seven eight nine ten"
 
@@ -87,11 +88,11 @@ def test_a_truncation_saved_with_the_tokenizer_does_not_cap_the_length(tokenizer
 
 def test_the_graded_score_of_a_regression_is_the_rewards(tokenizer):
     rollout = {"rollout_id": "r", "completion": "<think>x</think><answer>11</answer>", **NUMBER}
-    checks = check_rollouts([rollout], tokenizer=tokenizer, regression_score="relative_error")
+    checks = check_rollouts([rollout], tokenizer=tokenizer, reward=accuracy_relative_error_reward)
     assert checks[0]["accuracy"] == pytest.approx(0.9)
     rollout["completion"] = "<think>x</think><answer>13</answer>"
-    scores = [check_rollouts([rollout], tokenizer=tokenizer, regression_score=kind)[0]["accuracy"]
-              for kind in ("mean_relative_accuracy", "relative_error")]  # fmt: skip
+    scores = [check_rollouts([rollout], tokenizer=tokenizer, reward=reward)[0]["accuracy"]
+              for reward in (accuracy_reward, accuracy_relative_error_reward)]  # fmt: skip
     assert scores == pytest.approx([0.5, 0.7])
 
 
@@ -99,3 +100,17 @@ def test_an_unreadable_truth_names_the_rollout(tokenizer):
     rollout = {"rollout_id": "run/step3", "completion": "<think>x</think><answer>B</answer>", **CHOICE, "solution": "Z"}
     with pytest.raises(SolutionError, match="run/step3.*not among the options"):
         check_rollouts([rollout], tokenizer=tokenizer)
+
+
+def test_accuracy_is_the_users_own_reward(tokenizer):
+    """Called as TRL calls it: messages, and every column of the rollout."""
+
+    def first_letter(completions, solution, question_id, **kwargs):
+        return [float(c[0]["content"][0] == s) / int(q) for c, s, q in zip(completions, solution, question_id)]
+
+    rollout = {"rollout_id": "r", "question_id": "2", "completion": "B it is", **CHOICE}
+    (check,) = check_rollouts([rollout], tokenizer=tokenizer, reward=first_letter)
+    assert check["accuracy"] == 0.5
+    for wrong in (2.0, None):
+        with pytest.raises(AccuracyError, match=f"rollout 'r': the reward .* gives {wrong}; .* a number from 0 to 1"):
+            check_rollouts([rollout], tokenizer=tokenizer, reward=lambda completions, **kwargs: [wrong])

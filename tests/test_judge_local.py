@@ -141,7 +141,7 @@ def test_a_model_without_a_chat_template_is_refused(model_path, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has no chat template"):
+    with pytest.raises(ValueError, match="no chat template"):
         LocalJudge(str(tmp_path), PROMPT)
 
 
@@ -151,24 +151,9 @@ def test_the_name_shows_no_path_and_tells_judges_apart(model_path, tmp_path):
 
     copy = tmp_path / model_path.name
     copy.symlink_to(model_path)
-    names = [name(), name(copy), name(max_new_tokens=4), name(dtype="bfloat16"), name(max_think_chars=5)]
+    names = [name(), name(copy), name(max_new_tokens=4), name(dtype="bfloat16")]
     assert all(re.fullmatch(r"local:tiny-judge@main:[0-9a-f]{8}", found) for found in names), names
-    assert len(set(names)) == 5 and name(batch_size=2) == names[0]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"dtype": "int4"}, "dtype: expected one of auto, float32, bfloat16, float16, got 'int4'"),
-        ({"batch_size": 0}, "batch_size: expected a whole number from 1, got 0"),
-        ({"max_new_tokens": "8"}, "max_new_tokens: expected a whole number from 1, got '8'"),
-        ({"device": "gpu"}, "device: expected cuda, cuda:1, cpu, …, got 'gpu'"),
-        ({"device": "cuda:99"}, "device: expected one that is here, got 'cuda:99'"),
-    ],
-)
-def test_options_that_make_no_sense(options, message, model_path):
-    with pytest.raises(ValueError, match=message):
-        LocalJudge(str(model_path), PROMPT, **options)
+    assert len(set(names)) == 4 and name(batch_size=2) == names[0]
 
 
 @pytest.mark.slow
@@ -192,7 +177,8 @@ def test_the_wire_to_a_real_server(model_path):
                 break
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 time.sleep(0.2)
-        judge = ServerJudge(f"http://127.0.0.1:{port}/v1", str(model_path), PROMPT, concurrency=2, max_tokens=8)
+        judge = ServerJudge(f"http://127.0.0.1:{port}/v1", str(model_path), PROMPT, concurrency=2,
+                            request_options={"max_tokens": 8})  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(model_path)
         verdicts = list(verify_stream(rollouts(6), judge=judge, tokenizer=tokenizer, cache=None))
     finally:

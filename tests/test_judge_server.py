@@ -1,6 +1,5 @@
 """The server judge against a real server on a socket that delays, refuses, breaks off and lies."""
 
-import email.utils
 import gc
 import json
 import logging
@@ -20,7 +19,8 @@ from judge_server import JudgeServer, Reply
 
 from veripo_trl.verifier.cache import VerdictCache
 from veripo_trl.verifier.judge_prompts import REPLY_SCHEMA, load_judge_prompt
-from veripo_trl.verifier.server import JudgeError, ServerJudge
+from veripo_trl.verifier.judges import JudgeError
+from veripo_trl.verifier.server import ServerJudge
 from veripo_trl.verifier.verify import verify_stream
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +48,7 @@ def expected(count: int) -> list[str]:
 
 
 def make_judge(url: str, **options) -> ServerJudge:
-    options = {"concurrency": 8, "timeout_s": 5.0, "retries": 2, "backoff_s": 0.02, **options}
+    options = {"concurrency": 8, "timeout_s": 5.0, "max_retries": 2, "backoff_s": 0.02, **options}
     return ServerJudge(url, "tiny-judge", PROMPT, **options)
 
 
@@ -107,8 +107,8 @@ def test_no_more_in_flight_than_allowed_and_no_fewer():
 def test_the_name_tells_judges_apart_but_not_servers():
     judge = make_judge("http://127.0.0.1:1/v1")
     assert judge.name == make_judge("http://127.0.0.1:2/v1", concurrency=3).name
-    others = [{"seed": 1}, {"max_tokens": 5}, {"request_options": {"top_k": 1}}, {"max_think_chars": 10}]
-    assert len({judge.name, *(make_judge("http://127.0.0.1:1/v1", **other).name for other in others)}) == 5
+    others = [{"seed": 1}, {"max_tokens": 5}, {"top_k": 1}]
+    assert len({judge.name, *(make_judge("http://127.0.0.1:1/v1", request_options=o).name for o in others)}) == 4
 
 
 def test_the_name_shows_no_path():
@@ -126,7 +126,7 @@ def test_no_verdict_quotes_the_models_path():
     with JudgeServer(
         lambda n, b: Reply(status=400, body=b"/srv/someone/judge: too long") if "Case 5:" in str(b) else Reply()
     ) as server:
-        judge = ServerJudge(server.url, "/srv/someone/judge", PROMPT, concurrency=2, retries=0)
+        judge = ServerJudge(server.url, "/srv/someone/judge", PROMPT, concurrency=2, max_retries=0)
         verdicts = verify(judge, 8)
     assert verdicts[5]["reason"] == "HTTP 400: judge: too long" and "/srv" not in json.dumps(verdicts)
 
@@ -192,14 +192,12 @@ def test_a_fault_costs_one_verdict_at_most(name, tmp_path):
         assert cached == 39 and server.requests == before + 1 and consistencies(again) == expected(40)
 
 
-@pytest.mark.parametrize("form", ["seconds", "date"])
-def test_retry_after_is_honoured_by_all_requests(form):
+def test_retry_after_is_honoured_by_all_requests():
     started = []
 
     def script(number, body):
         started.append(time.monotonic())
-        wait = "1" if form == "seconds" else email.utils.formatdate(time.time() + 2, usegmt=True)
-        return Reply(status=429, headers={"Retry-After": wait}) if number == 10 else Reply(delay_s=0.01)
+        return Reply(status=429, headers={"Retry-After": "1"}) if number == 10 else Reply(delay_s=0.01)
 
     with JudgeServer(script) as server:
         judge = make_judge(server.url, concurrency=4)
@@ -270,7 +268,7 @@ def test_a_server_that_dies_stops_the_run_and_a_new_one_continues(tmp_path, capl
 
             server.script = script
             judge = make_judge(server.url, max_wait_s=0.3)
-            with pytest.raises(JudgeError, match="has been gone for 0.3 s.*cache.*the same command continues"):
+            with pytest.raises(JudgeError, match="has been gone for 0.3 s.*the same command again.*in the cache"):
                 verify(judge, 400, cache)
         stored = len(cache)
         assert 150 <= stored <= 210
@@ -373,9 +371,9 @@ def test_a_missing_key_is_an_error_before_any_request(monkeypatch):
 def test_a_refused_key_stops_the_run_at_once(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)
     with JudgeServer(api_key="another") as server:
-        with pytest.raises(JudgeError, match=r"refuses the key in JUDGE_KEY \(HTTP 401\)") as error:
+        with pytest.raises(JudgeError, match="asked with the key in JUDGE_KEY, refuses with HTTP 401") as error:
             verify(make_judge(server.url, api_key_env="JUDGE_KEY"))
-        with pytest.raises(JudgeError, match=r"refuses a request without a key; set api_key_env \(HTTP 401\)"):
+        with pytest.raises(JudgeError, match="asked with no key .*judge_api_key_env.*, refuses with HTTP 401"):
             verify(make_judge(server.url))
     assert server.requests == 2 and KEY not in str(error.value)
 
@@ -386,7 +384,7 @@ def test_a_refused_key_stops_the_run_at_once(monkeypatch):
         ("127.0.0.1:8000/v1", "expected the API's base"),
         ("file:///etc/passwd", "expected the API's base"),
         ("http://127.0.0.1/v1?key=1", "expected the API's base"),
-        (f"http://user:{KEY}@127.0.0.1/v1", "holds a user name or password"),
+        (f"http://user:{KEY}@127.0.0.1/v1", "a key goes into an environment variable"),
     ],
 )
 def test_a_url_that_is_none_is_refused(url, message):
@@ -397,7 +395,7 @@ def test_a_url_that_is_none_is_refused(url, message):
 
 def test_a_wrong_path_stops_the_run():
     with JudgeServer() as server:
-        with pytest.raises(JudgeError, match="knows no such path or no model 'tiny-judge'"):
+        with pytest.raises(JudgeError, match="refuses with HTTP 404.*whose /models lists 'tiny-judge'"):
             verify(make_judge(f"{server.url}/v2"))
 
 
@@ -417,7 +415,7 @@ def test_a_run_that_is_killed_continues(tmp_path):
     path = tmp_path / "c.sqlite"
     with JudgeServer(lambda number, body: Reply(delay_s=0.02)) as server:
         for kills in range(2):
-            environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+            environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT / 'src'}"}
             process = subprocess.Popen([sys.executable, "-c", DRIVER, server.url, str(path)],
                                        stdout=subprocess.PIPE, env=environment)  # fmt: skip
             for _ in range(100 * (kills + 1)):

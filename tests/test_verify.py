@@ -13,6 +13,7 @@ from veripo_trl.verifier.cache import CacheError, VerdictCache
 from veripo_trl.verifier.files import VERDICT_SCHEMA, write_files
 from veripo_trl.verifier.judge_prompts import (
     MAX_REASON_CHARS,
+    MAX_THINK_CHARS,
     REPLY_SCHEMA,
     JudgePromptError,
     ReplyError,
@@ -68,9 +69,9 @@ def test_a_prompt_without_options_has_no_line_for_them(prompt):
 
 
 def test_of_a_long_thinking_the_end_is_shown_and_the_rest_is_named(prompt):
-    think = "x" * 500 + " so the answer is B."
-    content = judge_messages(prompt, make_item(think, "B"), max_think_chars=100)[-1]["content"]
-    assert "[The first 420 characters are left out here.]\n" + think[-100:] + "\n</thinking-" in content
+    think = "x" * MAX_THINK_CHARS + " so the answer is B."
+    content = judge_messages(prompt, make_item(think, "B"))[-1]["content"]
+    assert "[The first 20 characters are left out here.]\n" + think[20:] + "\n</thinking-" in content
 
 
 HOSTILE = [
@@ -123,20 +124,20 @@ def test_the_prompts_version_is_its_content(tmp_path, prompt):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "no judge prompt"),
-        ("system: [", "not readable YAML"),
-        ("just text", "expected the keys system and user"),
-        ("system: a\nuser: '{thinking} {answer} {options}'\nmodel: x", "expected the keys system and user"),
-        ("system: 1\nuser: '{thinking} {answer} {options}'", "system: int"),
-        ("system: a\nuser: '{thinking} {answer}'", r"\{options\} exactly once"),
-        ("system: a\nuser: '{thinking} {thinking} {answer} {options}'", r"\{thinking\} exactly once"),
+        (None, "No such file"),
+        ("system: [", "expected a YAML file.*expected the node content"),
+        ("just text", "expected two texts, system and user, .*came 'just text'"),
+        ("system: a\nuser: '{thinking} {answer} {options}'\nmodel: x", "expected two texts"),
+        ("system: 1\nuser: '{thinking} {answer} {options}'", "expected two texts.*came {'system': 1"),
+        ("system: a\nuser: '{thinking} {answer}'", "exactly once each of {thinking}, {answer}, {options}"),
+        ("system: a\nuser: '{thinking} {thinking} {answer} {options}'", "exactly once each"),
     ],
 )
 def test_a_prompt_that_cannot_be_used_is_refused(content, message, tmp_path):
     path = tmp_path / "p.yaml"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(JudgePromptError, match=message):
+    with pytest.raises(JudgePromptError, match=f"(?s){message}"):
         load_judge_prompt(path)
 
 
@@ -261,7 +262,7 @@ def test_the_verdict_from_a_reply(concluded, said, answer, kind, expected):
 class ScriptedJudge(Judge):
     """Answers honestly; `slow`: the first asked waits until no more are asked, and others for times of their own."""
 
-    caches, max_think_chars, prompt_version = True, 1000, "v1"
+    caches, prompt_version = True, "v1"
 
     def __init__(self, prompt, *, name="scripted", concurrency=1, slow=False):
         super().__init__()

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -23,10 +24,11 @@ from veripo_trl.data.prompts import load_template
 from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.data.rows import RowError, content_of
 from veripo_trl.errors import VeripoError
-from veripo_trl.hub.push import push_folder
+from veripo_trl.hub.cards import dataset_card
+from veripo_trl.recipe.verification import VerifyArguments, make_judge
 from veripo_trl.verifier import files, preferences
 from veripo_trl.verifier.preferences import load_pairs
-from veripo_trl.verifier.summary import shown
+from veripo_trl.verifier.summary import card_facts, shown
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "verify_rollouts.py"
 OPTIONS = ["A. red", "B. blue", "C. green", "D. yellow"]
@@ -286,37 +288,38 @@ def settings(**given):
 
 
 REFUSED = [
-    (twice, r"48 rollout ids are there more than once:\n  'run/step0-part0-rank0-0' in .*/rollouts/.*and in .*/more/"),
+    (twice, r"48 rollout ids are there more than once: run/step0-part0-rank0-0, .*Give every run's rollouts once"),
     (foreign_file, r"table.parquet: not the rollouts of a GRPO run: no column rollout_id, .*it has question_id, text"),
     (cut_file, r"rollouts-step0000001.*not a readable Parquet file"),
-    (wrong_type, r"step0000000.*columns of other types than a rollout's: videos int64; expected videos list"),
+    (wrong_type, r"step0000000.*videos: expected list<.*>, a rollout's, came int64"),
     (one_null, r"48 rollouts without `completion`|24 rollouts without `completion`"),
     (no_rollouts, r"rollouts: expected a folder with the rollouts of a GRPO run.*no parquet file is in it"),
     (empty_file, r"No rollouts in "),
     (other_template, rf"prompt_template 'tiny' has the hash {TEMPLATE.hash}, but rollouts.*0123456789abcdef"),
     (two_policies, r"several policies .*give `tokenizer`"),
     (no_tokenizer, r"No tokenizer in '.*absent', the rollouts' policy"),
-    (settings(judge="model"), r"judge: expected one of rules, server, local, got 'model'"),
-    (settings(judge="server"), r"judge: server needs judge_url and judge_model"),
-    (settings(judge="local"), r"judge: local needs judge_model"),
-    (settings(push_to_hub=True), r"push_to_hub needs hub_pairs_id and hub_verdicts_id"),
+    (settings(judge="model"), r"judge: expected one of rules, server, local, or module:function; got 'model'"),
+    (settings(judge="server"), r"judge_url: expected a name, for judge: server"),
+    (settings(judge="local"), r"judge_model: expected a name, for judge: local"),
+    (settings(push_to_hub=True), r"hub_pairs_id: expected a name, for .* push_to_hub"),
     (settings(rollouts=["outputs/absent"]), r"outputs/absent: expected a folder with the rollouts.*no such folder"),
-    (settings(push_to_hub=True, hub_pairs_id="o/x", hub_verdicts_id="o/X"), r"expected two datasets, both are 'o/x'"),
     (settings(judge="server", judge_url="http://127.0.0.1:1", judge_model="x", judge_request_options="{max: 1"),
-     r"judge_request_options: expected a JSON object, like .*, got '{max: 1': "),
-    (settings(judge_request_options="[1]"), r"judge_request_options: expected a JSON object, like .*, got '\[1\]'"),
+     r"judge_request_options: expected JSON like .*; got '{max: 1'"),
+    (settings(judge_request_options="[1]"), r"judge_request_options: expected JSON like .*; got \[1\]"),
     (settings(judge="local", judge_model="x", judge_request_options={"max_tokens": 9, "dtype": "auto"}),
-     r"judge: local does not know max_tokens; expected any of revision, dtype, device, batch_size, max_new_tokens"),
-    (settings(judge="local", judge_model="x", judge_request_options={"dtype": "int4"}), r"'x' cannot be loaded: dtype: "),
+     r"judge_model 'x', judge_request_options .*: cannot be loaded: .*unexpected keyword argument 'max_tokens'"),
+    (settings(judge="local", judge_model="x", judge_request_options={"device": "gpu"}), r"be loaded: .*device type"),
+    (settings(judge="local", judge_model="x", judge_request_options={"batch_size": 0}), r"expected 1 or more, got 0"),
+    (settings(judge="absent_module:judge"), r"judge: absent_module:judge cannot be imported"),
     (cache_is_another_file, r"rollouts/.*expected a cache of verdicts"),
-    (settings(judge="local", judge_model="x", judge_prompt="absent"), r"judge_prompt 'absent': no such file"),
+    (settings(judge="local", judge_model="x", judge_prompt="absent"), r"absent.yaml: expected a YAML file.*No such"),
     (settings(kinds=["length"]), r"kinds: expected some of .*got \['length'\]"),
-    (settings(max_pair=3), r"unknown key 'max_pair' \(close: max_penalty"),
+    (settings(max_repetitions=3), r"unknown key 'max_repetitions' \(close: max_repetition"),
     (settings(drop_solved_share=80), r"drop_solved_share: expected a share"),
     (settings(limit=0), r"limit: expected 1 or more"),
-    (settings(rollouts=[]), r"Expected `rollouts:`"),
+    (settings(rollouts=[]), r"rollouts: expected a list of folders"),
     (settings(rollouts_revision="main"), r"rollouts_revision is for one Hub dataset; of .* 0 are such"),
-    (settings(regression_score="mse"), r"regression_score: expected one of"),
+    (settings(accuracy_reward="mse"), r"rewards: expected some of accuracy, .*or module:function; got 'mse'"),
 ]  # fmt: skip
 
 
@@ -338,7 +341,7 @@ def test_one_id_for_two_questions_ends_in_one_line(recipe, tmp_path, policy):
         recipe.main(config(tmp_path, rollouts=[str(tmp_path / "rollouts"), str(tmp_path / "more")]))
 
 
-def test_options_of_a_local_judge_arrive(recipe, tmp_path, policy, monkeypatch):
+def test_options_of_a_local_judge_arrive(monkeypatch):
     given = {}
 
     class Judge:
@@ -347,9 +350,55 @@ def test_options_of_a_local_judge_arrive(recipe, tmp_path, policy, monkeypatch):
 
     monkeypatch.setattr("veripo_trl.verifier.local.LocalJudge", Judge)
     for options in (None, '{"batch_size": 2, "dtype": "bfloat16"}'):
-        recipe.make_judge(recipe.VerifyArguments(output_dir="x", rollouts=["x"], judge="local", judge_model=str(options),
-                                                 judge_request_options=options))  # fmt: skip
+        make_judge(VerifyArguments(output_dir="x", rollouts=["x"], judge="local", judge_model=str(options),
+                                   judge_request_options=options), RECIPE.parent.parent / "verifier_prompts")  # fmt: skip
     assert list(given.values()) == [{}, {"batch_size": 2, "dtype": "bfloat16"}]
+
+
+# ---- of the user's own ------------------------------------------------------------------------------------------
+
+
+def documented(name: str) -> str:
+    """The code block behind a marker in what people read."""
+    files = [RECIPE.parent.parent / "README.md", *RECIPE.parent.parent.glob("docs/*.md")]
+    found = [re.search(rf"<!-- {name} -->\n```python\n(.+?)```", file.read_text(), re.S) for file in files]
+    return next(match[1] for match in found if match)
+
+
+def test_a_judge_and_a_reward_of_the_users_own(recipe, tmp_path, policy, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_rollouts(tmp_path / "rollouts", policy)
+    (tmp_path / "my_judges.py").write_text(documented("own judge"))
+    (tmp_path / "my_rewards.py").write_text(
+        "def not_a(completions, **kwargs):\n    return [float('<answer>A' not in c[0]['content']) for c in completions]\n"
+    )
+    recipe.main(config(tmp_path, judge="my_judges:last_word", accuracy_reward="my_rewards:not_a"))
+    verdicts = read(tmp_path / "outputs" / "verify" / "verdicts")
+    assert {verdict["judge"] for verdict in verdicts} == {"my_judges:last_word"}
+    says = [say for step in range(2) for question in SAYS.values() for say in question]
+    assert [verdict["accuracy"] for verdict in verdicts] == [float(answer != "A") for answer, _ in says]
+    expected = ["consistent" if answer == concluded else "inconsistent" for answer, concluded in says]
+    assert [verdict["consistency"] for verdict in verdicts] == expected
+    assert "Judged by my_judges:last_word, asked 48 times." in capsys.readouterr().out
+    (tmp_path / "my_broken_judge.py").write_text("async def judge(item):\n    return {'consistency': 'yes'}\n")
+    with pytest.raises(VeripoError, match="judge my_broken_judge:judge: expected a dict of .* came {'consistency'"):
+        recipe.main(config(tmp_path, judge="my_broken_judge:judge"))
+
+
+def test_prompts_of_the_users_own(recipe, tmp_path, policy, monkeypatch):
+    """A judge's prompt and a prompt template, as files seen from the working directory."""
+    monkeypatch.chdir(tmp_path)
+    shipped = (RECIPE.parent.parent / "verifier_prompts" / "consistency.yaml").read_text()
+    (tmp_path / "my_prompt.yaml").write_text(shipped.replace("You check one thing", "You check just one thing"))
+    template = RECIPE.parent.parent / "src" / "veripo_trl" / "data" / "prompt_templates" / "tiny.yaml"
+    shutil.copy(template, tmp_path / "my_template.yaml")
+    make_rollouts(tmp_path / "rollouts", policy, steps=1)
+    with JudgeServer() as server:
+        own = ["--judge_prompt", "my_prompt.yaml", "--prompt_template", "my_template.yaml"]
+        recipe.main([*served(tmp_path, server, "own"), *own])
+        asked = {entry["body"]["messages"][0]["content"][:24] for entry in server.log}
+    assert asked == {"You check just one thing"}
+    assert len(read(tmp_path / "own" / "verify" / "pairs")) == 4
 
 
 # ---- files --------------------------------------------------------------------------------------------------------
@@ -566,8 +615,16 @@ def test_cards_name_the_rollouts_that_a_stage_has_pushed(recipe, tmp_path, polic
             recipe.main(config(tmp_path, rollouts=[name]))
             results = json.loads((tmp_path / "outputs" / "verify" / "results.json").read_text())
             assert results["inputs"] == ({name: expected} if expected else {})
-            card = recipe.dataset_card("pairs", repo_id="x/y", **recipe.card_facts("pairs", results))
+            card = dataset_card("pairs", repo_id="x/y", **card_facts("pairs", results))
             assert ("tester/rollouts at `aaaa" in card) == bool(expected) and str(tmp_path) not in card
+
+
+def test_pairs_and_verdicts_are_two_datasets(recipe, tmp_path, policy, monkeypatch):
+    make_rollouts(tmp_path / "rollouts", policy)
+    with HubServer() as hub:
+        hub.use_in_this_process(monkeypatch, tmp_path / "hf_home")
+        with pytest.raises(VeripoError, match="expected two datasets, both are 'tester/x'"):
+            recipe.main(config(tmp_path, push_to_hub=True, hub_pairs_id="tester/x", hub_verdicts_id="tester/X"))
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """TRL reward functions over `score_answer`; a recipe names them by their keys in `REWARDS`, or the user's own as
 `module:function`, and weighs them by `reward_weights`."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 from veripo_trl.answers.score import extract_answer, is_well_formed, score_answer
@@ -25,15 +26,16 @@ def _text(completion: str | list[dict]) -> str:
 def _accuracy(completions, solution, problem_type, options, regression_score: str) -> list[float]:
     options = options if options is not None else [None] * len(completions)
     return [
-        score_answer(
-            extract_answer(_text(completion)),
-            problem_type=kind,
-            solution=truth,
-            options=choices,
-            regression_score=regression_score,
-        )
+        _score(extract_answer(_text(completion)), kind, truth, tuple(choices or ()), regression_score)
         for completion, truth, kind, choices in zip(completions, solution, problem_type, options, strict=True)
     ]
+
+
+@functools.lru_cache(maxsize=2048)  # the completions of a group give the same few answers
+def _score(answer: str | None, problem_type: str, solution: str, options: tuple, regression_score: str) -> float:
+    return score_answer(
+        answer, problem_type=problem_type, solution=solution, options=options, regression_score=regression_score
+    )
 
 
 def accuracy_reward(

@@ -1,15 +1,20 @@
 """The checks that need no judge: accuracy, format, repetition and length of the thinking; what inconsistency is."""
 
-import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from veripo_trl.answers.score import SolutionError, extract_answer, is_well_formed, score_answer, split_completion
+from veripo_trl.answers.rewards import accuracy_reward
+from veripo_trl.answers.score import SolutionError, is_well_formed, split_completion
+from veripo_trl.errors import VeripoError
 
 # Scripts without spaces between words: each character counts as a word.
 _SPACELESS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 _WORD = re.compile(rf"[{_SPACELESS}]|[^\s{_SPACELESS}]+")
+
+
+class AccuracyError(VeripoError):
+    """A reward that cannot stand for accuracy."""
 
 
 def repetition_share(think: str, *, ngram: int = 10) -> float:
@@ -34,14 +39,15 @@ def inconsistency(verdicts: Mapping[str, int]) -> float:
 
 
 def check_rollouts(
-    rollouts: list[dict], *, tokenizer, ngram: int = 10, regression_score: str = "mean_relative_accuracy"
+    rollouts: list[dict], *, tokenizer, ngram: int = 10, reward: Callable = accuracy_reward
 ) -> list[dict]:
     """Check a batch of rollouts.
 
     Args:
         rollouts: dicts with `completion, problem_type, solution, options`.
         tokenizer: a fast tokenizer, the policy's own: the thinking's length is counted in its tokens.
-        regression_score: as the reward that the policy was trained with (`answers.score_answer`).
+        reward: the one that the policy was trained with for accuracy (`answers.rewards.reward_function`). Called for
+            each rollout as TRL does, with `completions` (messages) and the rollout's columns.
 
     Returns:
         For each rollout `format_ok` (bool), `accuracy` in [0, 1] (the training reward's own function, computed anew),
@@ -50,26 +56,16 @@ def check_rollouts(
         `think` and `answer` (str or None).
 
     Raises:
-        SolutionError: an unreadable truth, with the rollout's id.
+        SolutionError: an unreadable truth, with the rollout's id. AccuracyError: the reward is no number in [0, 1].
     """
     checks = []
     for rollout in rollouts:
         completion = rollout["completion"]
         think, answer = split_completion(completion)
-        try:
-            accuracy = _score(
-                extract_answer(completion),
-                rollout["problem_type"],
-                rollout["solution"],
-                tuple(rollout["options"] or ()),
-                regression_score,
-            )
-        except SolutionError as error:
-            raise SolutionError(f"rollout {rollout['rollout_id']!r}: {error}") from error
         checks.append(
             {
                 "format_ok": is_well_formed(completion),
-                "accuracy": accuracy,
+                "accuracy": _accuracy(rollout, reward),
                 "repetition": repetition_share(completion if think is None else think, ngram=ngram),
                 "think_tokens": 0,
                 "think": think,
@@ -77,16 +73,27 @@ def check_rollouts(
             }
         )
     readable = [check for check in checks if check["think"]]
-    for check, tokens in zip(readable, _token_counts([check["think"] for check in readable], tokenizer), strict=True):
+    for check, tokens in zip(
+        readable, _token_counts([check["think"] for check in readable], tokenizer), strict=True
+    ):
         check["think_tokens"] = tokens
     return checks
 
 
-@functools.lru_cache(maxsize=2048)  # the rollouts of a group give the same few answers
-def _score(answer: str | None, problem_type: str, solution: str, options: tuple, regression_score: str) -> float:
-    return score_answer(
-        answer, problem_type=problem_type, solution=solution, options=options, regression_score=regression_score
-    )
+def _accuracy(rollout: dict, reward: Callable) -> float:
+    columns = {name: [value] for name, value in rollout.items() if name != "completion"}
+    try:
+        (accuracy,) = reward(
+            completions=[[{"role": "assistant", "content": rollout["completion"]}]], **columns
+        )
+    except SolutionError as error:
+        raise SolutionError(f"rollout {rollout['rollout_id']!r}: {error}") from error
+    if not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:
+        raise AccuracyError(
+            f"rollout {rollout['rollout_id']!r}: the reward {reward.__name__} gives {accuracy!r}; as accuracy the "
+            "verifier needs a number from 0 to 1 for every rollout."
+        )
+    return float(accuracy)
 
 
 def _token_counts(texts: list[str], tokenizer) -> list[int]:

@@ -1,6 +1,7 @@
 """Files of the verifier: rollouts in, verdicts and preference pairs out, a bounded number of them in memory."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -49,6 +50,7 @@ PAIR_SCHEMA = pa.schema(
         ("policy", pa.string()),
     ]
 )
+PAIR_COLUMNS = tuple(PAIR_SCHEMA.names[8:])  # what a pair has beside its question's columns
 BATCH = 5_000  # rollouts per read, rows per written file
 GROUPED_AT_ONCE = 50_000  # rollouts in memory while pairs are built
 
@@ -103,8 +105,7 @@ def open_rollouts(files: Iterable[Path], *, limit: int | None = None) -> Rollout
         limit: only the first n rollouts, in file order.
     """
     found = RolloutFiles(list(files), limit=limit)
-    seen: set[str] = set()
-    twice: set[str] = set()
+    seen, twice = set(), set()
     for table in found.tables():
         found.rollouts += len(table)
         found.policies.update(table["policy"].to_pylist())
@@ -112,21 +113,13 @@ def open_rollouts(files: Iterable[Path], *, limit: int | None = None) -> Rollout
         for name in table["rollout_id"].to_pylist():
             (twice if name in seen else seen).add(name)
     if twice:
-        shown = sorted(twice)[:5]
-        places = [f"{name!r} in {' and in '.join(_places(name, found.files))}" for name in shown]
         raise RolloutFilesError(
-            f"{len(twice)} rollout ids are there more than once:\n  " + "\n  ".join(places) + "\nGive every run's "
+            f"{len(twice)} rollout ids are there more than once: {', '.join(sorted(twice)[:5])}, … Give every run's "
             "rollouts once. Two runs whose output folders have one name give the same ids: verify them apart."
         )
     if not found.rollouts:
         raise RolloutFilesError(f"No rollouts in {', '.join(map(str, found.files)) or 'no files'}: nothing to verify.")
     return found
-
-
-def _places(rollout_id: str, files: list[Path]) -> list[str]:
-    """The files that hold a rollout id, one as often as it does."""
-    found = {file: read_parquet(file, ["rollout_id"])[0].to_pylist().count(rollout_id) for file in files}
-    return [str(file) for file, count in found.items() for _ in range(count)]
 
 
 def _tables_of(file: Path) -> Iterator[pa.Table]:
@@ -143,36 +136,21 @@ def _tables_of(file: Path) -> Iterator[pa.Table]:
 
 def _typed(table: pa.Table, file: Path) -> pa.Table:
     """The table in ROLLOUT_SCHEMA's types; empty lists for lists that are null."""
-    if wrong := [f"{item.name} {item.type}" for item in table.schema if not _fits(item)]:
-        expected = ", ".join(f"{name} {ROLLOUT_SCHEMA.field(name).type}" for name in (w.split()[0] for w in wrong))
-        came = ", ".join(wrong)
-        raise RolloutFilesError(f"{file}: columns of other types than a rollout's: {came}; expected {expected}.")
-    table = table.cast(ROLLOUT_SCHEMA)
-    for place, name in enumerate(table.column_names):
-        if not table.column(name).null_count:
-            continue
-        if name not in _MAY_BE_NULL:
-            raise RolloutFilesError(f"{file}: {table.column(name).null_count} rollouts without `{name}`.")
-        if name != "data_source":
-            filled = pc.fill_null(table.column(name), pa.scalar([], ROLLOUT_SCHEMA.field(name).type))
-            table = table.set_column(place, ROLLOUT_SCHEMA.field(name), filled)
-    return table
-
-
-def _fits(column: pa.Field) -> bool:
-    """Whether a column is what its type in ROLLOUT_SCHEMA is, in any width; a column of nulls fits where those may be."""
-    kind, wanted = column.type, ROLLOUT_SCHEMA.field(column.name).type
-    if pa.types.is_null(kind):
-        return column.name in _MAY_BE_NULL
-    if pa.types.is_list(wanted):
-        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-            return False
-        kind, wanted = kind.value_type, wanted.value_type
-        if pa.types.is_null(kind):
-            return True
-    if pa.types.is_string(wanted):
-        return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    return pa.types.is_integer(kind)
+    columns = []
+    for wanted in ROLLOUT_SCHEMA:
+        column = table[wanted.name]
+        try:
+            column = column.cast(wanted.type)
+        except pa.ArrowException:
+            raise RolloutFilesError(
+                f"{file}: {wanted.name}: expected {wanted.type}, a rollout's, came {column.type}."
+            ) from None
+        if column.null_count and wanted.name not in _MAY_BE_NULL:
+            raise RolloutFilesError(f"{file}: {column.null_count} rollouts without `{wanted.name}`.")
+        if column.null_count and pa.types.is_list(wanted.type):
+            column = pc.fill_null(column, pa.scalar([], wanted.type))
+        columns.append(column)
+    return pa.table(columns, schema=ROLLOUT_SCHEMA)
 
 
 def write_files(rows: Iterable[dict], folder: Path, schema: pa.Schema, *, rows_per_file: int = BATCH) -> int:
@@ -203,47 +181,27 @@ def judged_questions(
 ) -> Iterator[list[dict]]:
     """Each question's rollouts, every one with its `verdict`, questions in the order of their ids.
 
-    A question's rollouts are spread over the whole run, so the files are read once for every `at_once` rollouts; that
-    many (or the largest question's) are in memory.
+    A question's rollouts are spread over the whole run, so the files are read once for about every `at_once` rollouts;
+    that many (or the largest question's) are in memory.
 
     Args:
         verdicts: the folder that holds the rollouts' verdicts, in the same order.
     """
     files = sorted(verdicts.glob(f"{verdicts.name}-*.parquet"))
-    counts: Counter = Counter()
-    for file in files:
-        counts.update(read_parquet(file, ["question_id"])[0].to_pylist())
-    for questions in _slices(sorted(counts.items()), at_once):
-        wanted = pa.array(questions)
+    questions = sorted({name for file in files for name in read_parquet(file, ["question_id"])[0].to_pylist()})
+    size = math.ceil(len(questions) * at_once / max(rollouts.rollouts, at_once))
+    for start in range(0, len(questions), size):
+        wanted = pa.array(questions[start : start + size])
         texts, checks = _of(wanted, rollouts.tables()), _of(wanted, map(read_parquet, files))
         if not texts["rollout_id"].equals(checks["rollout_id"]):
             raise RolloutFilesError(f"{verdicts}: not the verdicts of these rollouts, one each and in their order.")
-        yield from _grouped(texts, checks, pc.sort_indices(texts["question_id"]))
+        judged = texts.append_column("verdict", checks.to_struct_array())
+        judged = judged.sort_by([("question_id", "ascending"), ("rollout_id", "ascending")])
+        rows = (row for batch in judged.to_batches(BATCH) for row in batch.to_pylist())
+        for _, group in itertools.groupby(rows, key=lambda rollout: rollout["question_id"]):
+            yield list(group)
 
 
 def _of(questions: pa.Array, tables: Iterable[pa.Table]) -> pa.Table:
     parts = [table.filter(pc.is_in(table["question_id"], questions)) for table in tables]
     return pa.concat_tables(parts).combine_chunks()
-
-
-def _slices(counts: list[tuple[str, int]], at_once: int) -> Iterator[list[str]]:
-    names, total = [], 0
-    for name, count in counts:
-        if names and total + count > at_once:
-            yield names
-            names, total = [], 0
-        names.append(name)
-        total += count
-    if names:
-        yield names
-
-
-def _grouped(texts: pa.Table, checks: pa.Table, order: pa.Array) -> Iterator[list[dict]]:
-    def rows() -> Iterator[dict]:
-        for start in range(0, len(order), BATCH):
-            part = order[start : start + BATCH]
-            for rollout, verdict in zip(texts.take(part).to_pylist(), checks.take(part).to_pylist(), strict=True):
-                yield {**rollout, "verdict": verdict}
-
-    for _, group in itertools.groupby(rows(), key=lambda rollout: rollout["question_id"]):
-        yield list(group)

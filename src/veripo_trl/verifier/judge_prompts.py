@@ -34,7 +34,6 @@ REPLY_SCHEMA = {
     "required": ["concluded_answer", "consistent", "reason"],
     "additionalProperties": False,
 }
-_KEYS = {"system", "user"}
 _PARTS = {"thinking": "thinking", "answer": "given-answer", "options": "options"}  # placeholder: tag
 _RENDERING = 1  # part of the version: raise it when `judge_messages` renders a prompt differently
 # Begins a tag or a special token in some chat template: <|im_end|>, </s>, <start_of_turn>, <｜User｜>, [/INST].
@@ -57,9 +56,8 @@ class ReplyError(ValueError):
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """A parsed prompt file. `version`: 16 hex digits over the content, without the file's name and comments."""
+    """A parsed prompt file. `version`: 16 hex digits over the content, without the file's comments."""
 
-    name: str
     system: str
     user: str
     version: str
@@ -72,31 +70,28 @@ def load_judge_prompt(path: str | Path) -> JudgePrompt:
         JudgePromptError: no such file, not YAML, or keys and placeholders other than expected.
     """
     path = Path(path)
-    if not path.is_file():
-        raise JudgePromptError(f"no judge prompt {str(path)!r}: expected a YAML file such as consistency.yaml.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise JudgePromptError(f"judge prompt {path}: not readable YAML: {error}") from error
-    if not isinstance(content, dict) or set(content) != _KEYS or not all(isinstance(t, str) for t in content.values()):
-        came = ", ".join(f"{key}: {type(text).__name__}" for key, text in content.items()) if isinstance(
-            content, dict) else repr(content)  # fmt: skip
-        raise JudgePromptError(f"judge prompt {path}: expected the keys system and user, each a text; came {came:.200}.")
-    for name in _PARTS:
-        if content["user"].count(f"{{{name}}}") != 1:
-            raise JudgePromptError(f"judge prompt {path}: expected {{{name}}} exactly once in user.")
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise JudgePromptError(f"judge prompt {path}: expected a YAML file such as consistency.yaml: {error}") from error
+    texts = isinstance(content, dict) and all(isinstance(text, str) for text in content.values())
+    if not texts or set(content) != {"system", "user"} or any(content["user"].count(f"{{{p}}}") != 1 for p in _PARTS):
+        raise JudgePromptError(
+            f"judge prompt {path}: expected two texts, system and user, and in user exactly once each of "
+            f"{', '.join(f'{{{part}}}' for part in _PARTS)}; came {content!r:.200}."
+        )
     canonical = json.dumps({"rendering": _RENDERING, "schema": REPLY_SCHEMA, **content}, sort_keys=True)
     version = hashlib.sha256(canonical.encode()).hexdigest()[:16]
-    return JudgePrompt(name=path.stem, system=content["system"].strip(), user=content["user"].strip(), version=version)
+    return JudgePrompt(system=content["system"].strip(), user=content["user"].strip(), version=version)
 
 
 # ------------------------------------------------------------------------------------------------------- asking
 
 
-def judged_text(item: dict, *, max_think_chars: int = MAX_THINK_CHARS) -> str:
+def judged_text(item: dict) -> str:
     """All that a judge may see of an item, in one canonical text: what verdicts are cached by."""
     think = item["think"]
-    parts = [think[-max_think_chars:], max(len(think) - max_think_chars, 0), item["answer"], list(item["options"] or ())]
+    parts = [think[-MAX_THINK_CHARS:], max(len(think) - MAX_THINK_CHARS, 0), item["answer"], list(item["options"] or ())]
     return json.dumps(parts, ensure_ascii=False)
 
 
@@ -105,14 +100,14 @@ def harmless(text: str) -> str:
     return _BRACKET_TAG.sub("［", _TAG.sub("‹", text))
 
 
-def judge_messages(prompt: JudgePrompt, item: dict, *, max_think_chars: int = MAX_THINK_CHARS) -> list[dict[str, str]]:
+def judge_messages(prompt: JudgePrompt, item: dict) -> list[dict[str, str]]:
     """The chat messages for one item: `think`, `answer` (texts) and `options` (list or None)."""
     # The code depends on the text alone, so that the same text is the same request.
-    code = hashlib.sha256(judged_text(item, max_think_chars=max_think_chars).encode("utf-8", "replace")).hexdigest()[:16]
+    code = hashlib.sha256(judged_text(item).encode("utf-8", "replace")).hexdigest()[:16]
     think, options = item["think"], "\n".join(item["options"] or ())
-    left_out = len(think) - max_think_chars
+    left_out = len(think) - MAX_THINK_CHARS
     if left_out > 0:
-        think = f"[The first {left_out} characters are left out here.]\n{think[-max_think_chars:]}"
+        think = f"[The first {left_out} characters are left out here.]\n{think[-MAX_THINK_CHARS:]}"
     texts = {"thinking": think, "answer": item["answer"], "options": options}
     values = {
         name: f"<{tag}-{code}>\n{harmless(texts[name])}\n</{tag}-{code}>" if texts[name] else ""
@@ -165,15 +160,13 @@ def check_reply(reply: object) -> dict:
     Raises:
         ReplyError: other keys or types than the schema's, or text that is no Unicode, with the cause "wrong schema".
     """
-    kinds = {"concluded_answer": (str, type(None)), "consistent": (bool, type(None)), "reason": (str,)}
-    if not isinstance(reply, dict) or reply.keys() != kinds.keys():
-        raise ReplyError("wrong schema", f"expected the keys {', '.join(kinds)}, came {reply!r:.80}")
+    if not isinstance(reply, dict) or reply.keys() != REPLY_SCHEMA["properties"].keys():
+        raise ReplyError("wrong schema", f"expected the keys {', '.join(REPLY_SCHEMA['properties'])}, came {reply!r:.80}")
+    kinds = {"concluded_answer": str | None, "consistent": bool | None, "reason": str}
     for key, kind in kinds.items():
-        if not isinstance(reply[key], kind):
-            raise ReplyError("wrong schema", f"{key} is {reply[key]!r:.80}")
         # JSON may spell half of a surrogate pair; no file of verdicts could hold it.
-        if isinstance(reply[key], str) and _SURROGATE.search(reply[key]):
-            raise ReplyError("wrong schema", f"{key} has a lone surrogate: {reply[key]!r:.80}")
+        if not isinstance(reply[key], kind) or _SURROGATE.search(str(reply[key])):
+            raise ReplyError("wrong schema", f"{key} is {ascii(reply[key]):.80}")
     if len(reply["concluded_answer"] or "") > MAX_ANSWER_CHARS:
         raise ReplyError("wrong schema", f"concluded_answer has {len(reply['concluded_answer'])} characters")
     reason = " ".join(reply["reason"].split())
@@ -195,8 +188,7 @@ def settle(reply: dict, item: dict) -> dict:
     def unknown(cause: str) -> dict:
         return {"consistency": "unknown", "concluded_answer": concluded, "reason": f"{cause}: {reason}"}
 
-    if concluded is not None:
-        concluded = concluded.replace("‹", "<").replace("［", "[").strip() or None
+    concluded = (concluded or "").replace("‹", "<").replace("［", "[").strip() or None
     if concluded is None:
         return unknown("no conclusion" if said is None else "contradiction")
     if said is None:
@@ -212,11 +204,7 @@ def settle(reply: dict, item: dict) -> dict:
         same = answers_match(concluded, answer, problem_type=kind, options=options)
     if same != said:
         return unknown("contradiction")
-    return {
-        "consistency": "consistent" if same else "inconsistent",
-        "concluded_answer": concluded,
-        "reason": reason,
-    }
+    return {"consistency": "consistent" if same else "inconsistent", "concluded_answer": concluded, "reason": reason}
 
 
 class ModelJudge(Judge):
@@ -224,12 +212,12 @@ class ModelJudge(Judge):
 
     caches = True
 
-    def __init__(self, prompt: JudgePrompt, *, max_think_chars: int):
+    def __init__(self, prompt: JudgePrompt):
         super().__init__()
-        self.prompt, self.prompt_version, self.max_think_chars = prompt, prompt.version, max_think_chars
+        self.prompt, self.prompt_version = prompt, prompt.version
 
     def messages(self, item: dict) -> list[dict[str, str]]:
-        return judge_messages(self.prompt, item, max_think_chars=self.max_think_chars)
+        return judge_messages(self.prompt, item)
 
     def read(self, item: dict, text: str | None) -> dict:
         """The verdict from a reply's text."""
@@ -252,7 +240,5 @@ class ModelJudge(Judge):
         return f"{self.requests:,} prompts; {self.unusable()}"
 
     def unusable(self) -> str:
-        if not self.failures:
-            return "every reply was readable."
         causes = ", ".join(f"{cause} {count:,}" for cause, count in self.failures.most_common())
-        return f"without a usable verdict: {causes}."
+        return f"without a usable verdict: {causes}." if causes else "every reply was readable."

@@ -11,7 +11,12 @@ from collections.abc import Sequence
 
 from veripo_trl.answers.numbers import read_number
 from veripo_trl.answers.score import answers_match, split_completion
+from veripo_trl.errors import VeripoError
+from veripo_trl.user_functions import user_function
 from veripo_trl.verifier.conclusions import conclude, same_text
+
+CONSISTENCIES = ("consistent", "inconsistent", "unknown")
+_VERDICT = {"consistency", "concluded_answer", "reason"}
 
 
 def conclude_by_rules(think: str, *, problem_type: str, options: Sequence[str] | None = None) -> str | None:
@@ -41,13 +46,14 @@ def _match(conclusion: str, answer: str, problem_type: str, options: tuple[str, 
 
 def _is_rounded(conclusion: str, answer: str) -> bool:
     """Whether the answer is the conclusion rounded to the answer's places: "2.37", "2.4"."""
-    number, places = re.search(r"-?\d+(?:\.(\d+))?", answer), 0
+    number = re.search(r"-?\d+(?:\.(\d+))?", answer)
     try:
         value = float(conclusion.rstrip("%"))
-        places = len(number[1] or "") if number else 0
     except ValueError:
         return False
-    return bool(number) and value != int(value) and abs(value - float(number[0])) <= 0.5 * 10**-places + 1e-9
+    if not number or value == int(value):
+        return False
+    return abs(value - float(number[0])) <= 0.5 * 10 ** -len(number[1] or "") + 1e-9
 
 
 _UNIT = re.compile(
@@ -71,16 +77,16 @@ def _is_converted(concluded: str, think: str, answer: str, problem_type: str) ->
 
 def _verdict_by_rules(think: str, answer: str, problem_type: str, options: Sequence[str] | None) -> dict:
     conclusion = conclude(think, problem_type=problem_type, options=options)
-    concluded, reason = conclusion.answer, ""
+    concluded = conclusion.answer
     same = None if concluded is None else _match(concluded, answer, problem_type, tuple(options or ()))
     if same:
-        consistency = "consistent"
+        consistency, reason = "consistent", ""
     elif same is False and conclusion.named and not _is_converted(concluded, think, answer, problem_type):
-        consistency = "inconsistent"
+        consistency, reason = "inconsistent", ""
+    elif same is None and concluded is not None:
+        consistency, reason = "unknown", "other words: they may say the same"
     else:
-        consistency = "unknown"
-        reason = "no conclusion: the rules read none" if same is not None or concluded is None else (
-            "other words: they may say the same")  # fmt: skip
+        consistency, reason = "unknown", "no conclusion: the rules read none"
     return {"consistency": consistency, "concluded_answer": concluded, "reason": reason}
 
 
@@ -90,12 +96,16 @@ def shown_model(model: str, *, is_path: bool = False) -> str:
     return re.split(r"[/\\]", model.rstrip("/\\"))[-1] if path else model
 
 
+class JudgeError(VeripoError):
+    """The judge cannot go on. What it had said is in the cache: the same command continues from there."""
+
+
 class Judge:
     """A judge is one coroutine, `await judge(item) -> verdict`, and says who it is: what is below is there to override.
 
     An item is a dict `think, answer, problem_type, options`; a verdict is `consistency ("consistent", "inconsistent" or
-    "unknown"), concluded_answer, reason`, of a judge that `caches` also `reply`: what `settle` can make the verdict from
-    again, None for nothing. It runs in the caller's thread, where maths may be compared.
+    "unknown"), concluded_answer (text or None), reason`, of a judge that `caches` also `reply`: what `settle` can make
+    the verdict from again, None for nothing. It runs in the caller's thread, where maths may be compared.
     """
 
     name: str  # who judged, and by what text: both stand in verdicts and in the cache's key
@@ -104,7 +114,11 @@ class Judge:
     concurrency = 1  # items that are asked at once
 
     def __init__(self):
-        self.requests, self.retries, self.failures = 0, 0, Counter()  # what judging took; failures by their cause
+        self.requests, self.retries, self.failures = (
+            0,
+            0,
+            Counter(),
+        )  # what judging took; failures by their cause
 
     async def __call__(self, item: dict) -> dict:
         raise NotImplementedError
@@ -112,8 +126,13 @@ class Judge:
     async def close(self) -> None:
         """After the last item, or an error: in the event loop that the items were asked in."""
 
+    def record(self) -> dict:
+        """Who judged, and what it took: for results.json."""
+        record = {"name": self.name, "prompt_version": self.prompt_version, "requests": self.requests}
+        return {**record, "retries": self.retries, "failures": dict(self.failures)}
+
     def summary(self) -> str:
-        return f"Judged by {self.name}, without requests."
+        return f"Judged by {self.name}, asked {self.requests:,} times."
 
 
 class RulesJudge(Judge):
@@ -123,3 +142,26 @@ class RulesJudge(Judge):
 
     async def __call__(self, item: dict) -> dict:
         return _verdict_by_rules(item["think"], item["answer"], item["problem_type"], item["options"])
+
+
+class UserJudge(Judge):
+    """A coroutine of the user's own, `async def judge(item) -> verdict`, as `Judge` has it; not cached."""
+
+    def __init__(self, name: str, *, concurrency: int):
+        """Raises ConfigError if `name`, as `module:function`, cannot be imported."""
+        super().__init__()
+        self.name, self.concurrency, self.judge = name, concurrency, user_function(name, setting="judge")
+
+    async def __call__(self, item: dict) -> dict:
+        self.requests += 1
+        verdict = await self.judge(item)
+        if (
+            not isinstance(verdict, dict)
+            or not _VERDICT <= verdict.keys()
+            or verdict["consistency"] not in CONSISTENCIES
+        ):
+            raise JudgeError(
+                f"judge {self.name}: expected a dict of {', '.join(sorted(_VERDICT))}, its consistency one of "
+                f"{', '.join(CONSISTENCIES)}; came {verdict!r:.200}."
+            )
+        return verdict

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -11,60 +12,50 @@ from veripo_trl.hub.locate import is_local
 from veripo_trl.verifier.judge_prompts import MAX_THINK_CHARS, JudgePrompt, ModelJudge, ReplyError
 from veripo_trl.verifier.judges import shown_model
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-
+@dataclass(eq=False)
 class LocalJudge(ModelJudge):
-    """Asks a model that it loads, with greedy decoding, by the prompt and the parser of `ServerJudge`."""
+    """Asks a model that it loads, with greedy decoding, by the prompt and the parser of `ServerJudge`.
 
-    def __init__(
-        self,
-        model_name_or_path: str,
-        prompt: JudgePrompt,
-        *,
-        revision: str | None = None,
-        dtype: str = "auto",
-        device: str | None = None,
-        batch_size: int = 16,
-        max_new_tokens: int = 512,
-        max_think_chars: int = MAX_THINK_CHARS,
-    ):
-        """
-        Args:
-            revision: of the model on the Hub.
-            dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
-            device: "cuda", "cpu", …; a GPU if there is one by default.
-            batch_size: prompts at once. max_new_tokens: of a reply; one that is cut off there is unknown.
+    Args:
+        revision: of the model on the Hub.
+        dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
+        device: "cuda", "cpu", …; a GPU if there is one by default.
+        batch_size: prompts at once. max_new_tokens: of a reply; one that is cut off there is unknown.
 
-        Raises:
-            ValueError: a model without a chat template, or options that make no sense. OSError: no such model.
-        """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
-        for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}: expected a whole number from 1, got {value!r}.")
-        self.device = _device(device)
-        super().__init__(prompt, max_think_chars=max_think_chars)
-        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
-        self.concurrency = 8 * batch_size  # to be sorted by length
-        self.tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, revision=revision, padding_side="left")
+    Raises:
+        ValueError: a model without a chat template, or options that make no sense. OSError: no such model. Otherwise
+            what torch and transformers raise for an option that they do not know.
+    """
+
+    model_name_or_path: str
+    prompt: JudgePrompt
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    batch_size: int = 16
+    max_new_tokens: int = 512
+
+    def __post_init__(self):
+        super().__init__(self.prompt)
+        name, revision = self.model_name_or_path, self.revision
+        if self.batch_size < 1 or self.max_new_tokens < 1:
+            came = f"{self.batch_size}, {self.max_new_tokens}"
+            raise ValueError(f"batch_size, max_new_tokens: expected 1 or more, got {came}.")
+        device = torch.empty(0, device=self.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        self.concurrency = 8 * self.batch_size  # to be sorted by length
+        self.tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="left")
         if self.tokenizer.chat_template is None:
-            raise ValueError(
-                f"{model_name_or_path!r} has no chat template, so it cannot be a judge: choose a model that was tuned "
-                "for chat."
-            )
+            raise ValueError("it has no chat template: choose a model that was tuned for chat.")
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model = AutoModelForCausalLM.from_pretrained(
-            model_name_or_path, revision=revision, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+        self.model = (
+            AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=self.dtype).to(device).eval()
         )
-        self.model.to(self.device).eval()
         # All that another reply is to be expected from. A path stands in it only as its digest.
-        identity = [model_name_or_path, revision, dtype, max_new_tokens, max_think_chars]
+        identity = [name, revision, self.dtype, self.max_new_tokens, MAX_THINK_CHARS]
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
-        shown = shown_model(model_name_or_path, is_path=is_local(model_name_or_path))
-        self.name = f"local:{shown}@{revision or 'main'}:{digest}"
+        self.name = f"local:{shown_model(name, is_path=is_local(name))}@{revision or 'main'}:{digest}"
         self._asked: list[dict] = []
         self._judged: dict[int, dict] = {}
 
@@ -82,9 +73,13 @@ class LocalJudge(ModelJudge):
         prompts = []
         for item in items:
             messages = self.messages(item)
-            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
             if limit is not None and len(ids) + self.max_new_tokens > limit:
-                error = ReplyError("too long", f"{len(ids)} + {self.max_new_tokens} tokens, the model takes {limit}")
+                error = ReplyError(
+                    "too long", f"{len(ids)} + {self.max_new_tokens} tokens, the model takes {limit}"
+                )
                 self._judged[id(item)] = self.unknown(error)
             else:
                 prompts.append((ids, item))
@@ -99,32 +94,13 @@ class LocalJudge(ModelJudge):
     def _generate(self, prompts: list[list[int]]) -> list[str | None]:
         """The replies' texts; None for one that was cut off."""
         self.requests += len(prompts)
-        inputs = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(self.device)
-        output = self.model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
+        inputs = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(self.model.device)
+        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        pad = self.tokenizer.pad_token_id
+        output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, pad_token_id=pad, **greedy)
         declared = self.model.generation_config.eos_token_id
         ends = {self.tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])}
-        replies = output[:, inputs["input_ids"].size(1) :].tolist()
         return [
-            self.tokenizer.decode(ids, skip_special_tokens=True) if ends & set(ids) else None for ids in replies
+            self.tokenizer.decode(ids, skip_special_tokens=True) if ends & set(ids) else None
+            for ids in output[:, inputs["input_ids"].size(1) :].tolist()
         ]
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device: expected cuda, cuda:1, cpu, …, got {name!r}: {error}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: expected one that is here, got {name!r}; GPUs here: {torch.cuda.device_count()}.")
-    return device

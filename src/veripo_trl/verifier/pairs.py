@@ -19,11 +19,11 @@ of a reflection is consistent: thinking that concludes something else than the w
 """
 
 import hashlib
-import heapq
+import itertools
 import json
 import statistics
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ from pathlib import Path
 from veripo_trl.answers.score import split_completion
 from veripo_trl.data.prompts import PromptTemplate, build_messages
 from veripo_trl.data.rows import QUESTION
-from veripo_trl.errors import VeripoError
+from veripo_trl.errors import ConfigError, VeripoError
 from veripo_trl.files.disk import room_for
 from veripo_trl.verifier.checks import repetition_share
 from veripo_trl.verifier.judges import conclude_by_rules
@@ -55,16 +55,16 @@ class PairOptions:
     )
     group_by: str = field(
         default="question",
-        metadata={"help": "Compare a question's rollouts of the whole run (question) or of one step (generation)."},
+        metadata={
+            "help": "Compare a question's rollouts of the whole run (question) or of one step (generation).",
+            "choices": ["question", "generation"],
+        },
     )
     from_step: int = field(
         default=0, metadata={"help": "Leave out rollouts of earlier steps: the policy has moved on since."}
     )
     max_pairs_per_question: int | None = field(default=4, metadata={"help": "Over all kinds and groups; null: all."})
     max_pairs_per_question_and_kind: int | None = field(default=2, metadata={"help": "Of one kind; null: all."})
-    max_penalty: int | None = field(default=None, metadata={"help": "Most penalty pairs; a seeded choice. null: all."})
-    max_consistency: int | None = field(default=None, metadata={"help": "Most consistency pairs; null: all."})
-    max_reflection: int | None = field(default=None, metadata={"help": "Most reflection pairs; null: all."})
     correct_threshold: float = field(default=0.8, metadata={"help": "Accuracy from which a rollout is right."})
     wrong_threshold: float = field(default=0.5, metadata={"help": "Accuracy up to which a rollout is wrong."})
     min_accuracy_margin: float = field(
@@ -79,7 +79,6 @@ class PairOptions:
         metadata={"help": "Thinking with fewer tokens than this × the median of the group's right ones is too short."},
     )
     prefer_longer: bool = field(default=True, metadata={"help": "Choose longer thinking first; else at random."})
-    reuse_rollouts: bool = field(default=True, metadata={"help": "A rollout may be in several pairs."})
     include_truncated: bool = field(
         default=False, metadata={"help": "Completions cut off at the length limit may be rejected (never chosen)."}
     )
@@ -92,12 +91,11 @@ class PairOptions:
     def __post_init__(self):
         def check(fine: bool, name: str, expected: str) -> None:
             if not fine:
-                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}.")
+                raise ConfigError(f"{name}: expected {expected}, got {getattr(self, name)!r}.")
 
-        check(self.kinds and set(self.kinds) <= set(KINDS), "kinds", f"some of {', '.join(KINDS)}")
-        check(len(set(self.kinds)) == len(self.kinds), "kinds", "each kind once")
-        check(self.group_by in ("question", "generation"), "group_by", "question or generation")
-        for name in ("max_pairs_per_question", "max_pairs_per_question_and_kind", *(f"max_{kind}" for kind in KINDS)):
+        kinds = set(self.kinds)
+        check(kinds and kinds <= set(KINDS) and len(self.kinds) == len(kinds), "kinds", f"some of {', '.join(KINDS)}")
+        for name in ("max_pairs_per_question", "max_pairs_per_question_and_kind"):
             check(getattr(self, name) is None or getattr(self, name) >= 0, name, "a number from 0, or null for no cap")
         for name in ("correct_threshold", "wrong_threshold", "min_accuracy_margin", "max_repetition"):
             check(0 <= getattr(self, name) <= 1, name, "a share from 0 to 1")
@@ -118,38 +116,32 @@ def build_pairs(
         folder: for an unnamed file that holds the pairs until their order is known.
 
     Returns:
-        The pairs (columns: `files.PAIR_SCHEMA`) in a seeded order, so that any first n of them are a fair
-        sample; and the counts of what became no pair: "rollouts: <why>" (with the rollouts that stand in a pair
-        before the caps of a whole kind, these add up to all), "groups: <why>", "pairs: <why>".
+        The pairs (columns: `files.PAIR_SCHEMA`) in a seeded order, so that any first n of them are a fair sample; and the
+        counts of what became no pair: "rollouts: <why>" (with the rollouts that stand in a pair, these add up to all),
+        "groups: <why>", "pairs: <why>".
 
     Raises:
         PairError: two rollouts of one question id differ in the question itself.
     """
     dropped: Counter = Counter()
-    kept: dict[str, list] = {kind: [] for kind in options.kinds}  # heaps of (order, place in the file)
     folder = Path(folder or tempfile.gettempdir())
-    spool = tempfile.TemporaryFile(dir=folder)
+    spool, entries = tempfile.TemporaryFile(dir=folder), []  # entries: (order, where in the file)
     for rollouts in questions:
         for pair in _pairs_of_question(rollouts, options, template, dropped):
-            heap, cap = kept[pair["kind"]], getattr(options, f"max_{pair['kind']}")
-            order = -seeded_order(options.seed, pair["kind"], *pair["chosen_ids"], pair["rejected_id"])
-            full = cap is not None and len(heap) >= cap
-            dropped[f"pairs: over max_{pair['kind']}"] += full
-            if full and (not cap or order < heap[0][0]):
-                continue
-            (heapq.heappushpop if full else heapq.heappush)(heap, (order, spool.tell()))
+            order = seeded_order(options.seed, pair["kind"], *pair["chosen_ids"], pair["rejected_id"])
+            entries.append((order, spool.tell()))
             line = json.dumps(pair).encode() + b"\n"
             with room_for(folder / "pairs", len(line)):
                 spool.write(line)
     with room_for(folder / "pairs", spool.tell()):
         spool.flush()
-    return _read(spool, sorted((entry for heap in kept.values() for entry in heap), reverse=True)), dropped
+    return _read(spool, sorted(entries)), dropped
 
 
 def _read(spool, entries: list[tuple[int, int]]) -> Iterator[dict]:
     with spool:
-        for _, place in entries:
-            spool.seek(place)
+        for _, start in entries:
+            spool.seek(start)
             yield json.loads(spool.readline())
 
 
@@ -182,9 +174,8 @@ def _pairs_of_question(
         groups.setdefault(generation_of(rollout) if options.group_by == "generation" else (), []).append(rollout)
     roles = [_roles(group, options, dropped) for group in groups.values()]
     roles = [role for role in roles if role is not None]
-    streams = {kind: _in_turn([_candidates(kind, role, options, dropped) for role in roles]) for kind in options.kinds}
-    pairs = _take_in_turn(streams, options, dropped)
-    used = {name for pair in pairs for name in (*pair["ids"], pair["rejected"]["rollout_id"])}
+    pairs = list(_chosen_pairs(roles, options, dropped))
+    used = {rollout["rollout_id"] for pair in pairs for rollout in (*pair["parts"], pair["rejected"])}
     eligible = {rollout["rollout_id"] for role in roles for rollout in role["chosen"]}
     eligible |= {r["rollout_id"] for role in roles for kind in KINDS for _, r in role[kind]}
     dropped["rollouts: fit for a pair, not needed or over a cap"] += len(eligible - used)
@@ -218,13 +209,11 @@ def _roles(group: list[dict], options: PairOptions, dropped: Counter) -> dict[st
     rejected = [r for kind in options.kinds for _, r in roles[kind]]
     if roles["chosen"] and rejected:
         return roles
-    without = {r["rollout_id"] for r in [*roles["chosen"], *rejected]}
+    why = "with none to choose (right, consistent, well formed, neither repetitive nor too short)"
     if roles["chosen"]:
         why = "with all right and nothing to reject" if len(right) == len(group) else "with nothing to reject"
-    else:
-        why = "with none to choose (right, consistent, well formed, neither repetitive nor too short)"
     dropped[f"groups: {why}"] += 1
-    dropped[f"rollouts: in a group {why}"] += len(without)
+    dropped[f"rollouts: in a group {why}"] += len({r["rollout_id"] for r in [*roles["chosen"], *rejected]})
     return None
 
 
@@ -235,33 +224,29 @@ def _whole(rollout: dict) -> bool:
 def _role(rollout: dict, shortest: float, all_right: bool, options: PairOptions) -> tuple[list[tuple[str, str]], str]:
     """([(role, why)], what to count the rollout under if it has no role)."""
     verdict, whole = rollout["verdict"], _whole(rollout)
-    if rollout["finish_reason"] == "length" and not options.include_truncated:
-        return [], "cut off at the length limit"
+    left_out = rollout["finish_reason"] == "length" and not options.include_truncated
     right = verdict["accuracy"] >= options.correct_threshold
     wrong = verdict["accuracy"] <= options.wrong_threshold
+    consistency = verdict["consistency"]
     repetitive = verdict["repetition"] > options.max_repetition
     short = verdict["think_tokens"] < shortest
-    taken = []
-    if wrong:
-        taken.append(("penalty", "wrong"))
-        if whole and not repetitive and verdict["consistency"] == "consistent":
-            taken.append(("reflection", "wrong"))
-    elif not whole:
-        return [], "not well formed, though not wrong"
-    elif repetitive and not all_right:
-        taken.append(("penalty", "repetitive"))
-    elif short:
-        taken.append(("penalty", "too short"))
-    if right and whole and verdict["consistency"] == "inconsistent":
-        taken.append(("consistency", "inconsistent"))
-    taken = [(role, why) for role, why in taken if role in options.kinds]
-    if right and whole and verdict["consistency"] == "consistent" and not repetitive and not short:
-        taken.append(("chosen", "good"))
-    if not (right or wrong):
-        return taken, "neither right nor wrong"
-    if right and verdict["consistency"] == "unknown":
-        return taken, "right, consistency unknown"
-    return taken, "of no use to the kinds asked for"
+    roles = {
+        ("penalty", "wrong"): wrong,
+        ("penalty", "repetitive"): not wrong and whole and repetitive and not all_right,
+        ("penalty", "too short"): not wrong and whole and short and (all_right or not repetitive),
+        ("reflection", "wrong"): wrong and whole and consistency == "consistent" and not repetitive,
+        ("consistency", "inconsistent"): right and whole and consistency == "inconsistent",
+        ("chosen", "good"): right and whole and consistency == "consistent" and not repetitive and not short,
+    }
+    fates = {
+        "cut off at the length limit": left_out,
+        "not well formed, though not wrong": not wrong and not whole,
+        "neither right nor wrong": not wrong and not right,
+        "right, consistency unknown": right and consistency == "unknown",
+        "of no use to the kinds asked for": True,
+    }
+    taken = [role for role, fits in roles.items() if fits and not left_out and role[0] in (*options.kinds, "chosen")]
+    return taken, next(fate for fate, applies in fates.items() if applies)
 
 
 def _candidates(kind: str, roles: dict[str, list], options: PairOptions, dropped: Counter) -> Iterator[dict]:
@@ -277,8 +262,8 @@ def _candidates(kind: str, roles: dict[str, list], options: PairOptions, dropped
     losers = sorted(roles[kind], key=lambda item: order("rejected", item[1]))
     tried = 0
     for shift in range(len(winners)):
-        for place, (fault, loser) in enumerate(losers):
-            winner = winners[(place + shift) % len(winners)]
+        for index, (fault, loser) in enumerate(losers):
+            winner = winners[(index + shift) % len(winners)]
             tried += 1
             if tried > MAX_TRIED:
                 return
@@ -292,9 +277,7 @@ def _candidates(kind: str, roles: dict[str, list], options: PairOptions, dropped
                 if refusal := _refused_join(text, winner, options):
                     dropped[f"pairs: {refusal}"] += 1
                     continue
-            ids = [part["rollout_id"] for part in parts]
-            verdicts = {"chosen": [part["verdict"] for part in parts], "rejected": loser["verdict"], "fault": fault}
-            yield {"kind": kind, "text": text, "ids": ids, "rejected": loser, "verdicts": verdicts, "fault": fault}
+            yield {"kind": kind, "text": text, "parts": parts, "rejected": loser, "fault": fault}
 
 
 def join_for_reflection(wrong: str, right: str, recheck: str) -> str:
@@ -317,61 +300,52 @@ def _refused_join(text: str, winner: dict, options: PairOptions) -> str | None:
     return None
 
 
-def _in_turn(streams: list[Iterator[dict]]) -> Iterator[dict]:
-    while streams:
-        alive = []
-        for stream in streams:
-            for candidate in stream:
-                yield candidate
-                alive.append(stream)
-                break
-        streams = alive
+def _chosen_pairs(groups: list[dict], options: PairOptions, dropped: Counter) -> Iterator[dict]:
+    """Pairs of one question: one of each kind in turn, and in each kind one of each group in turn, up to the caps."""
+    seen: set[tuple[str, str]] = set()
+
+    def unseen(candidates: Iterator[dict]) -> Iterator[dict]:
+        for pair in candidates:
+            texts = pair["text"].strip(), pair["rejected"]["completion"].strip()
+            if texts in seen:
+                dropped["pairs: same texts as another pair"] += 1
+            else:
+                seen.add(texts)
+                yield pair
+
+    streams = [unseen(_in_turn([_candidates(kind, g, options, dropped) for g in groups])) for kind in options.kinds]
+    of_kind = [itertools.islice(stream, options.max_pairs_per_question_and_kind) for stream in streams]
+    return itertools.islice(_in_turn(of_kind), options.max_pairs_per_question)
 
 
-def _take_in_turn(streams: dict[str, Iterator[dict]], options: PairOptions, dropped: Counter) -> list[dict]:
-    """Pairs of one question: a pair of each kind in turn, until the caps or the end."""
-    pairs, seen, used, counts = [], set(), set(), Counter()
-    total, of_kind = options.max_pairs_per_question, options.max_pairs_per_question_and_kind
-    streams = dict(streams)
-    while streams:
-        for kind in list(streams):
-            full = (total is not None and len(pairs) >= total) or (of_kind is not None and counts[kind] >= of_kind)
-            pair = None if full else _next(streams[kind], seen, used, options, dropped)
-            if pair is None:
-                del streams[kind]
-                continue
-            pairs.append(pair)
-            counts[kind] += 1
-    return pairs
+def _in_turn(streams: Iterable[Iterator[dict]]) -> Iterator[dict]:
+    left = deque(streams)
+    while left:
+        try:
+            yield next(left[0])
+            left.rotate(-1)
+        except StopIteration:
+            left.popleft()
 
 
-def _next(stream: Iterator[dict], seen: set, used: set, options: PairOptions, dropped: Counter) -> dict | None:
-    for pair in stream:
-        texts = (pair["text"].strip(), pair["rejected"]["completion"].strip())
-        ids = {*pair["ids"], pair["rejected"]["rollout_id"]}
-        if texts in seen or texts[0] == texts[1]:
-            dropped["pairs: same texts" + (" as another pair" if texts in seen else " chosen and rejected")] += 1
-        elif options.reuse_rollouts or not ids & used:
-            seen.add(texts)
-            used |= ids
-            return pair
-    return None
-
-
-def _as_row(pair: dict, first: dict, template: PromptTemplate) -> dict:
+def _as_row(pair: dict, question: dict, template: PromptTemplate) -> dict:
     """A pair in the columns of the pairs' files: the question's, so that it is encoded as in GRPO, and TRL's
     conversational preference format."""
-    rejected = pair["rejected"]
+    parts, rejected = pair["parts"], pair["rejected"]
     return {
-        **{name: first[name] for name in ("question_id", *QUESTION, "data_source")},
-        "prompt": build_messages(first, template),
+        **{name: question[name] for name in ("question_id", *QUESTION, "data_source")},
+        "prompt": build_messages(question, template),
         "chosen": [{"role": "assistant", "content": pair["text"]}],
         "rejected": [{"role": "assistant", "content": rejected["completion"]}],
         "rejected_finished": rejected["finish_reason"] != "length",
         "kind": pair["kind"],
-        "chosen_ids": pair["ids"],
+        "chosen_ids": [part["rollout_id"] for part in parts],
         "rejected_id": rejected["rollout_id"],
-        "verdicts": pair["verdicts"],
+        "verdicts": {
+            "chosen": [part["verdict"] for part in parts],
+            "rejected": rejected["verdict"],
+            "fault": pair["fault"],
+        },
         "prompt_template": rejected["prompt_template"],
         "policy": rejected["policy"],
     }
