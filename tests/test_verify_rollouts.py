@@ -25,6 +25,7 @@ from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.data.rows import RowError, content_of
 from veripo_trl.errors import VeripoError
 from veripo_trl.hub.cards import dataset_card
+from veripo_trl.hub.push import push_folder
 from veripo_trl.recipe.verification import VerifyArguments, make_judge
 from veripo_trl.verifier import files, preferences
 from veripo_trl.verifier.preferences import load_pairs

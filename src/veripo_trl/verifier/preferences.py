@@ -58,6 +58,8 @@ def load_pairs(sources: list[dict], *, template: PromptTemplate, allow_urls: boo
         RowError: no pairs, a file that holds something else, malformed rows, another template. HubError: a dataset that
             cannot be read from the Hub.
     """
+    if not isinstance(sources, list) or not sources:
+        raise RowError(f"`pairs` must be a list of at least one {{path: …}}, came {sources!r}.")
     found, inputs = [], {}
     for given in sources:
         source = _source(given)
