@@ -55,6 +55,21 @@ class Findings:
             self.lengths["rejected"].append(verdicts["rejected"]["think_tokens"])
             yield pair
 
+    def counts(self, dropped: Counter) -> dict:
+        """The counts of results.json."""
+        return {
+            "rollouts": self.rollouts,
+            "questions": len(self.contents),
+            "accuracy": self.accuracy / self.rollouts,
+            "format": self.well_formed / self.rollouts,
+            "verdicts": {name: self.consistency[name] for name in CONSISTENCIES},
+            "unknown_why": dict(self.unknown_why.most_common()),
+            "inconsistency": inconsistency(self.consistency),
+            "unknown": self.consistency["unknown"] / self.rollouts,
+            "pairs": {kind: self.kinds[kind] for kind in KINDS},
+            "faults": dict(self.faults.most_common()),
+            "dropped": {why: n for why, n in sorted(dropped.items()) if n},
+        }
 
 
 def _lowest_and_highest(rollouts: list[dict]) -> Iterator[tuple]:
