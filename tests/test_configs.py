@@ -170,7 +170,7 @@ def test_unknown_reward_and_missing_file_are_named(tmp_path):
     recipe = ROOT / "recipes" / "grpo_video.py"
     file = tmp_path / "reward.yaml"
     file.write_text("model_name_or_path: x\noutput_dir: outputs/x\nrewards: [accuracy, fromat]\n")
-    with pytest.raises(ConfigError, match=r"\['fromat'\]; expected some of \['accuracy', .*'format'"):
+    with pytest.raises(ConfigError, match="expected some of accuracy, .*format, or module:function; got 'fromat'"):
         parse(file, recipe)
     with pytest.raises(ConfigError, match=r"--config absent.yaml: no such file"):
         parse(Path("absent.yaml"), recipe)
