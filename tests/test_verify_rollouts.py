@@ -368,12 +368,13 @@ def documented(name: str) -> str:
 
 def test_a_judge_and_a_reward_of_the_users_own(recipe, tmp_path, policy, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
     make_rollouts(tmp_path / "rollouts", policy)
     (tmp_path / "my_judges.py").write_text(documented("own judge"))
-    (tmp_path / "my_rewards.py").write_text(
+    (tmp_path / "my_accuracy.py").write_text(
         "def not_a(completions, **kwargs):\n    return [float('<answer>A' not in c[0]['content']) for c in completions]\n"
     )
-    recipe.main(config(tmp_path, judge="my_judges:last_word", accuracy_reward="my_rewards:not_a"))
+    recipe.main(config(tmp_path, judge="my_judges:last_word", accuracy_reward="my_accuracy:not_a"))
     verdicts = read(tmp_path / "outputs" / "verify" / "verdicts")
     assert {verdict["judge"] for verdict in verdicts} == {"my_judges:last_word"}
     says = [say for step in range(2) for question in SAYS.values() for say in question]
