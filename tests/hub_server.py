@@ -135,6 +135,7 @@ class HubServer:
 
     def use_in_this_process(self, monkeypatch, hf_home) -> None:
         """Point the clients of this process here, for a test: what they read at import is replaced."""
+        import datasets
         from huggingface_hub import constants, hf_api
         from huggingface_hub.utils import close_session
         from transformers.utils import hub as transformers_hub
@@ -146,6 +147,10 @@ class HubServer:
         }.items():  # fmt: skip
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(hf_api.api, "endpoint", self.url)
+        for name, value in {
+            "HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": False, "HF_DATASETS_CACHE": str(hf_home / "datasets"),
+        }.items():  # fmt: skip
+            monkeypatch.setattr(datasets.config, name, value)
         monkeypatch.setattr(transformers_hub, "_hf_api", None)  # perhaps made for another server
         monkeypatch.setenv("HF_TOKEN", self.token)
         close_session()  # a session keeps the offline mode that it was made in

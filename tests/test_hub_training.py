@@ -1,14 +1,18 @@
 """Training runs that push, as a user starts them, against a Hub on a socket."""
 
+import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 from hub_server import HubServer
+
+from veripo_trl import errors
+from veripo_trl.hub import ask
+from veripo_trl.hub.push import push_folder
+from veripo_trl.model.policy import load_policy
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 SECRET = "hf_veryVerySecretToken"
@@ -40,33 +44,39 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture
-def place(world, tmp_path):
+def place(world, tmp_path, monkeypatch):
     (tmp_path / "world").symlink_to(world)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ask, "RETRY_WAITS_S", (0.01,) * 3)
     with HubServer(token=SECRET) as hub:
+        hub.use_in_this_process(monkeypatch, tmp_path / "hf_home")
         yield hub, tmp_path
 
 
-def run(place, recipe: str, settings: dict, *, fails: bool = False) -> str:
+@pytest.fixture
+def run(place, capfd, caplog):
     """Run a recipe to its end; the token must not be in what it prints or writes, nor this machine's paths on the Hub."""
     hub, folder = place
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    code = (
-        "import sys, runpy, veripo_trl.hub.ask as ask; ask.RETRY_WAITS_S = (0.01,) * 3; sys.argv = sys.argv[1:];"
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    env = {**os.environ, **hub.environment(folder / "hf_home"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, str(RECIPES / recipe), "--config", "config.yaml"]
-    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=500)
-    said = result.stdout + result.stderr
-    assert (result.returncode != 0) == fails, said[-4000:]
-    assert SECRET not in said
-    for path in (folder / "outputs").rglob("*"):
-        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
-    for repo in hub.repos:
-        for name, data in hub.files(repo).items():
-            assert SECRET.encode() not in data and str(folder).encode() not in data, (repo, name)
-            assert not name.endswith((".bin", ".pt")) and "_arguments" not in name
-    return said
+
+    def run(name: str, settings: dict, *, fails: bool = False) -> str:
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+        spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
+        recipe = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(recipe)
+        code = errors.run(lambda: recipe.main(["--config", "config.yaml"]))
+        said = "".join(capfd.readouterr()) + caplog.text
+        caplog.clear()
+        assert bool(code) == fails, said[-4000:]
+        assert SECRET not in said
+        for path in (folder / "outputs").rglob("*"):
+            assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+        for repo in hub.repos:
+            for file, data in hub.files(repo).items():
+                assert SECRET.encode() not in data and str(folder).encode() not in data, (repo, file)
+                assert not file.endswith((".bin", ".pt")) and "_arguments" not in file
+        return said
+
+    return run
 
 
 def results(folder, name: str) -> dict:
@@ -74,13 +84,13 @@ def results(folder, name: str) -> dict:
 
 
 @pytest.mark.slow
-def test_cold_start_then_search_each_pushed_once(place):
+def test_cold_start_then_search_each_pushed_once(place, run, monkeypatch):
     """SFT pushes a model; GRPO starts from the Hub's revision of it, loses the answer to its commit and every later
     request, and is finished by the same command without training again."""
     hub, folder = place
     hub.fail("commit", status=500)
     hub.fail("commit", drop="after")
-    run(place, "sft_video.py", SFT)
+    run("sft_video", SFT)
     sft = results(folder, "sft")["hub"]["model"]
     assert hub.commits("models/tester/sft") == 1 and hub.repos["models/tester/sft"].private
     assert sft["revision"] == hub.repos["models/tester/sft"].branches["main"]
@@ -93,13 +103,13 @@ def test_cold_start_then_search_each_pushed_once(place):
     for name in ("prompt_template", "min_frames", "max_frames", "min_pixels", "max_pixels"):
         del settings[name]  # as the policy on the Hub was trained
     hub.fail("commit", status=503, times=4)
-    said = run(place, "grpo_video.py", settings, fails=True)
+    said = run("grpo_video", settings, fails=True)
     assert "tester/grpo (model): push not finished" in said and "Start the same command again" in said
     assert "Traceback" not in said and not (folder / "outputs" / "grpo" / "results.json").exists()
     assert hub.commits("models/tester/grpo") == 0
 
     written = (folder / "outputs" / "grpo" / "adapter_model.safetensors").stat().st_mtime_ns
-    said = run(place, "grpo_video.py", settings)
+    said = run("grpo_video", settings)
     assert "outputs/grpo is trained; pushing it" in said
     assert (folder / "outputs" / "grpo" / "adapter_model.safetensors").stat().st_mtime_ns == written
     finished = results(folder, "grpo")
@@ -119,34 +129,23 @@ def test_cold_start_then_search_each_pushed_once(place):
     leftovers = {path.name for path in (folder / "outputs" / "grpo").iterdir() if path.name.startswith("_")}
     assert leftovers == {"_arguments.json"}
 
-    code = (
-        "import datasets; from veripo_trl.model.policy import load_policy;"
-        f"load_policy('tester/grpo', revision={finished['hub']['model']['revision']!r});"
-        "print(len(datasets.load_dataset('tester/grpo-rollouts', split='train')))"
-    )
-    env = {**os.environ, **hub.environment(folder / "another_home")}
-    loaded = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
-    assert loaded.stdout.strip().endswith("8"), loaded.stderr[-3000:]
+    hub.use_in_this_process(monkeypatch, folder / "another_home")
+    load_policy("tester/grpo", revision=finished["hub"]["model"]["revision"])
+    assert len(datasets.load_dataset("tester/grpo-rollouts", split="train")) == 8
 
 
 @pytest.mark.slow
-def test_pushes_during_training_fail_loudly_and_the_last_one_is_whole(place):
+def test_pushes_during_training_fail_loudly_and_the_last_one_is_whole(place, run):
     """transformers' own push of a save fails in silence; a dataset of the Hub is read at one commit."""
     hub, folder = place
-    code = (
-        "from veripo_trl.hub.push import push_folder;"
-        "print(push_folder('world', 'rows', repo_type='dataset', card='# rows\\n', patterns=['train.jsonl'])['revision'])"
-    )
-    env = {**os.environ, **hub.environment(folder / "hf_home")}
-    pushed = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    card = "# rows\n"
+    pushed = push_folder("world", "tester/rows", repo_type="dataset", card=card, patterns=["train.jsonl"])["revision"]
     settings = {
         **SFT, "hub_strategy": "every_save", "hub_always_push": True,
         "datasets": [{"path": "tester/rows", "media_root": "world"}],
     }  # fmt: skip
     hub.fail("commit", status=500, times=4)
-    said = run(place, "sft_video.py", settings)
+    said = run("sft_video", settings)
     assert "The push of step 1 failed; the last push sends what is missing. tester/sft (model)" in said
     assert "The push of step 2" not in said
     assert hub.commits("models/tester/sft") == 2  # step 2, and the end with its card
@@ -157,9 +156,9 @@ def test_pushes_during_training_fail_loudly_and_the_last_one_is_whole(place):
 
 
 @pytest.mark.slow
-def test_what_cannot_be_pushed_is_said_before_training(place):
+def test_what_cannot_be_pushed_is_said_before_training(place, run):
     hub, folder = place
-    said = run(place, "sft_video.py", {**SFT, "hub_model_id": "somebody/x"}, fails=True)
+    said = run("sft_video", {**SFT, "hub_model_id": "somebody/x"}, fails=True)
     assert "somebody/x (model): the token may not write there" in said
     assert not list((folder / "outputs").rglob("*.safetensors"))
 

@@ -343,9 +343,6 @@ def test_damaged_tables_are_named(tmp_path, name, damage):
 def test_a_hub_dataset_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     with HubServer() as hub:
         hub.use_in_this_process(monkeypatch, tmp_path / "hf_home")
-        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
-        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
         (tmp_path / "rows.py").write_text("raise SystemExit('run')")
         push_folder(tmp_path, "tester/rows", repo_type="dataset", card="# x\n", patterns=["*.py"])
         with pytest.raises(RowError, match="tester/rows: .*scripts.*Nothing of it is run: convert it to Parquet"):

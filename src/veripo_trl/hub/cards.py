@@ -11,11 +11,6 @@ from veripo_trl.files.disk import read_parquet
 
 TAG = "veripo_trl"  # of every card that is pushed: it tells repositories that a push of ours made from all others
 TEMPLATE = Path(__file__).parent / "templates" / "card.md"
-STAGES = {
-    "SFT": "supervised fine-tuning on questions with thinking (cold start)",
-    "GRPO": "GRPO on verifiable rewards",
-    "DPO": "DPO on preference pairs of verified rollouts",
-}
 
 
 def dataset_card(
@@ -50,42 +45,8 @@ def dataset_card(
         "Judge": judge,
         "Version of the judge's prompt": prompt_version,
     }
-    facts = {key: value for key, value in facts.items() if value} | _origins(inputs)
-    return _card(header, repo_id, counts, facts, kind=kind)
-
-
-def model_card(
-    *,
-    repo_id: str,
-    stage: str,
-    adapter: bool,
-    base: str,
-    base_revision: str | None = None,
-    base_on_hub: bool = True,
-    counts: dict[str, object],
-    inputs: dict[str, dict | str] | None = None,
-    license: str = "unknown",
-) -> str:
-    """The card of a model or an adapter.
-
-    Args:
-        stage: "SFT", "GRPO" or "DPO". adapter: whether this is a LoRA adapter on `base`.
-        base: what an adapter is for, or what full weights were trained from. base_on_hub: else only its folder's name
-            is shown, for it means nothing elsewhere.
-        counts: shown as a table, in order. inputs: as in `dataset_card`.
-    """
-    header = {
-        "license": license,
-        "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "video-text-to-text",
-        "tags": ["veripo", TAG, "trl", stage.lower(), *(["lora"] if adapter else [])],
-    }
-    if base_on_hub:
-        header |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
-    return _card(
-        header, repo_id, counts, _origins(inputs), kind="model", adapter=adapter, stage=STAGES.get(stage, stage),
-        base=base if base_on_hub else local_name(base), base_revision=base_revision,
-    )  # fmt: skip
+    facts = {key: value for key, value in facts.items() if value} | origins(inputs)
+    return fill_card(header, repo_id, counts, facts, kind=kind)
 
 
 def rollout_counts(files: Iterable[Path]) -> tuple[dict[str, object], str]:
@@ -112,7 +73,8 @@ def local_name(path: str) -> str:
     return f"{shown_name(path)} (a local folder, not on the Hub)"
 
 
-def _card(header: dict, repo_id: str, counts: dict, origins: dict, **facts) -> str:
+def fill_card(header: dict, repo_id: str, counts: dict, origins: dict, **facts) -> str:
+    """`templates/card.md` with a YAML header, the tables of counts and of origins, and what else it asks for."""
     counts, origins = ({_cell(key): _cell(value) for key, value in table.items()} for table in (counts, origins))
     title = repo_id.split("/")[-1]
     return str(
@@ -122,7 +84,8 @@ def _card(header: dict, repo_id: str, counts: dict, origins: dict, **facts) -> s
     )
 
 
-def _origins(inputs: dict[str, dict | str] | None) -> dict[str, str]:
+def origins(inputs: dict[str, dict | str] | None) -> dict[str, str]:
+    """What a card's table says of what something was made from."""
     return {
         role: f"{item['repo_id']} at `{item['revision']}`" if isinstance(item, dict) else shown_name(item)
         for role, item in (inputs or {}).items()

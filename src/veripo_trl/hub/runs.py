@@ -5,11 +5,16 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from veripo_trl.files.disk import read_json
-from veripo_trl.hub.cards import dataset_card, local_name, model_card, rollout_counts, shown_name
+from veripo_trl.hub.cards import TAG, dataset_card, fill_card, local_name, origins, rollout_counts, shown_name
 from veripo_trl.hub.locate import is_local
 from veripo_trl.hub.push import find_files, push_folder
 
 ADAPTER_CONFIG = "adapter_config.json"
+STAGES = {
+    "SFT": "supervised fine-tuning on questions with thinking (cold start)",
+    "GRPO": "GRPO on verifiable rewards",
+    "DPO": "DPO on preference pairs of verified rollouts",
+}
 
 
 def push_run(folder: str | Path, args, results: dict, *, rollouts_id: str | None, license: str) -> dict[str, dict]:
@@ -50,9 +55,8 @@ def push_model(folder: Path, args, results: dict, *, license: str = "unknown", *
     """
     base, replaced = base_of(folder, results), {}
     if base["adapter"]:
-        name = base["base"] if base["base_on_hub"] else shown_name(base["base"])
-        content = _read(folder / ADAPTER_CONFIG)
-        content |= {"base_model_name_or_path": name, "revision": base["base_revision"]}
+        name = base["name"] if base["on_hub"] else shown_name(base["name"])
+        content = _read(folder / ADAPTER_CONFIG) | {"base_model_name_or_path": name, "revision": base["revision"]}
         replaced[ADAPTER_CONFIG] = json.dumps(content, indent=2, sort_keys=True)
     model_id = model_repo(args)
     return push_folder(
@@ -63,11 +67,20 @@ def push_model(folder: Path, args, results: dict, *, license: str = "unknown", *
 
 def run_card(folder: Path, results: dict, *, repo_id: str, license: str) -> str:
     """The card of the model or adapter that a run saved in its folder."""
-    inputs = {**(results.get("inputs") or {}), **local_pairs(folder)}
-    return model_card(
-        repo_id=repo_id, stage=results["stage"], counts=_run_counts(results), inputs=inputs, license=license,
-        **base_of(folder, results),
-    )  # fmt: skip
+    stage, base = results["stage"], base_of(folder, results)
+    header = {
+        "license": license,
+        "library_name": "peft" if base["adapter"] else "transformers",
+        "pipeline_tag": "video-text-to-text",
+        "tags": ["veripo", TAG, "trl", stage.lower(), *(["lora"] if base["adapter"] else [])],
+    }
+    if base["on_hub"]:
+        header |= {"base_model": base["name"], "base_model_relation": "adapter" if base["adapter"] else "finetune"}
+    else:
+        base["name"] = local_name(base["name"])
+    made_from = origins({**(results.get("inputs") or {}), **local_pairs(folder)})
+    stage = STAGES.get(stage, stage)
+    return fill_card(header, repo_id, _run_counts(results), made_from, kind="model", stage=stage, base=base)
 
 
 def model_repo(args) -> str:
@@ -76,8 +89,8 @@ def model_repo(args) -> str:
 
 
 def base_of(folder: Path, results: dict) -> dict:
-    """What `model_card` needs to know of what a saved adapter is for, or full weights were trained from: the base by
-    its name on the Hub, where it has one."""
+    """{"adapter", "name", "revision", "on_hub"}: whether this is an adapter, and what it is for or full weights were
+    trained from, by its name on the Hub where it has one."""
     config, adapter = folder / ADAPTER_CONFIG, {}
     if config.exists():
         adapter = _read(config)
@@ -89,7 +102,7 @@ def base_of(folder: Path, results: dict) -> dict:
         pushed = _pushed(Path(name)).get("model")
         on_hub, revision = pushed is not None, pushed and pushed["revision"]
         name = pushed["repo_id"] if pushed else name
-    return {"adapter": bool(adapter), "base": name, "base_revision": revision, "base_on_hub": on_hub}
+    return {"adapter": bool(adapter), "name": name, "revision": revision, "on_hub": on_hub}
 
 
 def local_pairs(folder: Path) -> dict[str, dict | str]:
