@@ -26,17 +26,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import HTTPError
 from tqdm import tqdm
 
-from veripo_trl.data.prompts import PromptError
 from veripo_trl.data.rows import RowError
-from veripo_trl.errors import VeripoError, print_under_any_locale
+from veripo_trl.errors import ConfigError, VeripoError, print_under_any_locale, settings_checked
 from veripo_trl.evaluate.generate import Decoding, TransformersEngine
-from veripo_trl.evaluate.journal import Journal, OutputFiles, answer_questions, lock_output, write_outputs
 from veripo_trl.evaluate.questions import read_questions
+from veripo_trl.evaluate.run import OutputFiles, answer_questions, answered, write_outputs
+from veripo_trl.files.journal import Journal
+from veripo_trl.files.run_folder import only_process
 from veripo_trl.files.tables import printable
-from veripo_trl.hub.ask import HubError
 from veripo_trl.hub.locate import locate
 from veripo_trl.hub.push import PATTERNS
 from veripo_trl.media.sampling import VideoSettings
@@ -48,10 +47,6 @@ BATCH_SIZES = {"transformers": 8, "vllm": 64}
 SHOWN = 10
 DEFAULTS = {**SEEING, "max_pixels": 256 * 28 * 28}  # VerIPO's, where they have one
 MODEL_FILES = [*PATTERNS["model"], "*model*.bin", "*.jinja"]
-
-
-class Refusal(VeripoError):
-    """What is asked for cannot be run."""
 
 
 class EngineError(VeripoError):
@@ -91,11 +86,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     ours.add_argument("--video_min_pixels", type=int, help=f"per frame; {trained} {DEFAULTS['min_pixels']}")
     ours.add_argument("--video_min_frames", type=int, help=f"{trained} {DEFAULTS['min_frames']}")
     ours.add_argument("--max_image_pixels", type=int, help=f"of an image; {trained} {DEFAULTS['max_image_pixels']}")
-    ours.add_argument("--max_prompt_tokens", type=int, help="a longer prompt is an error of its row")
     ours.add_argument("--decode_timeout_s", type=float, default=60.0)
     ours.add_argument("--frame_cache", help="folder for sampled frames, shared by runs")
     args = parser.parse_args(argv)
-    counts = ("batch_size", "data_parallel_size", "tensor_parallel_size", "limit", "max_prompt_tokens")
+    counts = ("batch_size", "data_parallel_size", "tensor_parallel_size", "limit")
     for name, least in [*((name, 1) for name in (*counts, "max_image_pixels")), ("num_workers", 0)]:
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name}: expected {least} or more, came {getattr(args, name)}")
@@ -122,12 +116,9 @@ def fingerprint(name: str) -> str | None:
 
     Of its own files alone, since the output may lie beside them.
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        return None
-    files = {file for pattern in MODEL_FILES for file in folder.glob(pattern)}
+    files = {file for pattern in MODEL_FILES for file in Path(name).glob(pattern)}
     listing = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    return hashlib.sha256(repr(listing).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(listing).encode()).hexdigest()[:16] if Path(name).is_dir() else None
 
 
 def pin_revisions(args) -> dict:
@@ -137,13 +128,13 @@ def pin_revisions(args) -> dict:
         What the settings say about the weights: names, and commits of the Hub or fingerprints of folders.
 
     Raises:
-        HubError, FileNotFoundError: no such model. Refusal: an adapter on an adapter, or none where one is named.
+        HubError, FileNotFoundError: no such model. ConfigError: an adapter on an adapter, or none where one is named.
     """
     base = {}
     args.model_revision = commit_of(args.model_path, args.model_revision)
     if (config := adapter_config(args.model_path, args.model_revision)) is not None:
         if args.adapter:
-            raise Refusal(
+            raise ConfigError(
                 f"--adapter {args.adapter} on top of {args.model_path}, which is an adapter itself: one of the two "
                 f"would be lost. Give their base as --model_path and one of them as --adapter, or merge one first."
             )
@@ -152,7 +143,7 @@ def pin_revisions(args) -> dict:
     if args.adapter:
         args.adapter_revision = commit_of(args.adapter, args.adapter_revision)
         if adapter_config(args.adapter, args.adapter_revision) is None:
-            raise Refusal(f"--adapter {args.adapter}: it has no adapter_config.json. Name the folder of a saved adapter.")
+            raise ConfigError(f"--adapter {args.adapter}: it has no adapter_config.json. Name a saved adapter's folder.")
         weights = weights_hash(args.model_path, args.model_revision)
         check_base(args.adapter, args.adapter_revision, args.model_path, weights)
     return {
@@ -186,7 +177,6 @@ def settings_of(args, weights: dict, questions: list[dict], encoder) -> dict:
         "decoding": asdict(decoding_of(args)),
         "video": video,
         "max_image_pixels": encoder.max_image_pixels,
-        "max_prompt_tokens": args.max_prompt_tokens,
         "prompt_template": encoder.template.hash,
         "rows": len(questions),
         "rows_sha256": hashlib.sha256(keys.encode()).hexdigest(),
@@ -208,7 +198,6 @@ def data_arguments(args) -> stages.DataArguments:
         min_pixels=args.video_min_pixels,
         max_pixels=args.video_max_pixels,
         max_image_pixels=args.max_image_pixels,
-        max_prompt_tokens=args.max_prompt_tokens,
         decode_timeout_s=args.decode_timeout_s,
         frame_cache=args.frame_cache,
     )
@@ -260,16 +249,11 @@ def make_engine(args, model, encoder, questions, folder: Path):
         return TransformersEngine(model, encoder, decoding_of(args))
     from veripo_trl.vllm.evaluation import VLLMEngine
 
-    carried = [["base64"] if question["raw"].get("image") else [] for question in questions]
-    rows = [
-        {**question["row"], "images": question["row"]["images"] + image}
-        for question, image in zip(questions, carried, strict=True)
-    ]
     return VLLMEngine(
         encoder=encoder,
         decoding=decoding_of(args),
         dtype=getattr(torch, args.dtype),
-        rows=rows,
+        rows=[question["row"] for question in questions],
         tensor_parallel_size=args.tensor_parallel_size,
         gpu_memory_utilization=args.gpu_memory_utilization,
         **vllm_weights(args, folder),
@@ -277,17 +261,15 @@ def make_engine(args, model, encoder, questions, folder: Path):
 
 
 def progress_bar(questions: list[dict], journal: Journal, files: OutputFiles, *, hidden: bool = False):
-    return tqdm(
-        total=len(questions), initial=len(journal.answers), desc=files.output.stem, unit="row", disable=hidden
-    )
+    done = len(answered(journal))
+    return tqdm(total=len(questions), initial=done, desc=files.output.stem, unit="row", disable=hidden)
 
 
 def run_here(args, model, encoder, questions, journal: Journal, files: OutputFiles, *, rank: int | None = None) -> None:
     """Answer what is left, or this engine's share of it, in this process."""
     engine = make_engine(args, model, encoder, questions, files.merged / str(rank or 0))
-    started = time.perf_counter()
     with progress_bar(questions, journal, files, hidden=rank is not None) as bar:
-        waiting = answer_questions(
+        run = answer_questions(
             questions,
             engine,
             encoder,
@@ -298,12 +280,11 @@ def run_here(args, model, encoder, questions, journal: Journal, files: OutputFil
             processes=args.data_parallel_size,
             progress=bar,
         )
-    seconds = time.perf_counter() - started
-    run = {"engine": rank, "seconds": seconds, "start_s": waiting.start_s, "idle_s": waiting.idle_s}
-    journal.append([{"run": run}])
+    journal.append([{"run": {"engine": rank, **run}}])
     print(
-        f"{'' if rank is None else f'engine {rank}: '}{seconds:.1f} s; first batch ready after {waiting.start_s:.1f} s, "
-        f"later the engine was idle for {waiting.idle_s:.1f} s ({100 * waiting.idle_s / seconds:.1f}%)",
+        f"{'' if rank is None else f'engine {rank}: '}{run['seconds']:.1f} s; first batch ready after "
+        f"{run['start_s']:.1f} s, later the engine was idle for {run['idle_s']:.1f} s "
+        f"({100 * run['idle_s'] / run['seconds']:.1f}%)",
         flush=True,
     )
 
@@ -314,7 +295,7 @@ def run_engines(args, argv: list[str], questions, journal: Journal, files: Outpu
     devices = given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
     needed = args.data_parallel_size * args.tensor_parallel_size
     if devices and len(devices) < needed:
-        raise Refusal(f"{needed} GPUs are asked for, {len(devices)} are there.")
+        raise ConfigError(f"{needed} GPUs are asked for, {len(devices)} are there.")
     children = []
     for rank in range(args.data_parallel_size):
         own = devices[rank * args.tensor_parallel_size : (rank + 1) * args.tensor_parallel_size]
@@ -322,12 +303,10 @@ def run_engines(args, argv: list[str], questions, journal: Journal, files: Outpu
         children.append(subprocess.Popen([sys.executable, __file__, *argv], env=environment))
     try:
         with progress_bar(questions, journal, files) as bar:
-            while any(child.poll() is None for child in children):
-                if any(child.returncode for child in children):
-                    break
+            while any(child.poll() is None for child in children) and not any(child.returncode for child in children):
                 time.sleep(0.5)
                 journal.read()
-                bar.update(len({*journal.answers, *journal.errors}) - bar.n)
+                bar.update(len(journal.lines) - bar.n)
     finally:
         for child in children:
             if child.poll() is None:
@@ -340,52 +319,47 @@ def run_engines(args, argv: list[str], questions, journal: Journal, files: Outpu
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    args = parse_arguments(argv)
+    args, rank = parse_arguments(argv), int(os.environ[RANK]) if RANK in os.environ else None
     files = OutputFiles(args.output_path)
-    rank = int(os.environ[RANK]) if RANK in os.environ else None
-    lock = lock_output(files, rank=rank)
+    # an engine of its own name: one that outlives a killed run keeps the next one's from starting
+    name = files.output if rank is None else files.output.with_name(f"{files.output.name}.engine{rank}")
+    with only_process(name):
+        return evaluate(args, argv, files, rank)
+
+
+def evaluate(args, argv: list[str], files: OutputFiles, rank: int | None) -> int:
     questions = read_questions(args.prompt_path, video_dir=args.video_dir, limit=args.limit)
     root = Path(questions[0]["row"]["media_root"])
     videos = {path for question in questions for path in question["row"]["videos"]}
     if videos and not any((root / path).exists() for path in videos):
         raise RowError(f"None of the {len(videos)} videos is in {root}, such as {min(videos)!r}. Correct --video_dir.")
-    if rank is None:
-        remove_merged(files)  # of a run that was killed
+    if rank is None and files.merged.exists():
+        shutil.rmtree(files.merged)  # of a run that was killed
     weights = args.engine == "transformers" and (args.data_parallel_size == 1 or rank is not None)
-    try:
+    with settings_checked():
         origin = pin_revisions(args)
         video = data_arguments(args)
         model, processor = load_model(args, weights=weights)
         config = model.config if weights else model
         encoder = stages.encoder_from_config(config, processor, video, pixel_dtype=getattr(torch, args.dtype))
-    except PromptError:
-        raise
-    except (OSError, ValueError, ImportError, HubError, HTTPError) as error:
-        raise Refusal(str(error)) from error
     settings = settings_of(args, origin, questions, encoder)
     journal = Journal(files.journal, settings, repair=rank is None)
     if rank is not None:
         run_here(args, model, encoder, questions, journal, files, rank=rank)
         return 0
-    journal.errors.clear()  # they are tried again
-    answered = len(journal.answers)
-    if answered:
-        print(f"{files.journal}: going on, {answered} of {len(questions)} rows are answered already", flush=True)
+    done = answered(journal)
+    journal.lines = {key: line for key, line in journal.lines.items() if key in done}  # errors are tried again
+    if done:
+        print(f"{files.journal}: going on, {len(done)} of {len(questions)} rows are answered already", flush=True)
     try:
-        if answered < len(questions) and args.data_parallel_size > 1:
+        if len(done) < len(questions) and args.data_parallel_size > 1:
             run_engines(args, argv, questions, journal, files)
-        elif answered < len(questions):
+        elif len(done) < len(questions):
             run_here(args, model, encoder, questions, journal, files)
     finally:
-        remove_merged(files)
-    errors = write_outputs(files, questions, journal, settings)
-    lock.close()
-    return report(files, questions, errors)
-
-
-def remove_merged(files: OutputFiles) -> None:
-    if files.merged.exists():
-        shutil.rmtree(files.merged)
+        if files.merged.exists():
+            shutil.rmtree(files.merged)
+    return report(files, questions, write_outputs(files, questions, journal, settings))
 
 
 def report(files: OutputFiles, questions: list[dict], errors: list[dict]) -> int:

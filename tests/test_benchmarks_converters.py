@@ -196,7 +196,8 @@ def test_released_rows_are_read_as_they_are(tmp_path, raw, kind, options, soluti
     "rows, message",
     [
         ([released("B"), {"problem": "p"}], "1 of 2 rows are in the released form"),
-        ([{key: v for key, v in released("B").items() if key != "answer"}], "without answer"),
+        ([{key: v for key, v in released("B").items() if key != "answer"}], r"row with .*; came none in \['answer'\]"),
+        ([released("B", image="aGVsbG8=")], "image: expected no base64 image"),
         ([released("Z")], "row 1, question_id 'q', solution"),
         ([released("B", video_path="../../etc/passwd")], "without '..'"),
         ([{**released("B"), "video_path": "https://x.org/a.mp4"}], "URL"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from veripo_trl.data.rows import RowError
 from veripo_trl.evaluate import scores as scoring
 from veripo_trl.evaluate.questions import key_of
 from veripo_trl.evaluate.scores import (
@@ -387,7 +388,7 @@ def test_rows_without_an_answer_are_no_worse_ones(script, tmp_path, capsys):
     assert any("Never answered" in note for note in written["notes"])
     assert "Never answered" in (tmp_path / "b.compare.md").read_text()
     nothing = write_run(tmp_path / "c.json", right, failed=set(range(10)))
-    with pytest.raises(script.RowError, match="no answered question in common.*Never answered: 1 of the first, 10"):
+    with pytest.raises(RowError, match="no answered question in common.*Never answered: 1 of the first, 10"):
         script.main(["--compare", first, nothing])
 
 
@@ -430,5 +431,5 @@ def test_two_metrics_are_not_compared(script, tmp_path, capsys):
 def test_files_that_are_no_predictions(script, tmp_path, content, message):
     path = tmp_path / "x.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(script.RowError, match=message):
+    with pytest.raises(RowError, match=message):
         script.main(["--pred_path", str(path)])

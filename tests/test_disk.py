@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from veripo_trl import errors
 from veripo_trl.data.rollouts import RolloutStore
-from veripo_trl.evaluate.journal import Journal
 from veripo_trl.files.disk import FileError, open_parquet, read_json, read_parquet, write_parquet
+from veripo_trl.files.journal import Journal
 from veripo_trl.files.tables import write_json
 from veripo_trl.report.write import write_report
 from veripo_trl.verifier.cache import CacheError, VerdictCache
@@ -161,8 +161,8 @@ def test_a_damaged_journal(tmp_path):
     header, first, second = path.read_bytes().splitlines(keepends=True)
     for damaged in (first[:10], b"[1]", b'{"keys": 1}', b"\xff", b'{"error": "x"}', b"[" * 99_999):
         path.write_bytes(header + damaged + b"\n" + second)
-        assert Journal(path, {}).answers == {"b": json.loads(second)}  # the other row is done again
+        assert Journal(path, {}).lines == {"b": json.loads(second)}  # the other row is done again
     for damaged in (b"[1]\n", b"\xff\n", b"{\n"):
         path.write_bytes(damaged + first)
-        with pytest.raises(errors.VeripoError, match="j.jsonl: not a journal of an evaluation.*remove it"):
+        with pytest.raises(errors.VeripoError, match="j.jsonl: not a journal, or a damaged one.*remove it"):
             Journal(path, {})

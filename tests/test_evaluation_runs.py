@@ -1,7 +1,6 @@
 """evaluation_vllm.py as a user runs it, on real clips: its files, broken runs, bad rows, two writers, what training
 sees. The model is untrained: what it writes is noise, but always the same noise."""
 
-import base64
 import hashlib
 import importlib.util
 import json
@@ -23,10 +22,13 @@ from hub_server import HubServer, Repo
 
 from veripo_trl.data.prompts import load_template
 from veripo_trl.data.rows import rows_to_dataset
+from veripo_trl.errors import ConfigError, VeripoError
 from veripo_trl.evaluate import generate as evaluate
-from veripo_trl.evaluate.generate import Decoding, TransformersEngine, Waiting, encoded_batches
-from veripo_trl.evaluate.journal import Journal, JournalError, OutputFiles, answer_questions, lock_output, write_outputs
+from veripo_trl.evaluate.generate import Decoding, TransformersEngine, encoded_batches
 from veripo_trl.evaluate.questions import read_questions
+from veripo_trl.evaluate.run import OutputFiles, answer_questions, answered, write_outputs
+from veripo_trl.files.journal import Journal, JournalError
+from veripo_trl.files.run_folder import only_process
 from veripo_trl.model.policy import load_policy
 
 SCRIPT = Path(__file__).resolve().parent.parent / "evaluation" / "evaluation_vllm.py"
@@ -132,7 +134,7 @@ def test_killed_and_started_again_and_two_writers(script, model_paths, media_roo
         while (journal.read_bytes().count(b"\n") if journal.exists() else 0) < 3:
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.005)
-        with pytest.raises(JournalError, match="another process is writing"):
+        with pytest.raises(VeripoError, match=f"process {process.pid} is at work on it"):
             script.main(argv)
     finally:
         os.kill(process.pid, signal.SIGKILL)
@@ -154,23 +156,23 @@ def test_a_half_done_batch_is_computed_whole_again(load, media_root, prompts, tm
     engine = TransformersEngine(model.eval(), encoder, Decoding(max_new_tokens=6, temperature=1.0, seed=1))
     first = Journal(tmp_path / "a.jsonl", {})
     waiting = answer_questions(questions, engine, encoder, first, batch_size=4, num_workers=0)
-    assert len(first.answers) == 12 and waiting.batches == 3 and waiting.start_s > 0
+    assert len(first.lines) == 12 and 0 < waiting["start_s"] < waiting["seconds"]
     lines = first.path.read_bytes().splitlines(keepends=True)
     (tmp_path / "b.jsonl").write_bytes(b"".join(lines[:7]))  # one batch, and half of the next
     second = Journal(tmp_path / "b.jsonl", {})
-    assert len(second.answers) == 6
+    assert len(second.lines) == 6
     asked = []
     complete = engine.complete
     engine.complete = lambda prompts, places, **more: asked.append(places) or complete(prompts, places, **more)
     answer_questions(questions, engine, encoder, second, batch_size=4, num_workers=0)
-    assert asked == [[4, 5, 6, 7], [8, 9, 10, 11]] and second.answers == first.answers
+    assert asked == [[4, 5, 6, 7], [8, 9, 10, 11]] and second.lines == first.lines
     # Several processes, each with every second batch, write one journal.
     third = Journal(tmp_path / "c.jsonl", {})
     for rank in (1, 0):
         own = Journal(tmp_path / "c.jsonl", {}, repair=False)
         answer_questions(questions, engine, encoder, own, batch_size=4, num_workers=0, rank=rank, processes=2)
     third.read()
-    assert third.answers == first.answers
+    assert third.lines == first.lines
 
 
 def test_bad_rows_are_listed_and_run_again_when_put_right(script, model_paths, media_root, tmp_path, capsys):
@@ -181,11 +183,8 @@ def test_bad_rows_are_listed_and_run_again_when_put_right(script, model_paths, m
     (videos / "text.mp4").write_text("no video")
     (tmp_path / "secret.mp4").write_bytes((media_root / "long.mp4").read_bytes())
     (videos / "link.mp4").symlink_to(tmp_path / "secret.mp4")
-    image = base64.b64encode((media_root / "square.png").read_bytes()).decode()
-    rows = [
-        released(0), released(1, "text.mp4"), released(2, "wide.mp4"), released(3, "gone.mp4"),
-        released(4, "link.mp4"), released(5, image=image), released(6, image="no base64!"), released(7, "wide.mp4"),
-    ]  # fmt: skip
+    names = ("long", "text", "wide", "gone", "link", "long", "none", "wide")
+    rows = [released(place, f"{name}.mp4") for place, name in enumerate(names)]
     prompts, output = tmp_path / "x.json", tmp_path / "out.json"
     prompts.write_text(json.dumps(rows))
     argv = command(model_paths, videos, prompts, output, batch_size=4)
@@ -195,12 +194,12 @@ def test_bad_rows_are_listed_and_run_again_when_put_right(script, model_paths, m
     files = OutputFiles(output)
     errors = json.loads(files.errors.read_text())
     assert [error["position"] for error in errors] == [1, 3, 4, 6]
-    for error, reason in zip(errors, ("text.mp4", "gone.mp4", "media_root", "base64"), strict=True):
+    for error, reason in zip(errors, ("text.mp4", "gone.mp4", "media_root", "none.mp4"), strict=True):
         assert reason in error["error"]
     results = json.loads(output.read_text())
     assert [bool(item["model_output"]) for item in results] == [place not in (1, 3, 4, 6) for place in range(8)]
     record = json.loads(files.record.read_text())
-    assert record["errors"] == 4 and record["rows"][5]["images"] == [[56, 56]] and "error" in record["rows"][1]
+    assert record["errors"] == 4 and "error" in record["rows"][1]
 
     (videos / "gone.mp4").write_bytes((media_root / "fast.mp4").read_bytes())
     assert script.main(argv) == 3  # the other three are still bad
@@ -225,7 +224,7 @@ def test_a_journal_of_other_settings_is_refused(script, model_paths, media_root,
     files.journal.write_text('{"something": "else"}\n')
     with pytest.raises(JournalError, match="not a journal"):
         Journal(files.journal, {})
-    with pytest.raises(JournalError, match="ends in .json"):
+    with pytest.raises(ConfigError, match="ends in .json"):
         OutputFiles("out.txt")
 
 
@@ -274,7 +273,7 @@ def test_commits_of_the_hub_are_recorded_and_compared(
         model.add("main", "third", files(model_paths["qwen2_5_vl"]))
         with pytest.raises(JournalError, match="base_revision"):
             run("d.json", model_path="tester/lora")
-        with pytest.raises(script.Refusal, match="tester/none.*no such repository"):
+        with pytest.raises(VeripoError, match="tester/none.*no such repository"):
             run("e.json", model_path="tester/none")
 
 
@@ -306,11 +305,11 @@ def test_what_cannot_be_loaded_is_refused(script, model_paths, media_root, promp
         ({"video_max_pixels": 100}, "size_factor"),
     ]
     for change, told in changes:
-        with pytest.raises(script.Refusal, match=told):
+        with pytest.raises(ConfigError, match=told):
             script.main(command(model_paths, media_root, prompts, tmp_path / "out.json", **change))
     argv = command(model_paths, media_root, prompts, tmp_path / "out.json", model_path=tmp_path / "none")
     ended = subprocess.run([sys.executable, str(SCRIPT), *argv], capture_output=True, text=True)
-    assert ended.returncode == 2 and ended.stderr.startswith("Refusal: ") and "Traceback" not in ended.stderr
+    assert ended.returncode == 2 and ended.stderr.startswith("ConfigError: ") and "Traceback" not in ended.stderr
 
 
 def test_a_prompt_without_room_for_its_completion_costs_its_row(load, media_root, prompts, tmp_path):
@@ -322,23 +321,22 @@ def test_a_prompt_without_room_for_its_completion_costs_its_row(load, media_root
     engine = TransformersEngine(model.eval(), encoder, Decoding(max_new_tokens=6))
     journal = Journal(tmp_path / "a.jsonl", {})
     answer_questions(questions, engine, encoder, journal, batch_size=3, num_workers=0)
-    assert sorted(line["position"] for line in journal.answers.values()) == [1, 2]
-    (error,) = journal.errors.values()
+    assert sorted(journal.lines[key]["position"] for key in answered(journal)) == [1, 2]
+    (error,) = [line for line in journal.lines.values() if "error" in line]
     assert error["position"] == 0 and f"has {lengths[0]} tokens; with 6 new ones" in error["error"]
 
 
-def test_vllm_is_told_of_every_image_and_of_the_commit(script, load, model_paths, media_root, tmp_path, monkeypatch):
-    """An image in base64 counts for the longest prompt and the most images of one."""
+def test_vllm_is_told_of_the_rows_and_of_the_commit(
+    script, load, model_paths, media_root, prompts, tmp_path, monkeypatch
+):
     from veripo_trl.vllm import evaluation as vllm_engine
 
-    prompts = tmp_path / "x.json"
-    prompts.write_text(json.dumps([released(0), released(1, image="aGVsbG8=")]))
     monkeypatch.setattr(vllm_engine, "VLLMEngine", lambda **given: given)
-    argv = command(model_paths, media_root, prompts, tmp_path / "out.json")
-    args = script.parse_arguments(argv)
+    args = script.parse_arguments(command(model_paths, media_root, prompts, tmp_path / "out.json"))
     args.engine, args.model_revision = "vllm", "c" * 40
-    given = script.make_engine(args, None, load()[1], read_questions(prompts, video_dir=media_root), tmp_path / "none")
-    assert [(len(row["videos"]), len(row["images"])) for row in given["rows"]] == [(1, 0), (1, 1)]
+    questions = read_questions(prompts, video_dir=media_root)
+    given = script.make_engine(args, None, load()[1], questions, tmp_path / "none")
+    assert given["rows"] == [question["row"] for question in questions]
     assert given["model_path"] == str(model_paths["qwen2_5_vl"]) and given["revision"] == "c" * 40
 
 
@@ -351,7 +349,7 @@ def test_idle_is_whatever_the_engine_does_not_compute(load, media_root, prompts,
     journal.append = lambda lines: (time.sleep(0.2), append(lines))
     monkeypatch.setattr(evaluate, "sample_completions", lambda *a, **k: (time.sleep(1), sample(*a, **k))[1])
     waiting = answer_questions(questions, engine, encoder, journal, batch_size=2, num_workers=0)
-    assert engine.busy_s > 2 and 0.4 < waiting.idle_s < 1
+    assert engine.busy_s > 2 and 0.4 < waiting["idle_s"] < 1
 
 
 def test_unfinished_journals_give_no_output(prompts, media_root, tmp_path):
@@ -369,52 +367,32 @@ def test_a_wrong_video_dir_is_said_before_the_model_loads(script, model_paths, p
         script.main(command(model_paths, tmp_path / "no", prompts, tmp_path / "out.json"))
 
 
-def test_a_fork_does_not_hold_the_lock(tmp_path):
-    """A decoding worker may outlive a killed run by seconds: the run can be started again at once."""
-    files = OutputFiles(tmp_path / "out.json")
-    lock = lock_output(files)
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.read(read, 1)  # holds the descriptor until it is told to end
-        os._exit(0)
-    lock.close()
-    again = lock_output(files)
-    again.close()
-    os.write(write, b"x")
-    os.waitpid(child, 0)
-
-
-def test_engines_that_outlive_a_killed_run_keep_it_from_starting(tmp_path):
-    files = OutputFiles(tmp_path / "out.json")
+def test_an_engine_that_outlives_a_killed_run_keeps_the_next_one_from_starting(
+    script, model_paths, media_root, prompts, tmp_path, monkeypatch
+):
     ready, done = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
-        handle = lock_output(files, rank=1)
-        os.write(ready[1], b"x")
-        os.read(done[0], 1)
-        handle.close()
-        os._exit(0)
+        with only_process(tmp_path / "out.json.engine1"):
+            os.write(ready[1], b"x")
+            os.read(done[0], 1)
+            os._exit(0)
     os.read(ready[0], 1)
+    argv = command(model_paths, media_root, prompts, tmp_path / "out.json")
+    monkeypatch.setenv(script.RANK, "1")
     try:
-        with pytest.raises(JournalError, match="another process is writing"):
-            lock_output(files)
+        with pytest.raises(VeripoError, match=f"out.json.engine1: process {child} is at work"):
+            script.main(argv)
     finally:
         os.write(done[1], b"x")
         os.waitpid(child, 0)
-    lock = lock_output(files)
-    child = os.fork()
-    if child == 0:  # an engine of this run
-        os._exit(0 if lock_output(files, rank=1) else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    lock.close()
 
 
 def test_weights_that_a_killed_run_left_are_removed(script, model_paths, media_root, prompts, tmp_path):
     left = OutputFiles(tmp_path / "out.json").merged / "0" / "model.safetensors"
     left.parent.mkdir(parents=True)
     left.write_text("15 GB")
-    with pytest.raises(script.Refusal):
+    with pytest.raises(ConfigError):
         script.main(command(model_paths, media_root, prompts, tmp_path / "out.json", model_path=tmp_path / "none"))
     assert not left.parent.parent.exists()
 
@@ -438,18 +416,15 @@ def test_host_memory_is_bounded(cores, batch_size, most, load, monkeypatch):
 
 
 def test_batches_are_encoded_ahead_whole_and_by_place(load, media_root, mixed_rows):
-    """Rows of one id are different rows; slow parts hold up their own batch only; the waiting is measured."""
+    """Rows of one id are different rows; slow parts hold up their own batch only."""
     _, encoder = load()
     rows = [{**row, "question_id": "same"} for row in mixed_rows]
     batches = [[0, 1], [2, 3], [4]]
     expected = [encoder.encode(row) for row in rows]
     for workers in (0, 2):
-        waiting = Waiting()
-        found = dict(
-            (tuple(places), prompts)
-            for places, prompts in encoded_batches(encoder, rows, batches, num_workers=workers, waiting=waiting)
-        )
-        assert sorted(found) == [(0, 1), (2, 3), (4,)] and waiting.batches == 3
+        found = encoded_batches(encoder, rows, batches, num_workers=workers)
+        found = {tuple(indices): prompts for indices, prompts in found}
+        assert sorted(found) == [(0, 1), (2, 3), (4,)]
         for places, prompts in found.items():
             for place, prompt in zip(places, prompts, strict=True):
                 assert np.array_equal(prompt.input_ids, expected[place].input_ids)
@@ -480,7 +455,7 @@ def test_an_adapter_on_top_of_a_model(script, model_paths, media_root, prompts, 
     load_policy(str(adapter))[0].merge_and_unload().save_pretrained(tmp_path / "merged")
     shutil.copy(Path(model_paths["qwen2_5_vl"]) / "processor_config.json", tmp_path / "merged")
     argv = command({"qwen2_5_vl": tmp_path / "merged"}, media_root, prompts, tmp_path / "twice.json", adapter=adapter)
-    with pytest.raises(script.Refusal, match="was trained on other weights than those of '.*merged'"):
+    with pytest.raises(ConfigError, match="was trained on other weights than those of '.*merged'"):
         script.main(argv)
     assert json.loads(OutputFiles(outputs["on top"]).record.read_text())["settings"]["adapter_revision"]
 

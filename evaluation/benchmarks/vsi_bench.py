@@ -56,14 +56,13 @@ def _categories(kind: str, numeric: bool) -> dict:
     return {"part": "numeric" if numeric else "choice", "task": kind}
 
 
-def totals(by_category: dict[str, dict[str, list[float]]]) -> dict[str, float]:
-    """Totals beside the mean of all rows, from the scores of each category's values."""
-    known = {task: scores for task, scores in by_category["task"].items() if not task.endswith("unknown")}
+def totals(by_category: dict[str, dict]) -> dict[str, float]:
+    """Totals beside the mean of all rows, of the scores of each category's values: arrays, their first axis rows."""
+    known = {task: scores.mean(axis=0) for task, scores in by_category["task"].items() if not task.endswith("unknown")}
     if not known:
         return {}
-    means = {task: sum(scores) / len(scores) for task, scores in known.items()}
-    levels = [mean for task, mean in means.items() if task.startswith("object_rel_direction")]
-    tasks = [mean for task, mean in means.items() if not task.startswith("object_rel_direction")]
+    levels = [mean for task, mean in known.items() if task.startswith("object_rel_direction")]
+    tasks = [mean for task, mean in known.items() if not task.startswith("object_rel_direction")]
     tasks += [sum(levels) / len(levels)] if levels else []
     left_out = sum(len(scores) for task, scores in by_category["task"].items() if task not in known)
     more = f"; {left_out} rows of no known task left out" if left_out else ""

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from veripo_trl.files.run_folder import outlive_sigterm
 from veripo_trl.media.video import MediaError
 from veripo_trl.model.encoding import JOINT_BYTES, EncodedPrompt, PromptEncoder, PromptTooLongError, vision_token_ids
 from veripo_trl.shared_prompt.rollout import cut_at_end, sample_completions
+from veripo_trl.verifier.checks import inconsistency
 
 RESAMPLES = 1000
 GREEDY_BELOW = 1e-5  # a lower temperature is greedy decoding, as vLLM has it too
@@ -68,7 +69,7 @@ class TransformersEngine:
     def __init__(self, model, encoder: PromptEncoder, decoding: Decoding):
         self.model, self.tokenizer, self.config = model, encoder.processor.tokenizer, encoder.config
         self.decoding = decoding
-        self.ends = _end_ids(model, self.tokenizer)
+        self.ends = end_ids(model.generation_config.eos_token_id, self.tokenizer)
         self.context, self.busy_s = encoder.config.get_text_config().max_position_embeddings, 0.0
         self.options = {
             "max_new_tokens": decoding.max_new_tokens,
@@ -81,17 +82,17 @@ class TransformersEngine:
             "do_sample": not decoding.greedy,
         }
 
-    def complete(self, prompts: list[EncodedPrompt], places: list[int], *, samples: int = 1) -> list[list[int]]:
+    def complete(self, prompts: list[EncodedPrompt], indices: list[int], *, samples: int = 1) -> list[list[int]]:
         """Token ids of `samples` completions per prompt, in order, each up to and including its end token.
 
         Args:
-            places: the prompts' rows. Sampling is seeded by them, so that a batch is drawn alike whatever came before;
+            indices: the prompts' rows. Sampling is seeded by them, so that a batch is drawn alike whatever came before;
                 the global generators are left as they were.
         """
         started = time.perf_counter()
         device = next(self.model.parameters()).device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self.decoding.seed_of(places))
+            torch.manual_seed(self.decoding.seed_of(indices))
             tokens = sample_completions(
                 self.model,
                 [prompt for prompt in prompts for _ in range(samples)],
@@ -119,7 +120,7 @@ def describe_completion(ids: list[int], *, tokenizer, ends: list[int]) -> dict:
 class EncodedParts(Dataset):
     """Parts of batches, encoded where they are asked for: in the loader's workers.
 
-    A row that cannot be encoded is the text of its error there, unless `strict`. Rows are told apart by their place:
+    A row that cannot be encoded is the text of its error there, unless `strict`. Rows are told apart by their index:
     ids repeat in benchmarks. `prepare`, if given, is called with each prompt.
     """
 
@@ -130,49 +131,31 @@ class EncodedParts(Dataset):
         return len(self.parts)
 
     def __getitem__(self, number: int) -> tuple[int, list[EncodedPrompt | str]]:
-        places = self.parts[number]
-        try:
-            prompts = self.encoder.encode_rows([self.rows[place] for place in places])
-        except ROW_ERRORS:
-            if self.strict:
-                raise
-            prompts = [self._encode_or_explain(place) for place in places]  # one of them is bad: which?
-        if self.prepare is not None:
-            for prompt in prompts:
-                if not isinstance(prompt, str):
-                    self.prepare(prompt)
+        prompts = self._encode(self.parts[number])
+        for prompt in prompts:
+            if self.prepare is not None and not isinstance(prompt, str):
+                self.prepare(prompt)
         return number, prompts
 
-    def _encode_or_explain(self, place: int) -> EncodedPrompt | str:
+    def _encode(self, indices: list[int]) -> list[EncodedPrompt | str]:
         try:
-            return self.encoder.encode(self.rows[place])
+            return self.encoder.encode_rows([self.rows[index] for index in indices])
         except ROW_ERRORS as error:
-            return f"{type(error).__name__}: {error}"
-
-
-def _as_it_is(part):
-    return part  # a function of the module, so that it reaches spawned workers
-
-
-class Waiting:
-    """Seconds that the loader kept its user waiting: `start_s` for the first batch, `idle_s` for all the others."""
-
-    def __init__(self):
-        self.start_s = self.idle_s = 0.0
-        self.batches = 0
-
-    def add(self, seconds: float) -> None:
-        if self.batches == 0:
-            self.start_s = seconds
-        else:
-            self.idle_s += seconds
-        self.batches += 1
+            if self.strict:
+                raise
+            if len(indices) == 1:
+                return [f"{type(error).__name__}: {error}"]
+            return [prompt for index in indices for prompt in self._encode([index])]  # one is bad: which?
 
 
 def use_one_thread(worker: int) -> None:
     """A forked worker's second thread would wait for ever. The loader says so to torch, but in a process whose engine is
     vLLM's CPU build `torch.set_num_threads` has been replaced by a function that does nothing."""
     torch._C.set_num_threads(1)
+
+
+def batches_of(count: int, batch_size: int) -> list[list[int]]:
+    return [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]
 
 
 def encoded_batches(
@@ -182,10 +165,9 @@ def encoded_batches(
     *,
     num_workers: int,
     strict: bool = True,
-    waiting: Waiting | None = None,
     prepare: Callable[[EncodedPrompt], None] | None = None,
 ) -> Iterator[tuple[list[int], list[EncodedPrompt | str]]]:
-    """Encode batches of row numbers ahead of their use.
+    """Encode batches of row indices ahead of their use.
 
     Workers are given parts of a batch: a single long video, or as many small clips as are worth one call of the
     processor. About two batches are under way beside the one in use, so that host memory stays bounded: no more workers
@@ -195,41 +177,35 @@ def encoded_batches(
         num_workers: the most processes; 0 encodes here. prepare: called with each prompt where it was encoded.
 
     Yields:
-        `(places, prompts)`, each batch when all of it is there: in any order where there are workers. With
+        `(indices, prompts)`, each batch when all of it is there: in any order where there are workers. With
         `strict=False` a bad row's prompt is the text of its error.
     """
     settings = encoder.loader.settings
     widest = max(map(len, batches), default=1)
     size = max(1, min(widest, JOINT_BYTES // (3 * settings.max_frames * settings.max_pixels)))
-    parts, owners = [], []
-    for number, places in enumerate(batches):
-        for start in range(0, len(places), size):
-            parts.append(places[start : start + size])
+    owners, parts = [], []
+    for number, indices in enumerate(batches):
+        for start in range(0, len(indices), size):
+            parts.append(indices[start : start + size])
             owners.append(number)
     wanted = math.ceil(2 * widest / size)  # parts under way
     num_workers = min(num_workers, wanted)
-    ahead = {"prefetch_factor": math.ceil(wanted / num_workers)} if num_workers else {}
     loader = DataLoader(
         EncodedParts(encoder, rows, parts, strict=strict, prepare=prepare),
         batch_size=None,
-        collate_fn=_as_it_is,
         num_workers=num_workers,
         in_order=not num_workers,
         generator=torch.Generator(),  # without one, starting the workers draws from the global generator
         worker_init_fn=partial(outlive_sigterm, then=use_one_thread),  # training may be going on
-        **ahead,
+        **({"prefetch_factor": math.ceil(wanted / num_workers)} if num_workers else {}),
     )
     arrived: dict[int, dict] = defaultdict(dict)
-    asked = time.perf_counter()
     for number, prompts in loader:
         owner = owners[number]
         arrived[owner] |= dict(zip(parts[number], prompts, strict=True))
         if len(arrived[owner]) == len(batches[owner]):
             found = arrived.pop(owner)
-            if waiting is not None:
-                waiting.add(time.perf_counter() - asked)
-            yield batches[owner], [found[place] for place in batches[owner]]
-            asked = time.perf_counter()
+            yield batches[owner], [found[index] for index in batches[owner]]
 
 
 def generate(
@@ -265,30 +241,20 @@ def generate(
     engine = TransformersEngine(
         model, encoder, Decoding(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     )
-    count = len(dataset)
-    batches = [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]
+    batches = batches_of(len(dataset), batch_size)
     training = model.training
     model.eval()
     answers = []
-    with tqdm(total=count, desc=progress, unit="row", disable=progress is None) as bar:
-        for places, prompts in encoded_batches(encoder, dataset, batches, num_workers=num_workers):
-            completions = engine.complete(prompts, places, samples=samples)
-            for place, ids in zip(np.repeat(places, samples).tolist(), completions, strict=True):
-                answers.append(
-                    {
-                        "row": place,
-                        "question_id": dataset[place]["question_id"],
-                        **describe_completion(ids, tokenizer=engine.tokenizer, ends=engine.ends),
-                        "prompt_template": encoder.template.hash,
-                    }
-                )
-            bar.update(len(places))
+    with tqdm(total=len(dataset), desc=progress, unit="row", disable=progress is None) as bar:
+        for indices, prompts in encoded_batches(encoder, dataset, batches, num_workers=num_workers):
+            completions = engine.complete(prompts, indices, samples=samples)
+            for index, ids in zip(np.repeat(indices, samples).tolist(), completions, strict=True):
+                described = describe_completion(ids, tokenizer=engine.tokenizer, ends=engine.ends)
+                answer = {"row": index, "question_id": dataset[index]["question_id"], **described}
+                answers.append({**answer, "prompt_template": encoder.template.hash})
+            bar.update(len(indices))
     model.train(training)
     return sorted(answers, key=lambda answer: answer["row"])
-
-
-def _end_ids(model, tokenizer) -> list[int]:
-    return end_ids(model.generation_config.eos_token_id, tokenizer)
 
 
 def end_ids(declared: int | list[int] | None, tokenizer) -> list[int]:
@@ -309,8 +275,8 @@ def summarize(
 
     Returns:
         `accuracy` with `accuracy_low`, `accuracy_high` (95% bootstrap over questions), `format` (share well formed),
-        `inconsistency` = inconsistent / (consistent + inconsistent), NaN if no verdict is known, with
-        `inconsistency_low` and `inconsistency_high` (likewise), `unknown` (share),
+        `inconsistency` (`verifier.checks.inconsistency`) with `inconsistency_low` and `inconsistency_high` (likewise),
+        `unknown` (share),
         `accurate_and_consistent` (unknown counts as a miss), `think_tokens` and `completion_tokens` (means),
         `truncated` (share), `questions`, `completions`, and `accuracy: <problem type>`; with a second judge
         `disagreement`, the share of completions on which the two verdicts differ, unknown counted as a verdict.
@@ -326,42 +292,36 @@ def summarize(
         if second_judge is not None:
             second.append(second_judge(answer["completion"], **task))
         kinds.append(row["problem_type"])
-    scores = np.array(scores)
+    scores, verdicts, kinds = np.array(scores), np.array(verdicts), np.array(kinds)
     questions = np.array([answer["row"] for answer in answers])
+    known, unclear = verdicts != "unknown", (math.nan, math.nan)
     low, high = bootstrap_interval(scores, questions)
-    inconsistent, consistent = verdicts.count("inconsistent"), verdicts.count("consistent")
-    known = inconsistent + consistent
-    clear = np.array([verdict != "unknown" for verdict in verdicts])
-    wrong = np.array([verdict == "inconsistent" for verdict in verdicts], dtype=float)
-    between = bootstrap_interval(wrong[clear], questions[clear]) if known else (math.nan, math.nan)
-    both = [score * (verdict == "consistent") for score, verdict in zip(scores, verdicts, strict=True)]
+    wrong = verdicts[known] == "inconsistent"
+    wrong_low, wrong_high = bootstrap_interval(wrong, questions[known]) if known.any() else unclear
     return {
         "accuracy": float(scores.mean()),
         "accuracy_low": low,
         "accuracy_high": high,
         "format": float(np.mean([is_well_formed(answer["completion"]) for answer in answers])),
-        "inconsistency": inconsistent / known if known else math.nan,
-        "inconsistency_low": between[0],
-        "inconsistency_high": between[1],
-        "unknown": verdicts.count("unknown") / len(verdicts),
-        "accurate_and_consistent": float(np.mean(both)),
+        "inconsistency": inconsistency(Counter(verdicts.tolist())),
+        "inconsistency_low": wrong_low,
+        "inconsistency_high": wrong_high,
+        "unknown": float(np.mean(~known)),
+        "accurate_and_consistent": float(np.mean(scores * (verdicts == "consistent"))),
         "think_tokens": float(np.mean([answer["think_tokens"] for answer in answers])),
         "completion_tokens": float(np.mean([answer["completion_tokens"] for answer in answers])),
         "truncated": float(np.mean([answer["finish_reason"] == "length" for answer in answers])),
-        **({"disagreement": float(np.mean([a != b for a, b in zip(verdicts, second)]))} if second else {}),
+        **({"disagreement": float(np.mean(verdicts != np.array(second)))} if second else {}),
         "questions": len(set(questions.tolist())),
         "completions": len(answers),
-        **{
-            f"accuracy: {kind}": float(scores[[k == kind for k in kinds]].mean())
-            for kind in sorted(set(kinds))
-        },
+        **{f"accuracy: {kind}": float(scores[kinds == kind].mean()) for kind in sorted(set(kinds.tolist()))},
     }
 
 
 def bootstrap_interval(scores: np.ndarray, questions: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
     """95% interval of the mean score, resampling questions, since completions of one question are not independent."""
-    _, place = np.unique(questions, return_inverse=True)
-    totals, counts = np.bincount(place, weights=scores), np.bincount(place)
+    _, index = np.unique(questions, return_inverse=True)
+    totals, counts = np.bincount(index, weights=scores), np.bincount(index)
     drawn = np.random.default_rng(seed).integers(0, len(counts), size=(RESAMPLES, len(counts)))
     means = totals[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])

@@ -1,23 +1,20 @@
 """Evaluation files: what VerIPO released as JSON, read as it is, and files of our own rows.
 
 A released row has `question_id, video_path, question, answer, processed_question`, in VSI-Bench also `scene_name` and
-for choice rows `options`, and may carry a base64 `image`. Row and ground truth are taken from it as they stand;
-question ids repeat, so a row is known by its place in the file and its content.
+for choice rows `options`. Row and ground truth are taken from it as they stand; question ids repeat, so a row is known
+by its position in the file and its content.
 """
 
 import ast
-import base64
-import binascii
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 from veripo_trl.answers.numbers import read_number
 from veripo_trl.answers.score import SolutionError, check_solution
-from veripo_trl.data.rows import RowError, _FieldError, _message, _read_file, _row, _show, resolve_media, uncompressed
+from veripo_trl.data.rows import RowError, _FieldError, _message, _read_file, _row, _show, uncompressed
 
 RELEASED_TAIL = "\nAnswer with the option's letter from the given choices directly."
 RELEASED_COLUMNS = ("question_id", "video_path", "answer", "processed_question")
@@ -36,7 +33,7 @@ def read_questions(path: str | Path, *, video_dir: str | Path | None = None, lim
         (as `rows.load_rows` gives it).
 
     Raises:
-        RowError: no rows, rows of neither kind, or malformed ones: with place, field and remedy.
+        RowError: no rows, rows of neither kind, or malformed ones: with row, field and remedy.
     """
     path = Path(path)
     root = Path(video_dir).expanduser() if video_dir else path.parent
@@ -46,23 +43,17 @@ def read_questions(path: str | Path, *, video_dir: str | Path | None = None, lim
     released = sum("processed_question" in record for record in records)
     if released not in (0, len(records)):
         raise RowError(f"{path}: {released} of {len(records)} rows are in the released form. Give one form a file.")
-    if missing := [name for name in RELEASED_COLUMNS if released and any(name not in r for r in records)]:
-        raise RowError(f"{path}: rows of the released form without {', '.join(missing)}.")
-    questions, problems = [], []
-    for position, raw in enumerate(records):
-        try:
-            ours = from_released(raw, stem=uncompressed(path).stem) if released else raw
-            question_id = None if ours.get("question_id") in (None, "") else str(ours["question_id"])
-            row = _row(ours, question_id, "question_id", file=str(path), allow_urls=False)
-            check_truths(raw)
-        except _FieldError as error:
-            place = {"file": str(path), "row": position + 1, "question_id": raw.get("question_id")}
-            problems.append({**place, **error.problem})
-            continue
+    questions = []
+
+    def read(position: int, raw: dict) -> None:
+        ours = from_released(raw, stem=uncompressed(path).stem) if released else raw
+        question_id = None if ours.get("question_id") in (None, "") else str(ours["question_id"])
+        row = _row(ours, question_id, "question_id", file=str(path), allow_urls=False)
+        check_truths(raw)
         row["media_root"] = str(root.resolve())
         questions.append({"position": position, "key": key_of(position, raw), "raw": raw, "row": row})
-    if problems:
-        raise RowError(_message(problems, "cannot be used"), problems)
+
+    _each(records, path, read, "cannot be used", question=lambda raw: raw)
     return questions
 
 
@@ -70,22 +61,28 @@ def read_predictions(path: str | Path) -> list[dict]:
     """A file of `{question, ground_truth, model_output}`, ours or of VerIPO's script, the questions of either form.
 
     Raises:
-        RowError: entries that cannot be scored: with place, field and remedy.
+        RowError: entries that cannot be scored: with row, field and remedy.
     """
-    predictions, problems = read_records(path), []
-    for position, prediction in enumerate(predictions):
-        try:
-            _check_prediction(prediction)
-        except _FieldError as error:
-            question = prediction.get("question")
-            question_id = question.get("question_id") if isinstance(question, dict) else None
-            problems.append({"file": str(path), "row": position + 1, "question_id": question_id, **error.problem})
-    if problems:
-        raise RowError(_message(problems, "cannot be scored"), problems)
+    predictions = read_records(path)
+    _each(predictions, path, _check_prediction, "cannot be scored", question=lambda raw: raw.get("question"))
     return predictions
 
 
-def _check_prediction(prediction: dict) -> None:
+def _each(records: list[dict], path: str | Path, check, what: str, *, question) -> None:
+    """Call `check(position, record)` for all; one RowError for those in which a field is wrong."""
+    problems = []
+    for position, record in enumerate(records):
+        try:
+            check(position, record)
+        except _FieldError as error:
+            raw = question(record)
+            question_id = raw.get("question_id") if isinstance(raw, dict) else None
+            problems.append({"file": str(path), "row": position + 1, "question_id": question_id, **error.problem})
+    if problems:
+        raise RowError(_message(problems, what), problems)
+
+
+def _check_prediction(position: int, prediction: dict) -> None:
     if not {"question", "ground_truth", "model_output"} <= prediction.keys():
         came, remedy = ", ".join(prediction), "Give the output of an evaluation."
         raise _FieldError("(row)", "question, ground_truth and model_output", came, remedy)
@@ -94,12 +91,15 @@ def _check_prediction(prediction: dict) -> None:
         raise _FieldError("model_output", "a text", _show(output), 'Write "" where there is no answer.')
     if not isinstance(question, dict):
         raise _FieldError("question", "an object with the row's columns", _show(question), "Correct or remove it.")
-    columns = RELEASED_COLUMNS if "processed_question" in question else ("problem_type", "solution")
-    if missing := [column for column in columns if question.get(column) is None]:
-        raise _FieldError("question", f"a row with {', '.join(columns)}", f"none in {missing}", "Correct or remove it.")
+    _check_columns(question, RELEASED_COLUMNS if "processed_question" in question else ("problem_type", "solution"))
     if not isinstance(question.get("options") or [], (list, dict)):
         raise _FieldError("options", "a list like ['A. red', …]", _show(question["options"]), "Write it so.")
     check_truths(question)
+
+
+def _check_columns(raw: dict, columns: tuple[str, ...]) -> None:
+    if missing := [column for column in columns if raw.get(column) is None]:
+        raise _FieldError("question", f"a row with {', '.join(columns)}", f"none in {missing}", "Correct or remove it.")
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -121,7 +121,11 @@ def content_hash(raw: dict) -> str:
 
 
 def from_released(raw: dict, *, stem: str = "") -> dict:
-    """A released row in the columns of `rows`. The image stays where it is, see `place_image`."""
+    """A released row in the columns of `rows`. Raises _FieldError for one that lacks columns, or has an image."""
+    _check_columns(raw, RELEASED_COLUMNS)
+    if raw.get("image"):
+        remedy = "Write rows of this project's form, with the image's path in `images`."
+        raise _FieldError("image", "no base64 image, which none of the released rows carries", "one", remedy)
     problem = str(raw["processed_question"]).removesuffix(RELEASED_TAIL)
     path = str(raw["video_path"])
     return {
@@ -223,27 +227,3 @@ def read_options(problem: str) -> list[str]:
             break
     letters = [_OPTION.fullmatch(option)[2] for option in options]
     return options if len(options) > 1 and letters == [chr(ord("A") + place) for place in range(len(options))] else []
-
-
-def place_image(raw: dict, row: dict, folder: str | Path) -> dict:
-    """The row with its base64 `image`, if it carries one, as a file in `folder`.
-
-    Videos have been looked up below the row's media root; row and image then share the file system's root, since the
-    image lies somewhere else.
-    """
-    if not raw.get("image"):
-        return row
-    name = row["question_id"]
-    text = str(raw["image"])
-    text = text.split(",", 1)[1] if text.startswith("data:") else text
-    try:
-        content = base64.b64decode(text, validate=True)
-    except binascii.Error as error:
-        raise RowError(f"row {name!r}, image: expected base64 ({error}). Correct or remove the row's image.") from None
-    file = Path(folder).resolve() / hashlib.sha256(content).hexdigest()
-    temporary = file.with_name(f"{file.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, file)  # another process may be reading the same image
-    videos, images = resolve_media(row)
-    paths = {"videos": videos, "images": [*images, str(file)]}
-    return {**row, "media_root": "/", **{kind: [path.lstrip("/") for path in found] for kind, found in paths.items()}}

@@ -1,25 +1,42 @@
 """Scores of predictions: by our rules, and by the released script's arithmetic as it stands, faults included.
 
-A prediction is what the evaluation scripts write: `{question: <row>, ground_truth, model_output}`.
+A prediction is what the evaluation scripts write: `{question: <row>, ground_truth, model_output}`; its `made` is what
+the evaluation recorded of it, None where there is no record.
 """
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from veripo_trl.answers.choice import read_choice
 from veripo_trl.answers.math_process import call_math, math_timeouts
 from veripo_trl.answers.numbers import read_number
 from veripo_trl.answers.score import extract_answer, score_answer, split_completion
-from veripo_trl.evaluate.generate import bootstrap_interval
-from veripo_trl.evaluate.questions import task_of, truths_of
+from veripo_trl.data.rows import RowError, read_json
+from veripo_trl.evaluate.generate import RESAMPLES, bootstrap_interval
+from veripo_trl.evaluate.questions import content_hash, read_predictions, task_of, truths_of
+from veripo_trl.verifier.checks import inconsistency
 from veripo_trl.verifier.judges import judge_by_rules
 
 PAIRED_RESAMPLES = 10_000
 RELEASED_LIMIT_S = 30.0  # of processor time
+
+
+def read_with_record(path: Path) -> list[dict]:
+    """Predictions, each with its `position` and with what was `made` of it by the `.record.json` beside them."""
+    predictions, beside = read_predictions(path), path.with_suffix(".record.json")
+    record = read_json(beside)["rows"] if beside.is_file() else [None] * len(predictions)
+    hashes = [content_hash(item["question"]) for item in predictions]
+    if beside.is_file() and [row["key"].split("-")[1] for row in record] != hashes:
+        raise RowError(f"{beside} is of other predictions than {path.name}. Move it away, or fetch the one that belongs.")
+    return [{**item, "position": n, "made": row} for n, (item, row) in enumerate(zip(predictions, record, strict=True))]
+
 
 # ------------------------------------------------------------------------------------------------- released mode
 
@@ -75,16 +92,13 @@ def _released_estimate(answer: str, truth: str) -> float:
 def our_score(prediction: dict[str, Any]) -> float:
     """Accuracy by `score_answer`, in [0, 1]: the answer span against the row's truth, or the best of several truths."""
     row = prediction["question"]
-    task = task_of(row)
-    answer = extract_answer(prediction["model_output"])
-    options = {"problem_type": task["problem_type"], "options": task["options"]}
-    return max(score_answer(answer, solution=truth, **options) for truth in truths_of(row))
+    task, answer = task_of(row), extract_answer(prediction["model_output"])
+    return max(score_answer(answer, **{**task, "solution": truth}) for truth in truths_of(row))
 
 
 def is_readable(prediction: dict[str, Any]) -> bool:
     """Whether the output has one answer span that can be read as an answer of its row's kind."""
-    task = task_of(prediction["question"])
-    answer = extract_answer(prediction["model_output"])
+    task, answer = task_of(prediction["question"]), extract_answer(prediction["model_output"])
     if not answer:
         return False
     if task["problem_type"] == "multiple choice":
@@ -92,43 +106,25 @@ def is_readable(prediction: dict[str, Any]) -> bool:
     return task["problem_type"] not in ("numerical", "regression") or read_number(answer) is not None
 
 
-def think_length(output: str, tokenizer=None) -> int:
-    """Length of an output's thinking in tokens, in words where there is no tokenizer."""
-    think = split_completion(output)[0]
-    if think is None:
-        return 0
-    return len(think.split()) if tokenizer is None else len(tokenizer(think)["input_ids"])
-
-
 def score_predictions(
-    predictions: list[dict],
-    *,
-    pred_path: str,
-    record: list[dict] | None = None,
-    tokenizer=None,
-    benchmark_of: Callable[[dict], tuple[str, dict]],
-    progress=lambda items: items,
+    predictions: list[dict], *, pred_path: str, benchmark_of: Callable[[dict], tuple[str, dict]]
 ) -> list[dict]:
     """One flat dict per prediction.
 
     Args:
-        record: per row what the evaluation recorded (`finish_reason`, `think_tokens`, or `error`), if it did.
+        predictions: as `read_with_record` gives them.
         benchmark_of: a row's (benchmark, {category: value or list of values}).
 
     Returns:
         `ours`, `released`, `benchmark`, `categories`, `problem_type`, `readable`, `truncated` (None if not known),
-        `failed` (the row was never answered), `consistency`, `think_length`, `timeouts` (maths comparisons of ours
-        that ran into their time limit and count as unequal).
+        `failed` (the row was never answered), `consistency`, `think_length` (tokens as recorded, or words), `timeouts`
+        (maths comparisons of ours that ran into their time limit and count as unequal).
     """
     scored = []
-    for place, prediction in enumerate(progress(predictions)):
-        timeouts = math_timeouts()
-        made = record[place] if record else {}
+    for prediction in tqdm(predictions, desc="score", unit="row"):
+        timeouts, made, output = math_timeouts(), prediction["made"] or {}, prediction["model_output"]
         task = task_of(prediction["question"])
-        options = {"problem_type": task["problem_type"], "options": task["options"]}
-        output = prediction["model_output"]
         benchmark, categories = benchmark_of(prediction["question"])
-        recorded = tokenizer is None and "think_tokens" in made
         scored.append(
             {
                 "ours": our_score(prediction),
@@ -139,8 +135,8 @@ def score_predictions(
                 "readable": is_readable(prediction),
                 "truncated": made["finish_reason"] == "length" if "finish_reason" in made else None,
                 "failed": "error" in made,
-                "consistency": judge_by_rules(output, **options),
-                "think_length": made["think_tokens"] if recorded else think_length(output, tokenizer),
+                "consistency": judge_by_rules(output, problem_type=task["problem_type"], options=task["options"]),
+                "think_length": made.get("think_tokens", len((split_completion(output)[0] or "").split())),
                 "timeouts": math_timeouts() - timeouts,
             }
         )
@@ -156,13 +152,12 @@ def summarize_scores(scored: list[dict]) -> dict[str, float | int]:
     Returns:
         `rows`, `failed` (counted as wrong), `ours` with `ours_low`, `ours_high` (95% bootstrap over rows), `released`,
         `unparsable` (share without a readable answer), `truncated` (share of the rows where it is known, else NaN),
-        `inconsistency` = inconsistent / (consistent + inconsistent) (NaN without a known verdict), `unknown` (share),
-        `think_length` (mean over rows that were answered), `timeouts` (sum).
+        `inconsistency` (`verifier.checks.inconsistency`), `unknown` (share), `think_length` (mean over rows that were
+        answered), `timeouts` (sum).
     """
     ours = np.array([row["ours"] for row in scored])
     low, high = bootstrap_interval(ours, np.arange(len(ours)))
-    verdicts = [row["consistency"] for row in scored]
-    known = verdicts.count("consistent") + verdicts.count("inconsistent")
+    verdicts = Counter(row["consistency"] for row in scored)
     truncated = [row["truncated"] for row in scored if row["truncated"] is not None]
     lengths = [row["think_length"] for row in scored if not row["failed"]]
     return {
@@ -174,11 +169,44 @@ def summarize_scores(scored: list[dict]) -> dict[str, float | int]:
         "released": sum(row["released"] for row in scored) / len(scored),
         "unparsable": 1.0 - float(np.mean([row["readable"] for row in scored])),
         "truncated": float(np.mean(truncated)) if truncated else math.nan,
-        "inconsistency": verdicts.count("inconsistent") / known if known else math.nan,
-        "unknown": verdicts.count("unknown") / len(verdicts),
+        "inconsistency": inconsistency(verdicts),
+        "unknown": verdicts["unknown"] / len(scored),
         "think_length": float(np.mean(lengths)) if lengths else math.nan,
         "timeouts": sum(row["timeouts"] for row in scored),
     }
+
+
+def lines_of(scored: list[dict]) -> list[dict]:
+    """The table: a line for all if there are several benchmarks; one for each, under it those of its categories."""
+    names = sorted({row["benchmark"] for row in scored})
+    lines = [_line("all", scored)] if len(names) > 1 else []
+    for name in names:
+        rows = [row for row in scored if row["benchmark"] == name]
+        lines.append(_line(name, rows))
+        for category, values in by_category(rows).items():
+            lines += [_line(name, some, category, value) for value, some in values.items()]
+    return lines
+
+
+def _line(benchmark: str, rows: list[dict], category: str = "", value: str = "") -> dict:
+    return {"benchmark": benchmark, "category": category, "value": value, **summarize_scores(rows)}
+
+
+def total_intervals(totals: Callable[[dict], dict], groups: dict, mode: str) -> list[tuple[str, float, float, float]]:
+    """(what, total, low, high) of a benchmark's own totals; the bootstrap is over the rows of each value.
+
+    Args:
+        totals: of {category: {value: scores}}, arrays (rows,) or (rows, draws), makes {what: mean or means (draws,)}.
+        groups: from `by_category`. mode: "ours" or "released".
+    """
+    rng = np.random.default_rng(0)
+    scores = {c: {v: np.array([row[mode] for row in some]) for v, some in kinds.items()} for c, kinds in groups.items()}
+    drawn = {
+        category: {value: rng.choice(some, (RESAMPLES, len(some))).T for value, some in kinds.items()}
+        for category, kinds in scores.items()
+    }
+    found = zip(totals(scores).items(), totals(drawn).values(), strict=True)
+    return [(what, total, *np.quantile(means, [0.025, 0.975])) for (what, total), means in found]
 
 
 def by_category(scored: list[dict]) -> dict[str, dict[str, list[dict]]]:
@@ -204,9 +232,8 @@ def compare_scores(first: np.ndarray, second: np.ndarray, *, seed: int = 0) -> d
     differences = second - first
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
     rng = np.random.default_rng(seed)
-    means = np.array(
-        [differences[rng.integers(0, len(differences), len(differences))].mean() for _ in range(PAIRED_RESAMPLES)]
-    )
+    count = len(differences)
+    means = np.array([differences[rng.integers(0, count, count)].mean() for _ in range(PAIRED_RESAMPLES)])
     low, high = np.quantile(means, [0.025, 0.975])
     binary = bool(np.isin(np.concatenate([first, second]), (0.0, 1.0)).all())
     if binary:

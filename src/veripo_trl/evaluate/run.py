@@ -1,0 +1,161 @@
+"""An evaluation that can be broken off anywhere: answers go into a journal, and at the end into the files made from it.
+
+For `--output_path run/vsi.json`: `vsi.journal.jsonl` grows a line per row; when every row has been dealt with,
+`vsi.json` (VerIPO's form), `vsi.record.json` (what each answer was made with) and, if rows failed, `vsi.errors.json`
+are written, each whole or not at all.
+"""
+
+import os
+import time
+from pathlib import Path
+
+from veripo_trl.errors import ConfigError
+from veripo_trl.evaluate.generate import batches_of, describe_completion, encoded_batches
+from veripo_trl.files.journal import Journal, JournalError
+from veripo_trl.files.tables import write_json
+from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder
+
+
+class OutputFiles:
+    """The files of one evaluation, by its output path."""
+
+    def __init__(self, output_path: str | Path):
+        self.output = Path(output_path)
+        if self.output.suffix != ".json":
+            raise ConfigError(f"output_path {str(output_path)!r}: expected a name that ends in .json.")
+        self.journal = self.output.with_suffix(".journal.jsonl")
+        self.record = self.output.with_suffix(".record.json")
+        self.errors = self.output.with_suffix(".errors.json")
+        self.merged = self.output.with_name(f".{self.output.name}.merged")  # weights with their adapter, for vLLM
+
+
+def answered(journal: Journal) -> set[str]:
+    """The keys of the questions that have an answer. One that failed is tried again by the next run."""
+    return {key for key, line in journal.lines.items() if "error" not in line}
+
+
+def answer_questions(
+    questions: list[dict],
+    engine,
+    encoder: PromptEncoder,
+    journal: Journal,
+    *,
+    batch_size: int,
+    num_workers: int,
+    rank: int = 0,
+    processes: int = 1,
+    progress=None,
+) -> dict[str, float]:
+    """Answer what the journal lacks, and write it there as it comes.
+
+    Batches begin at fixed indices, and one that is half done is computed whole again (what is written stays): what a
+    row is answered does not depend on where a run was broken off. A row that cannot be encoded, or is too long for the
+    engine, is left out of its batch and written as an error.
+
+    Args:
+        engine: `complete(prompts, indices) -> token ids`, `tokenizer`, `decoding` and the attributes that
+            `evaluate.TransformersEngine` names.
+        rank, processes: this process takes every `processes`-th batch. progress: a tqdm bar.
+
+    Returns:
+        `seconds`; `start_s`: those until the first batch was ready; `idle_s`: all of the others in which the engine did
+        not compute, for whatever reason.
+    """
+    keys, done, parent = [question["key"] for question in questions], answered(journal), os.getppid()
+    batches = batches_of(len(questions), batch_size)[rank::processes]
+    batches = [indices for indices in batches if any(keys[index] not in done for index in indices)]
+    rows = [question["row"] for question in questions]
+    started, busy_before, first = time.perf_counter(), engine.busy_s, None
+    for indices, prompts in encoded_batches(
+        encoder, rows, batches, num_workers=num_workers, strict=False, prepare=engine.prepare
+    ):
+        first = first or time.perf_counter()
+        if processes > 1 and os.getppid() != parent:
+            raise JournalError("The process that started this one has ended.")
+        found = {index: _fitting(prompt, engine) for index, prompt in zip(indices, prompts, strict=True)}
+        good = {index: prompt for index, prompt in found.items() if not isinstance(prompt, str)}
+        lines = [{**_name(questions[index]), "error": found[index]} for index in indices if index not in good]
+        if any(keys[index] not in done for index in good):
+            completions = engine.complete(list(good.values()), list(good))
+            lines += [
+                _answer(questions[index], good[index], ids, engine, encoder)
+                for index, ids in zip(good, completions, strict=True)
+            ]
+        lines = [line for line in lines if line["key"] not in done]
+        journal.append(lines)
+        if progress is not None:
+            progress.update(len(lines))
+    ended = time.perf_counter()
+    first = first or ended
+    idle_s = ended - first - (engine.busy_s - busy_before)
+    return {"seconds": ended - started, "start_s": first - started, "idle_s": idle_s}
+
+
+def _fitting(prompt: EncodedPrompt | str, engine) -> EncodedPrompt | str:
+    """A prompt, or the text of an error if its completion might not fit behind it."""
+    longest = engine.decoding.max_new_tokens
+    if isinstance(prompt, str) or len(prompt) + longest <= engine.context:
+        return prompt
+    return (
+        f"PromptTooLongError: its prompt has {len(prompt)} tokens; with {longest} new ones (max_new_tokens) that is "
+        f"over the model's context of {engine.context}. Lower the frames, their pixels or max_new_tokens."
+    )
+
+
+def _name(question: dict) -> dict:
+    names = {"key": question["key"], "position": question["position"]}
+    return {**names, "question_id": question["row"]["question_id"]}
+
+
+def _answer(question: dict, prompt: EncodedPrompt, ids: list[int], engine, encoder: PromptEncoder) -> dict:
+    described = describe_completion(ids, tokenizer=engine.tokenizer, ends=engine.ends)
+    return {
+        **_name(question),
+        "model_output": described.pop("completion"),
+        **described,
+        "prompt_tokens": len(prompt),
+        **media_sizes(prompt, encoder.config),
+        "media": prompt.media,
+        "prompt_template": encoder.template.hash,
+    }
+
+
+def media_sizes(prompt: EncodedPrompt, config) -> dict:
+    """`videos` and `images` of a prompt as [frames, height, width] and [height, width], and its `vision_tokens`."""
+    vision = config.vision_config
+    unit = [vision.temporal_patch_size, vision.patch_size, vision.patch_size]
+    grids = [[] if grid is None else grid.tolist() for grid in (prompt.video_grid_thw, prompt.image_grid_thw)]
+    videos, images = ([[n * size for n, size in zip(grid, unit)] for grid in kind] for kind in grids)
+    tokens = sum(t * h * w for kind in grids for t, h, w in kind) // vision.spatial_merge_size**2
+    return {"videos": videos, "images": [image[1:] for image in images], "vision_tokens": tokens}
+
+
+def write_outputs(files: OutputFiles, questions: list[dict], journal: Journal, settings: dict) -> list[dict]:
+    """Write the final files from a journal that has dealt with every row.
+
+    A row that failed stays in the list with an empty `model_output`, so that no score rises because a video could not
+    be read.
+
+    Returns:
+        The errors, in row order.
+
+    Raises:
+        JournalError: rows are missing.
+    """
+    if missing := [question["position"] for question in questions if question["key"] not in journal.lines]:
+        raise JournalError(f"{journal.path}: {len(missing)} rows are not answered yet (first: {missing[:5]}).")
+    lines = [journal.lines[question["key"]] for question in questions]
+    errors = [line for line in lines if "error" in line]
+    records = [{name: value for name, value in line.items() if name != "model_output"} for line in lines]
+    results = []
+    for question, line in zip(questions, lines, strict=True):
+        raw = question["raw"]
+        truth = raw["answer"] if "processed_question" in raw else raw["solution"]
+        results.append({"question": raw, "ground_truth": truth, "model_output": line.get("model_output", "")})
+    write_json(files.record, {"settings": settings, "errors": len(errors), "rows": records})
+    if errors:
+        write_json(files.errors, errors)
+    else:
+        files.errors.unlink(missing_ok=True)
+    write_json(files.output, results)
+    return errors
