@@ -83,7 +83,6 @@ class Part:
                 processing_class=encoder.processor,
                 encoder=encoder,
             )
-            self.trainer._prefix_checked = True  # compared below
         else:
             dataset = rows_to_dataset(rows)
             for name, value in (("chosen", "yes"), ("rejected", "no"), ("rejected_finished", True)):
@@ -96,7 +95,6 @@ class Part:
                 processing_class=encoder.processor,
                 encoder=encoder,
             )
-            self.trainer._checked = True
             if reference is not None:  # the policy has moved away from it
                 with torch.no_grad():
                     self.trainer.ref_model.lm_head.weight.mul_(1.1)
@@ -157,7 +155,7 @@ class Part:
             way: "ours", or "plain". pair: one of PAIRS.
             rows_at_once: of a GRPO group in one forward; the gradient is the same. Default: all.
         """
-        self.trainer.args.shared_prefix = way == "ours"
+        self.trainer.shares_prompts = way == "ours"  # compared below
         group, rows_at_once = len(self.ids), rows_at_once or len(self.ids)
         self.trainer.current_gradient_accumulation_steps = group // rows_at_once
         self.model.zero_grad()

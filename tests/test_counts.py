@@ -26,9 +26,8 @@ TWICE = {
 @pytest.fixture(autouse=True)
 def no_checks_at_the_start(monkeypatch):
     """They encode and score the first rows once more."""
-    for module in ("grpo.VideoGRPOTrainer._check_first_rows", "dpo.VideoDPOTrainer._check_first_pairs"):
-        monkeypatch.setattr(f"veripo_trl.trainers.{module}", lambda self, *args: None)
-    monkeypatch.setattr("veripo_trl.trainers.grpo.VideoGRPOTrainer._check_shared_prefix", lambda self, *args: None)
+    monkeypatch.setattr("veripo_trl.trainers.base.VideoMixin._check_first_rows", lambda self: None)
+    monkeypatch.setattr("veripo_trl.trainers.base.prefix_can_be_shared", lambda *args, **kwargs: True)
 
 
 def towers(trainer) -> list:

@@ -73,7 +73,7 @@ def perturb(model, scale=0.02):
 
 def scored(trainer, model, batch):
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-    return trainer._score(
+    return trainer._forward(
         model,
         batch["prompts"],
         batch["completion_width"],
@@ -90,6 +90,7 @@ def test_log_probs_are_a_plain_forwards(kind, shared, load, mixed_rows, tmp_path
     model, encoder = load(kind)
     dataset = pair_dataset([{**row, "question_id": "1"} for row in mixed_rows])
     trainer = make_trainer(model, encoder, dataset, tmp_path, shared_prefix=shared)
+    trainer.shares_prompts = shared
     batch = DPOCollator(encoder, max_length=None)(list(dataset))
     assert len({id(prompt) for prompt in batch["prompts"]}) == len(mixed_rows)  # encoded once each
     with torch.no_grad():
@@ -161,7 +162,6 @@ def test_loss_and_gradient_are_stock_dpos(modality, loss, shared, load, media_ro
     losses = []
     for trainer, batch in ((ours, ours_batch), (stock_trainer, stock_batch)):
         trainer.model.train()
-        trainer._checked = True
         loss_value = trainer.compute_loss(trainer.model, dict(batch))
         loss_value.backward()
         losses.append(loss_value.item())
@@ -261,7 +261,7 @@ def test_a_run_has_the_same_loss_curve_with_and_without_sharing(adapter, load, m
             learning_rate=1e-2, gradient_checkpointing=adapter,
         )  # fmt: skip
         trainer.train()
-        assert trainer.args.shared_prefix == shared
+        assert trainer.shares_prompts == shared
         curves.append([(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "grad_norm" in log])
     shared, plain = torch.tensor(curves)
     assert len(shared) == 3 and shared[0, 0] == pytest.approx(math.log(2), abs=1e-5)
@@ -271,10 +271,10 @@ def test_a_run_has_the_same_loss_curve_with_and_without_sharing(adapter, load, m
 
 def test_evaluating_before_training_checks_the_sharing(load, mixed_rows, tmp_path, monkeypatch):
     model, encoder = load()
-    monkeypatch.setattr("veripo_trl.trainers.dpo.prefix_can_be_shared", lambda *args, **kwargs: False)
+    monkeypatch.setattr("veripo_trl.trainers.base.prefix_can_be_shared", lambda *args, **kwargs: False)
     trainer = make_trainer(model, encoder, pair_dataset(mixed_rows), tmp_path)
     metrics = trainer.evaluate(pair_dataset(mixed_rows[:2]))
-    assert metrics["eval_loss"] == pytest.approx(math.log(2), abs=1e-5) and not trainer.args.shared_prefix
+    assert metrics["eval_loss"] == pytest.approx(math.log(2), abs=1e-5) and trainer.shares_prompts is False
 
 
 def test_gradient_checkpointing_gives_the_same_loss(load, mixed_rows, tmp_path):

@@ -530,7 +530,6 @@ def test_evaluation_chat_rollout_and_update_see_the_same(kind, load, model_paths
     trainer = make_trainer(
         model, encoder, [row], tmp_path, max_completion_length=2, beta=0.0, shared_prefix=False
     )
-    trainer._checked = True
     model.train()
     batch = next(iter(trainer.get_train_dataloader()))
     seen = Seen(model)

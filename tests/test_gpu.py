@@ -13,7 +13,8 @@ from veripo_trl.data.rows import rows_to_dataset
 from veripo_trl.model.encoding import media_inputs, vision_inputs
 from veripo_trl.shared_prompt import attention as prefix_attention
 from veripo_trl.shared_prompt.attention import PackedLayout, attend
-from veripo_trl.trainers.grpo import RolloutCollator, VideoGRPOConfig, VideoGRPOTrainer
+from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer
+from veripo_trl.trainers.loading import RolloutCollator
 from veripo_trl.trainers.sft import SFTCollator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "speed"))
@@ -104,7 +105,7 @@ def train(model, encoder, rows, tmp_path, reward_funcs, **options):
         processing_class=encoder.processor,
     )  # fmt: skip
     trainer.train()
-    assert trainer.accelerator.device.type == "cuda" and trainer.args.shared_prefix
+    assert trainer.accelerator.device.type == "cuda" and trainer.shares_prompts
     assert not torch.equal(model.lm_head.weight.detach().cpu(), before)
     return trainer
 

@@ -105,6 +105,8 @@ def test_a_repeat_that_must_be_generated_from_is_encoded_on_the_spot(load, media
 @pytest.mark.parametrize(
     "config, option, value",
     [
+        *((VideoGRPOConfig, "vllm", {name: value}) for name, value in [
+            ("seed", 1), ("stop", "no"), ("max_tokens", 3), ("temperature", 2.0), ("n", 2), ("suppress_tokens", [1])]),
         *((VideoGRPOConfig, "generation_kwargs", {name: value}) for name, value in [
             ("use_cache", False), ("num_beams", 2), ("cache_implementation", "static"), ("temperature", 2.0),
             ("max_new_tokens", 3), ("stop_strings", "no")]),
@@ -121,6 +123,8 @@ def test_a_repeat_that_must_be_generated_from_is_encoded_on_the_spot(load, media
 )  # fmt: skip
 def test_options_of_trl_that_do_not_fit_are_refused_by_name(config, option, value, tmp_path):
     options = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True}
+    if option == "vllm":
+        options, option = {**options, "use_vllm": True}, "generation_kwargs"
     with pytest.raises(ValueError, match=f"^{option}: .*{next(iter(value)) if isinstance(value, dict) else value}"):
         config(**options, **{option: value})
     config(**options)

@@ -11,7 +11,8 @@ from veripo_trl.data.prompts import build_messages
 from veripo_trl.data.rows import rows_to_dataset
 from veripo_trl.model.encoding import model_inputs
 from veripo_trl.shared_prompt.rollout import left_pad, sample_completions
-from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer, regroup
+from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer
+from veripo_trl.trainers.loading import regroup
 
 KINDS = ["qwen2_5_vl", "qwen3_vl"]
 
@@ -141,7 +142,7 @@ def test_update_sees_what_a_plain_forward_sees(kind, batch_size, vision, load, m
     found, entropies, _ = trainer._get_per_token_logps_and_entropies(
         model, ids, mask, width, batch_size=batch_size, compute_entropy=True
     )
-    trainer.args.shared_prefix = False
+    trainer.shares_prompts = False
     _, plain_entropies, _ = trainer._get_per_token_logps_and_entropies(model, ids, mask, width, compute_entropy=True)
     torch.testing.assert_close(entropies, plain_entropies, atol=1e-5, rtol=0)
     rows = [row for row in mixed_rows for _ in range(2)]

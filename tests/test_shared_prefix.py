@@ -522,7 +522,7 @@ def test_a_run_has_the_same_loss_curve_with_and_without(options, load, mixed_row
         give_completions(trainer, fixed_completions(encoder.processor.tokenizer, 10), monkeypatch)
         trainer.reward_funcs = [lambda completions, **kwargs: [float(n % 3) for n in range(len(completions))]]
         trainer.train()
-        assert trainer._prefix_checked == shared and trainer.args.shared_prefix == shared
+        assert trainer.shares_prompts == shared == trainer.args.shared_prefix
         curves.append([(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "grad_norm" in log])
     shared, plain = torch.tensor(curves)
     assert len(shared) == 3 and (shared[1:].abs() > 1e-3).all() and shared[0, 1] != shared[-1, 1]

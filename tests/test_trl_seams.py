@@ -12,6 +12,7 @@ from trl import DPOTrainer, GRPOConfig, GRPOTrainer, SFTTrainer
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
+from veripo_trl.trainers.base import VideoMixin
 from veripo_trl.trainers.checkpoints import CheckpointMixin
 from veripo_trl.trainers.dpo import VideoDPOTrainer
 from veripo_trl.trainers.grpo import VideoGRPOTrainer
@@ -20,7 +21,6 @@ from veripo_trl.trainers.sft import VideoSFTTrainer
 SEAMS = {
     (GRPOTrainer, "_get_dataloader"): "self dataset description batch_size sampler_fn is_training dataloader_key",
     (GRPOTrainer, "_get_train_sampler"): "self dataset",
-    (GRPOTrainer, "get_batch_samples"): "self epoch_iterator num_batches device",
     (GRPOTrainer, "_generate_and_score_completions"): "self inputs",
     (GRPOTrainer, "_tokenize_prompts"): "self prompts",
     (GRPOTrainer, "_generate_single_turn"): (
@@ -40,6 +40,8 @@ SEAMS = {
     (GRPOTrainer, "_load_rng_state"): "self checkpoint",
     (GRPOTrainer, "_load_callback_state"): "self",
     (Trainer, "get_train_dataloader"): "self",
+    (Trainer, "get_batch_samples"): "self epoch_iterator num_batches device",
+    (Trainer, "training_step"): "self model inputs num_items_in_batch",
     (Trainer, "_run_epoch"): (
         "self model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
         "start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch"
@@ -68,18 +70,15 @@ SEAMS = {
     ),
     (VLLMClient, "reset_prefix_cache"): "self",
     (VLLMClient, "get_server_info"): "self",
-    (SFTTrainer, "compute_loss"): "self model inputs return_outputs num_items_in_batch",
     (DPOTrainer, "_compute_loss"): "self model inputs return_outputs",
     (DPOTrainer, "compute_ref_log_probs"): "self model inputs",
     (DPOTrainer, "_save"): "self output_dir state_dict",
-    (DPOTrainer, "training_step"): "self args kwargs",
-    (DPOTrainer, "get_batch_samples"): "self epoch_iterator num_batches device",
 }
 
 
-@pytest.mark.parametrize(("place", "parameters"), SEAMS.items(), ids=lambda value: str(value)[:60])
-def test_seam(place, parameters):
-    owner, method = place
+@pytest.mark.parametrize(("seam", "parameters"), SEAMS.items(), ids=lambda value: str(value)[:60])
+def test_seam(seam, parameters):
+    owner, method = seam
     found = " ".join(inspect.signature(getattr(owner, method)).parameters)
     assert found == parameters, f"{owner.__name__}.{method} of TRL {trl.__version__} now takes ({found})"
 
@@ -87,17 +86,20 @@ def test_seam(place, parameters):
 CALLED = {"compute_ref_log_probs", "_finish_current_push", "save_model"}  # called by ours, not replaced
 
 
-@pytest.mark.parametrize("own", [VideoGRPOTrainer, VideoSFTTrainer, VideoDPOTrainer, CheckpointMixin])
+MIXINS = (VideoMixin, CheckpointMixin)  # before any trainer
+
+
+@pytest.mark.parametrize("own", [VideoGRPOTrainer, VideoSFTTrainer, VideoDPOTrainer, MIXINS])
 def test_every_override_is_listed(own):
     """A method of ours that replaces one of TRL's must stand above."""
-    parent = Trainer if own is CheckpointMixin else own.__bases__[-1]
-    overridden = {name for name in vars(own) if name in dir(parent) and not name.startswith("__")}
+    parent, own = (Trainer, own) if own is MIXINS else (own.__bases__[-1], [own])
+    overridden = {name for kind in own for name in vars(kind) if name in dir(parent) and not name.startswith("__")}
     overridden -= {"_abc_impl"}
     assert overridden == {method for owner, method in SEAMS if owner is parent} - CALLED
 
 
 def test_what_trl_asks_of_vllm():
-    """The calls that trainers/vllm.py answers in the place of vLLM's `LLM` and TRL's client."""
+    """The calls that vllm/training.py answers in the place of vLLM's `LLM` and TRL's client."""
     source = inspect.getsource(VLLMGeneration)
     for line in (
         "self.llm = LLM(", "self.vllm_client = VLLMClient(", "self.llm.reset_prefix_cache()",

@@ -17,7 +17,7 @@ from veripo_trl.errors import ConfigError
 from veripo_trl.model.encoding import vision_token_ids
 from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer
 from veripo_trl.vllm.inputs import EngineMismatchError, content_key, engine_options, longest_prompt, media_items
-from veripo_trl.vllm.training import GapWatch, bias_logits, largest_gap, prepare_config
+from veripo_trl.vllm.training import GapWatch, bias_logits, engine_config, largest_gap
 
 
 def named(*names):
@@ -138,19 +138,19 @@ def test_a_users_bias_stays_beside_the_bans(load, mixed_rows, tmp_path):
     _, encoder = load()
     config = VideoGRPOConfig(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, use_vllm=True, max_completion_length=100,
-        generation_kwargs={"seed": 1, "logit_bias": {"7": 3, 8: -1000.0}},
+        generation_kwargs={"min_tokens": 1, "logit_bias": {"7": 3, 8: -1000.0}},
     )  # fmt: skip
     datasets = [rows_to_dataset(mixed_rows)]
-    bias = prepare_config(config, encoder, banned=[5, 6], datasets=datasets)
-    assert bias == {7: 3.0, 8: -100.0, 5: -100.0, 6: -100.0}  # as vLLM clips them
-    assert config.generation_kwargs == {"seed": 1, "logit_bias": bias}
-    assert config.vllm_max_model_length == longest_prompt(encoder, datasets) + 100
+    changes = engine_config(config, encoder, banned=[5, 6], datasets=datasets)
+    bias = {7: 3.0, 8: -100.0, 5: -100.0, 6: -100.0}  # as vLLM clips them
+    assert changes["generation_kwargs"] == {"min_tokens": 1, "logit_bias": bias}
+    assert changes["vllm_max_model_length"] == longest_prompt(encoder, datasets) + 100
+    assert config.generation_kwargs["logit_bias"] == {"7": 3, 8: -1000.0} and config.vllm_max_model_length is None
     config.vllm_max_model_length = 500
-    prepare_config(config, encoder, banned=[], datasets=datasets)
-    assert config.vllm_max_model_length == 500
+    assert "vllm_max_model_length" not in engine_config(config, encoder, banned=[], datasets=datasets)
     config.vllm_model_impl = "transformers"
     with pytest.raises(ValueError, match="vllm_model_impl"):
-        prepare_config(config, encoder, banned=[], datasets=datasets)
+        engine_config(config, encoder, banned=[], datasets=datasets)
 
 
 def test_the_trainer_renormalises_without_what_is_banned(load, mixed_rows, tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints: at a termination too, resumed as if nothing had happened, pushed while training goes on."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -44,7 +45,7 @@ class CheckpointMixin:
 
     def __init__(self, *args, **kwargs):
         # transformers' own saves between gradient and update, each process when its signal comes.
-        kwargs["args"].enable_jit_checkpoint = False
+        kwargs["args"] = with_changes(kwargs["args"], enable_jit_checkpoint=False)
         super().__init__(*args, **kwargs)
         self.started, self._train_started = time.time(), time.time()
         self.seconds = defaultdict(float)
@@ -194,7 +195,7 @@ class CheckpointMixin:
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push a checkpoint's model in the background: weights, configuration and processor, and nothing else of the
-        run's folder. A push that fails is told; the next one, and the last, send what is missing."""
+        run's folder. A push that fails is logged; the next one, and the last, send what is missing."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         if self.args.hub_always_push:
@@ -211,13 +212,23 @@ class CheckpointMixin:
             staged=Path(self.args.output_dir) / "_push",  # checkpoints are deleted while training goes on
             background=True,
         )
-        job.add_done_callback(lambda job: _tell(job, step))
+        job.add_done_callback(lambda job: _warn_of_failure(job, step))
         self.push_in_progress = PushInProgress([job])
 
 
-def _tell(job, step: int) -> None:
+def _warn_of_failure(job, step: int) -> None:
     if (error := job.exception()) is not None:
         logger.warning("The push of step %d failed; the last push sends what is missing. %s", step, error)
+
+
+def with_changes(args, **changes):
+    """A copy of a trainer's arguments with some of them changed, so that the caller's stay as they were given.
+
+    Not `dataclasses.replace`, which would resolve them all once more.
+    """
+    args = copy.copy(args)
+    vars(args).update(changes)
+    return args
 
 
 def content_hash(dataset) -> str:

@@ -19,17 +19,6 @@ class FramesIgnoredError(VeripoError):
     """The model's log-probabilities do not depend on the order of the frames."""
 
 
-def refuse_ignored(config, harmless: dict[str, tuple], why: str) -> None:
-    """Raise ValueError for an option of TRL's that would have no effect here.
-
-    Args:
-        harmless: for each such option its values that are none, or what is done anyway. why: a sentence.
-    """
-    for name, values in harmless.items():
-        if getattr(config, name) not in values:
-            raise ValueError(f"{name}: {getattr(config, name)!r} would be ignored. {why} Leave it out.")
-
-
 def prompt_log_probs(model, prompt: EncodedPrompt, *, config, device) -> torch.Tensor:
     """Log-probabilities of a prompt's text after its last vision token, shape (tokens,), without gradient.
 
@@ -59,14 +48,14 @@ def show_resolved_media(encoder: PromptEncoder, dataset) -> None:
         print(f"row {printable(prompt.question_id)}: {media}; prompt of {len(prompt)} tokens", flush=True)
 
 
-def check_frames_matter(model, encoder: PromptEncoder, dataset, *, accelerator, autocast) -> None:
+def check_frames_matter(model, encoder: PromptEncoder, dataset, *, accelerator) -> None:
     """Raise unless shuffling the frames of a video changes the model's log-probabilities.
 
     Takes the first row, among the first 64, whose encoded frames differ after shuffling. Every process runs the same
     forward passes; the main one decides.
 
     Args:
-        model: the wrapped model, with TRL's fused head. autocast: the trainer's autocast context factory.
+        model: the wrapped model, with TRL's fused head.
 
     Raises:
         FramesIgnoredError: with the row's id.
@@ -87,7 +76,7 @@ def check_frames_matter(model, encoder: PromptEncoder, dataset, *, accelerator, 
         return
     training = model.training
     model.eval()  # dropout would change log-probabilities by itself
-    with autocast():
+    with accelerator.autocast():
         before = prompt_log_probs(model, recorded, config=encoder.config, device=accelerator.device)
         after = prompt_log_probs(model, shuffled, config=encoder.config, device=accelerator.device)
     model.train(training)

@@ -33,8 +33,8 @@ BAN = -100.0  # the lowest bias that vLLM takes: e^-100 of the odds
 GAP_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
-def prepare_config(config, encoder: PromptEncoder, *, banned: list[int], datasets: list) -> dict[int, float]:
-    """Fill in what a `VideoGRPOConfig` leaves open about vLLM; returns the biases of the sampled logits.
+def engine_config(config, encoder: PromptEncoder, *, banned: list[int], datasets: list) -> dict:
+    """What a `VideoGRPOConfig` leaves open about vLLM: its options that change.
 
     Banned tokens join the user's own `logit_bias` in `generation_kwargs` (vLLM refuses `suppress_tokens`).
     """
@@ -43,17 +43,21 @@ def prepare_config(config, encoder: PromptEncoder, *, banned: list[int], dataset
             f"vllm_model_impl: expected 'vllm', whose positions and vision towers are checked against the trainer's, "
             f"got {config.vllm_model_impl!r}."
         )
-    given = dict(config.generation_kwargs or {})
+    given = config.generation_kwargs or {}
     bias = {int(token): float(value) for token, value in (given.get("logit_bias") or {}).items()}
     bias = {token: min(100.0, max(-100.0, value)) for token, value in bias.items()}  # as vLLM clips them
-    bias |= dict.fromkeys(banned, BAN)
-    config.generation_kwargs = {**given, "logit_bias": bias}
+    changes = {"generation_kwargs": {**given, "logit_bias": bias | dict.fromkeys(banned, BAN)}}
     if config.vllm_mode == "colocate" and config.vllm_max_model_length is None:
         # The model's own length (128k) would ask for more memory for keys and values than most GPUs have left.
         needed = longest_prompt(encoder, datasets) + config.max_completion_length
-        config.vllm_max_model_length = min(needed, encoder.config.get_text_config().max_position_embeddings)
-        logger.info("vllm_max_model_length: %d tokens", config.vllm_max_model_length)
-    return bias
+        changes["vllm_max_model_length"] = min(needed, encoder.config.get_text_config().max_position_embeddings)
+        logger.info("vllm_max_model_length: %d tokens", changes["vllm_max_model_length"])
+    return changes
+
+
+def engine_dtype(config, model) -> torch.dtype:
+    """What the engine computes in: as the trainer does, the policy's dtype or, under autocast, that one."""
+    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else model.dtype
 
 
 def bias_logits(model, bias: dict[int, float]) -> None:
@@ -78,10 +82,7 @@ def trl_engine(config, encoder: PromptEncoder, *, model, datasets: list):
     """While this is entered, TRL's vLLM backend makes engines and clients that take encoded prompts as "images".
 
     Args:
-        model: the policy, whose dtype the engine gets; under autocast the dtype that the trainer computes in.
-
-    Yields:
-        That dtype.
+        config: with what `engine_config` changes. model: the policy.
     """
     from trl.import_utils import is_vllm_available
 
@@ -89,10 +90,9 @@ def trl_engine(config, encoder: PromptEncoder, *, model, datasets: list):
         raise ImportError("use_vllm=true needs vLLM, which is not installed: pip install 'veripo_trl[vllm]'")
     from trl.generation import vllm_generation
 
-    dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else model.dtype
     options = engine_options(
         encoder,
-        dtype=dtype,
+        dtype=engine_dtype(config, model),
         max_images=max(1, *(len(images) for dataset in datasets for images in dataset["images"])),
         max_videos=max(1, *(len(videos) for dataset in datasets for videos in dataset["videos"])),
     )
@@ -100,7 +100,7 @@ def trl_engine(config, encoder: PromptEncoder, *, model, datasets: list):
     engine = engine_class(vllm_generation.LLM, {**options, "revision": getattr(encoder.config, "_commit_hash", None)})
     client = client_class(vllm_generation.VLLMClient, encoder.config, options)
     with patch.object(vllm_generation, "LLM", engine), patch.object(vllm_generation, "VLLMClient", client):
-        yield dtype
+        yield
 
 
 def engine_class(base: type, options: dict) -> type:

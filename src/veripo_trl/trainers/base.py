@@ -1,0 +1,131 @@
+"""What the trainers of SFT, DPO and GRPO have in common: options, start-up, the first batch's checks, scoring, times."""
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from peft import PeftModel
+
+from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder, check_vision_tokens
+from veripo_trl.model.policy import copy_adapter_to_reference
+from veripo_trl.model.positions import use_trained_positions
+from veripo_trl.shared_prompt.scoring import prefix_can_be_shared, score_completions
+from veripo_trl.trainers.checkpoints import CheckpointMixin, with_changes
+from veripo_trl.trainers.guards import check_frames_matter, show_resolved_media
+
+
+@dataclass
+class VideoConfig:
+    """For a config of TRL's: put before it among the bases.
+
+    Attributes:
+        UNUSED: options of TRL's that would have no effect here, or a wrong one, each with the values that are accepted.
+        BECAUSE: a sentence that says why.
+    """
+
+    hub_private_repo: bool | None = field(default=True, metadata={"help": "Whether a pushed repository is private."})
+
+    UNUSED: ClassVar[dict[str, tuple]] = {}
+    BECAUSE: ClassVar[str] = ""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, accepted in self.UNUSED.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not supported. {self.BECAUSE} Leave it out.")
+
+
+class VideoMixin(CheckpointMixin):
+    """For a trainer of TRL's: put before it among the bases.
+
+    Args:
+        encoder: turns a row into ids, positions and vision tensors; the trainer sees prompts through it only.
+
+    Attributes:
+        args: a copy of the settings that were given, with what was left open filled in.
+        shares_prompts: whether a prompt is computed once for its completions; None until the first batch decides it.
+    """
+
+    ref_model = None  # SFT has none
+    step_name = "step"  # of a training step in `seconds`
+
+    def __init__(self, *args, encoder: PromptEncoder, **kwargs):
+        kwargs["args"] = with_changes(kwargs["args"], remove_unused_columns=False)
+        super().__init__(*args, **kwargs)
+        self.encoder = encoder
+        self.shares_prompts: bool | None = None
+        self._checked = False
+        if isinstance(self.model, PeftModel):
+            copy_adapter_to_reference(self.model)
+        use_trained_positions(self.accelerator.unwrap_model(self.model))
+        if self.ref_model is not None:
+            use_trained_positions(self.accelerator.unwrap_model(self.ref_model))
+            self.ref_model.requires_grad_(False)  # its vision tower is frozen: it takes the policy's features
+
+    # The first batch
+
+    def training_step(self, *args, **kwargs):
+        if not self._checked:
+            self._checked = True
+            self._check_first_rows()
+        with self._timed(self.step_name):
+            loss = super().training_step(*args, **kwargs)
+            if self.accelerator.device.type == "cuda":  # else the clock stops before the kernels do
+                torch.cuda.synchronize()
+        return loss
+
+    def _check_first_rows(self) -> None:
+        """Show what the first rows became, and stop where the order of frames changes nothing. Entered by all."""
+        if self.accelerator.is_main_process:
+            show_resolved_media(self.encoder, self.train_dataset)
+        check_frames_matter(self.model_wrapped, self.encoder, self.train_dataset, accelerator=self.accelerator)
+
+    def _decide_sharing(self, model, prompt: EncodedPrompt) -> None:
+        """Before the first scoring: does a prompt computed once give what plain rows give? Entered by every process."""
+        if self.shares_prompts is None:
+            self.shares_prompts = self.args.shared_prefix and prefix_can_be_shared(
+                model,
+                self._unwrapped(model),
+                prompt,
+                pad_token_id=self._tokenizer.pad_token_id,
+                accelerator=self.accelerator,
+            )
+
+    # Scoring
+
+    def _score(self, model, prompts: list[EncodedPrompt], input_ids, attention_mask, width: int):
+        """TRL's fused output for the last `width` tokens of each row, see `score_completions`.
+
+        Args:
+            model: wrapped for its backend. prompts: one per row of `input_ids`, `attention_mask` (rows, length).
+        """
+        check_vision_tokens(input_ids, prompts, self.encoder.config)
+        with self.accelerator.autocast():
+            return score_completions(
+                model,
+                self._unwrapped(model),
+                prompts,
+                input_ids[:, -width:],
+                attention_mask[:, -width:],
+                pad_token_id=self._tokenizer.pad_token_id,
+                shared=self.shares_prompts,
+            )
+
+    def _unwrapped(self, model) -> torch.nn.Module:
+        """A model without the wrappers of its backend and of PEFT."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        return unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
+
+    # Times
+
+    @contextmanager
+    def _timed(self, part: str):
+        started = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - started
+
+    def get_batch_samples(self, *args, **kwargs):
+        with self._timed("wait for data"):
+            return super().get_batch_samples(*args, **kwargs)
