@@ -356,15 +356,16 @@ class VideoGRPOTrainer(VideoMixin, GRPOTrainer):
         """TRL's, for the rows of `self._active`: their media and positions come from the encoded prompts."""
         self._decide_sharing(model, self._active[0])
         size = batch_size or len(input_ids)
-        parts = [slice(start, start + size) for start in range(0, len(input_ids), size)]
         outputs = [
             self._score(model, self._active[rows], input_ids[rows], attention_mask[rows], logits_to_keep)
-            for rows in parts
+            for rows in (slice(start, start + size) for start in range(0, len(input_ids), size))
         ]
-        aux_losses = [output.aux_loss for output in outputs]
+        logps, entropies, aux_losses = (
+            [getattr(output, name) for output in outputs] for name in ("log_probs", "entropy", "aux_loss")
+        )
         return (
-            torch.cat([output.log_probs for output in outputs]),
-            torch.cat([output.entropy for output in outputs]),
+            torch.cat(logps),
+            None if entropies[0] is None else torch.cat(entropies),  # a reference's head gives none
             None if aux_losses[0] is None else torch.stack(aux_losses).mean(),
         )
 
