@@ -22,7 +22,8 @@ from models import SHAPES, random_model, video_questions
 from timing import alternate
 
 from veripo_trl.files.tables import print_table, write_json
-from veripo_trl.model.encoding import model_inputs, vision_token_ids
+from veripo_trl.model.encoding import vision_token_ids
+from veripo_trl.model.inputs import model_inputs
 from veripo_trl.model.positions import use_trained_positions
 from veripo_trl.shared_prompt.rollout import left_pad, sample_completions
 

@@ -39,7 +39,7 @@ from machine import describe_machine
 from models import SIDE, random_model, video_questions
 
 from veripo_trl.data.rows import rows_to_dataset
-from veripo_trl.model import encoding
+from veripo_trl.model import inputs
 from veripo_trl.recipe import stages
 from veripo_trl.shared_prompt.scoring import HALF_BOUND, score_completions
 from veripo_trl.trainers.dpo import VideoDPOConfig, VideoDPOTrainer
@@ -127,7 +127,7 @@ class Part:
 
     def hold_features(self) -> None:
         if self.prompt.features is None:
-            encoding.vision_inputs(self.base, [self.prompt], self.device)
+            inputs.vision_inputs(self.base, [self.prompt], self.device)
 
     def _batch(self, rows: slice) -> dict:
         ids, mask = self.ids[rows], self.mask[rows]
@@ -181,7 +181,7 @@ class Part:
     def _as_stock(self, way: str, pair: str):
         """Stock trainers hand pixels to every forward, which encodes them for every row."""
         if way == "plain" and pair == "everything":
-            return mock.patch.object(encoding, "tower_is_frozen", lambda tower: False)
+            return mock.patch.object(inputs, "tower_is_frozen", lambda tower: False)
         return contextlib.nullcontext()
 
     def results(self, way: str, *, rows_at_once: int | None = None) -> dict:

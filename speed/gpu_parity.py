@@ -10,8 +10,9 @@ from gpu_update import kernel_name
 from models import made_up_prompt, question, random_model, striped_clip
 from trl.trainer.utils import add_fused_lm_head
 
-from veripo_trl.model import encoding
-from veripo_trl.model.encoding import EncodedPrompt, vision_inputs
+from veripo_trl.model import inputs
+from veripo_trl.model.encoding import EncodedPrompt
+from veripo_trl.model.inputs import vision_inputs
 from veripo_trl.model.positions import use_trained_positions
 from veripo_trl.recipe import stages
 from veripo_trl.shared_prompt import attention as prefix_attention
@@ -128,11 +129,11 @@ def features(device: str, shape: str) -> dict:
     ids, mask = (tensor[: len(prompts)] for tensor in completions(device))
     arguments = (model, model, prompts, ids, mask)
     with_features = score_rows(*arguments, pad_token_id=0).log_probs
-    frozen, encoding.tower_is_frozen = encoding.tower_is_frozen, lambda tower: False
+    frozen, inputs.tower_is_frozen = inputs.tower_is_frozen, lambda tower: False
     try:
         with_pixels = score_rows(*arguments, pad_token_id=0).log_probs
     finally:
-        encoding.tower_is_frozen = frozen
+        inputs.tower_is_frozen = frozen
     log_probs = float((with_features - with_pixels).abs().max())
     return verdict({"features": apart, "log_probs": log_probs}, apart <= 1e-4 and log_probs <= FLOAT32_BOUND)
 

@@ -23,7 +23,7 @@ from on_gpu import ends_with_its_parent
 from timing import alternate
 from torch.utils.data import DataLoader
 
-from veripo_trl.model.encoding import vision_inputs
+from veripo_trl.model.inputs import vision_inputs
 from veripo_trl.model.positions import use_trained_positions
 from veripo_trl.shared_prompt.rollout import sample_completions
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from veripo_trl.model.encoding import model_inputs
+from veripo_trl.model.inputs import model_inputs
 from veripo_trl.shared_prompt import rollout as generation
 from veripo_trl.shared_prompt.rollout import RoomyLayer, left_pad, sample_completions
 from veripo_trl.trainers.grpo import SAMPLING

@@ -11,7 +11,7 @@ from test_grpo_parity import fixed_completions, give_completions, make_trainer
 from trl.trainer.utils import add_fused_lm_head
 
 from veripo_trl.model import features
-from veripo_trl.model.encoding import vision_inputs
+from veripo_trl.model.inputs import vision_inputs
 from veripo_trl.shared_prompt import attention as prefix_attention
 from veripo_trl.shared_prompt import scoring as shared_prefix
 from veripo_trl.shared_prompt.attention import PackedLayout, attend

@@ -7,7 +7,7 @@ import torch
 from conftest import make_row, write_video
 from vllm import LLM, SamplingParams
 
-from veripo_trl.model.encoding import model_inputs
+from veripo_trl.model.inputs import model_inputs
 from veripo_trl.vllm import inputs as vllm_rollouts
 from veripo_trl.vllm.inputs import EngineMismatchError, engine_options, generate_with_vllm, vllm_inputs
 

@@ -1,4 +1,4 @@
-"""Vision features of prompts, computed once by a frozen tower and held with the prompt."""
+"""Vision features of prompts, computed once by a frozen tower and cached with the prompt."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ _COMPARED: WeakKeyDictionary = WeakKeyDictionary()
 
 
 @dataclass
-class HeldFeatures:
+class CachedFeatures:
     """One prompt's features, by kind. On the host: 8,000 tokens of a 7B model in bfloat16 are 59 MB.
 
     Attributes:
@@ -40,8 +40,8 @@ def tower_version(tower) -> int:
     return sum(parameter._version for parameter in tower.parameters())
 
 
-def held_features(model, prompts: list, device) -> dict:
-    """`mm_encoder_outputs` for a forward over `prompts`, in row order; computes what no prompt holds yet.
+def cached_features(model, prompts: list, device) -> dict:
+    """`mm_encoder_outputs` for a forward over `prompts`, in row order; computes what is not cached with a prompt yet.
 
     Args:
         model: the unwrapped Qwen-VL model, with a frozen vision tower.
@@ -49,14 +49,14 @@ def held_features(model, prompts: list, device) -> dict:
     tower = model.model.visual
     unique = {id(prompt): prompt for prompt in prompts}
     found = {key: find(prompt, tower) for key, prompt in unique.items()}
-    missing = [unique[key] for key, held in found.items() if held is None]
+    missing = [unique[key] for key, cached in found.items() if cached is None]
     if missing:
         compute(model, missing, device)
         found |= {id(prompt): prompt.features[tower] for prompt in missing}
     outputs = {}
     rows = [found[id(prompt)] for prompt in prompts]
     for kind in PIXELS:
-        own = [held for held in rows if kind in held.items]
+        own = [cached for cached in rows if kind in cached.items]
         if not own:
             continue
         moved: dict[int, torch.Tensor] = {}  # rows of a group share theirs on the device, too
@@ -66,23 +66,23 @@ def held_features(model, prompts: list, device) -> dict:
                 moved[id(tensor)] = tensor.to(device, non_blocking=True)
             return moved[id(tensor)]
 
-        items = tuple(on_device(item) for held in own for item in held.items[kind])
+        items = tuple(on_device(item) for cached in own for item in cached.items[kind])
         outputs[kind] = SimpleNamespace(pooler_output=items)
         if kind in own[0].levels:  # Qwen3-VL feeds features of several depths to its first layers
             outputs[kind].deepstack_features = [
-                tuple(on_device(item) for held in own for item in held.levels[kind][depth])
+                tuple(on_device(item) for cached in own for item in cached.levels[kind][depth])
                 for depth in range(len(own[0].levels[kind]))
             ]
     return {"mm_encoder_outputs": outputs} if outputs else {}
 
 
-def find(prompt, tower) -> HeldFeatures | None:
+def find(prompt, tower) -> CachedFeatures | None:
     """Features that `tower`, or another frozen one with the same weights, made of a prompt; None if they are stale."""
     if prompt.features is None:
         return None
-    for other, held in prompt.features.items():
-        if held.version == tower_version(other) and (other is tower or same_weights(tower, other)):
-            return held
+    for other, cached in prompt.features.items():
+        if cached.version == tower_version(other) and (other is tower or same_weights(tower, other)):
+            return cached
     return None
 
 
@@ -110,7 +110,7 @@ def compute(model, prompts: list, device) -> None:
     version = tower_version(tower)
     for prompt in prompts:
         prompt.features = WeakKeyDictionary() if prompt.features is None else prompt.features
-        prompt.features[tower] = HeldFeatures(version, {}, {})
+        prompt.features[tower] = CachedFeatures(version, {}, {})
     for kind, pixels in PIXELS.items():
         owners = [prompt for prompt in prompts if getattr(prompt, pixels) is not None]
         if not owners:
@@ -125,7 +125,7 @@ def compute(model, prompts: list, device) -> None:
         items = iter(output.pooler_output)
         levels = [iter(level) for level in output.get("deepstack_features") or []]
         for prompt, grid in zip(owners, grids, strict=True):
-            held = prompt.features[tower]
-            held.items[kind] = [next(items).cpu() for _ in grid]
+            cached = prompt.features[tower]
+            cached.items[kind] = [next(items).cpu() for _ in grid]
             if levels:
-                held.levels[kind] = [[next(level).cpu() for _ in grid] for level in levels]
+                cached.levels[kind] = [[next(level).cpu() for _ in grid] for level in levels]

@@ -6,7 +6,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-from veripo_trl.model.encoding import EncodedPrompt, model_inputs
+from veripo_trl.model.encoding import EncodedPrompt
+from veripo_trl.model.inputs import model_inputs
 
 
 def left_pad(prompts: list[EncodedPrompt], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:

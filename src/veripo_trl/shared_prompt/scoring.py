@@ -13,7 +13,8 @@ import torch
 from transformers.utils import logging
 from trl.trainer.utils import FusedCausalLMOutput
 
-from veripo_trl.model.encoding import EncodedPrompt, model_inputs, vision_inputs
+from veripo_trl.model.encoding import EncodedPrompt
+from veripo_trl.model.inputs import model_inputs, vision_inputs
 from veripo_trl.shared_prompt.attention import PackedLayout, kernel_difference, use_shared_prefix
 from veripo_trl.shared_prompt.rollout import left_pad
 

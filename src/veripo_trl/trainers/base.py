@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from peft import PeftModel
 
-from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder, check_vision_tokens
+from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder
+from veripo_trl.model.inputs import check_vision_tokens
 from veripo_trl.model.policy import copy_adapter_to_reference
 from veripo_trl.model.positions import use_trained_positions
 from veripo_trl.shared_prompt.scoring import prefix_can_be_shared, score_completions

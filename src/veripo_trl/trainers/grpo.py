@@ -28,7 +28,8 @@ from trl.trainer import grpo_trainer
 
 from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.errors import VeripoError, settings_checked
-from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder, encode_unique, vision_inputs, vision_token_ids
+from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder, encode_unique, vision_token_ids
+from veripo_trl.model.inputs import vision_inputs
 from veripo_trl.shared_prompt.rollout import cut_at_end, sample_completions, whole_groups
 from veripo_trl.trainers.base import VideoConfig, VideoMixin
 from veripo_trl.trainers.checkpoints import with_changes

@@ -7,7 +7,8 @@ from accelerate.utils import broadcast_object_list
 
 from veripo_trl.errors import VeripoError
 from veripo_trl.files.tables import printable
-from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder, model_inputs
+from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder
+from veripo_trl.model.inputs import model_inputs
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,8 @@ from trl import SFTConfig, SFTTrainer
 from veripo_trl.data.prompts import build_target
 from veripo_trl.data.rows import RowError
 from veripo_trl.errors import settings_checked
-from veripo_trl.model.encoding import PromptEncoder, model_inputs
+from veripo_trl.model.encoding import PromptEncoder
+from veripo_trl.model.inputs import model_inputs
 from veripo_trl.trainers.base import VideoConfig, VideoMixin
 from veripo_trl.trainers.checkpoints import with_changes
 from veripo_trl.trainers.loading import with_answers
