@@ -164,7 +164,7 @@ def run_vllm(llm, prompts, group: int, completion: int, banned: list[int]) -> li
         ignore_eos=True,
         logit_bias={token: -100.0 for token in banned},
     )
-    outputs = generate_with_vllm(llm, vllm_inputs(llm, prompts), params)
+    outputs = generate_with_vllm(llm, vllm_inputs(llm, prompts), [params] * len(prompts))
     return [list(sample.token_ids) for output in outputs for sample in output.outputs]
 
 

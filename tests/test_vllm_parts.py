@@ -50,13 +50,15 @@ WATCHED = {
 @pytest.mark.parametrize("name", WATCHED)
 def test_a_run_stops_at_its_first_gap(name, tmp_path, caplog):
     batches, changes, stops_at, warnings = WATCHED[name]
-    config = VideoGRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, top_p=0.9, **changes)
+    config = VideoGRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, use_vllm=True, top_p=0.9,
+                             generation_kwargs={"min_tokens": 3, "logit_bias": {1: -100.0}}, **changes)  # fmt: skip
     accelerator = SimpleNamespace(gather=lambda value: value, device=torch.device("cpu"))
     watch = GapWatch(config, dtype=torch.float32, accelerator=accelerator)
     for place, (step, gap) in enumerate(batches):
         given = (torch.zeros(1, 1), torch.full((1, 1), gap), torch.ones(1, 1), named("the row"))
         if place == stops_at:
-            with pytest.raises(EngineMismatchError, match=rf"at step {step}.*'the row'.*Likely causes: .*'top_p': 0.9"):
+            causes = "Likely causes: {'top_p': 0.9, 'min_tokens': 3}"
+            with pytest.raises(EngineMismatchError, match=rf"at step {step}.*'the row'.*{causes}"):
                 watch.check(*given, step=step)
             return
         with caplog.at_level(logging.WARNING):

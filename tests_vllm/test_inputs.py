@@ -8,7 +8,7 @@ from conftest import make_row, write_video
 from vllm import LLM, SamplingParams
 
 from veripo_trl.model.inputs import model_inputs
-from veripo_trl.vllm import inputs as vllm_rollouts
+from veripo_trl.vllm import inputs as vllm_media
 from veripo_trl.vllm.inputs import EngineMismatchError, engine_options, generate_with_vllm, vllm_inputs
 
 KINDS = ["qwen2_5_vl", "qwen3_vl"]
@@ -40,7 +40,7 @@ def sampled(engine, prompts, **options):
     params = SamplingParams(**{"max_tokens": 8, "logprobs": 0, "n": 2, "temperature": 1.0, **options})
     return [
         [(list(o.token_ids), [next(iter(t.values())).logprob for t in o.logprobs]) for o in request.outputs]
-        for request in generate_with_vllm(engine, vllm_inputs(engine, prompts), params)
+        for request in generate_with_vllm(engine, vllm_inputs(engine, prompts), [params] * len(prompts))
     ]
 
 
@@ -77,7 +77,7 @@ def test_a_name_stands_for_one_content(kind, engines, media_root, tmp_path):
     for prompt in prompts:
         ((ids, log_probs),) = sampled(engine, [prompt], n=1, temperature=0.0)[0]
         assert log_probs == pytest.approx(scored(model, encoder, prompt, ids), abs=1e-4)
-    keys = [[vllm_rollouts.content_key(i) for i in vllm_rollouts.media_items(p, encoder.config)] for p in prompts]
+    keys = [[vllm_media.content_key(i) for i in vllm_media.media_items(p, encoder.config)] for p in prompts]
     assert keys[0] != keys[1]
     # Qwen3-VL has the time in its text, and its pictures really are the same.
     assert (keys[0] == keys[2]) == (kind == "qwen3_vl" and torch.equal(*[p.pixel_values_videos for p in prompts[::2]]))

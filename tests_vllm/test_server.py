@@ -108,5 +108,5 @@ def test_a_server_with_other_settings_is_refused(server):
         },
     }
     for name, change in wrong.items():
-        with pytest.raises(EngineMismatchError, match=name):
+        with pytest.raises(EngineMismatchError, match=f"runs with {name} "):
             check_server({**info, "model_config": {**info["model_config"], **change}}, options, url)

@@ -181,17 +181,17 @@ def test_a_wrong_setting_stops_the_run_at_its_first_batch(name, load, mixed_rows
 
 def test_a_wrong_frame_rate_stops_the_run(load, mixed_rows, tmp_path, monkeypatch):
     """Both lines of defence: the positions are compared, and were they not, the log-probabilities are."""
-    from veripo_trl.vllm import inputs as vllm_rollouts
+    from veripo_trl.vllm import inputs
 
-    fields = vllm_rollouts.engine_fields
+    fields = inputs.engine_fields
     monkeypatch.setattr(
-        vllm_rollouts, "engine_fields", lambda item: fields({**item, "seconds": item["seconds"] and 2 / 24})
+        inputs, "engine_fields", lambda item: fields({**item, "seconds": item["seconds"] and 2 / 24})
     )
     model, encoder = load()
     trainer = make_trainer(model, encoder, mixed_rows[2:3], tmp_path)
     with pytest.raises(EngineMismatchError, match="position"):
         trainer.train()
-    monkeypatch.setattr(vllm_rollouts, "check_positions", lambda *args: None)
+    monkeypatch.setattr(inputs, "check_positions", lambda *args: None)
     with pytest.raises(EngineMismatchError, match="nats a token apart at step 0"):
         trainer.train()
 

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 LANGUAGE_MODEL_LINEAR = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 SETTINGS_FILE = "veripo_trl.json"  # in a policy's folder
-# What it says of how the policy was trained to see, and what holds where a policy says nothing. Pixels are per frame.
+# What it says of how the policy was trained to see, and the defaults where a policy says nothing. Pixels are per frame.
 SEEING = {
     "prompt_template": "default",
     "fps": 2.0,
@@ -80,7 +80,7 @@ def load_policy(
     with_adapter = adapter is not None or lora is not None
     if train_vision_tower and with_adapter:
         raise ValueError(
-            "train_vision_tower=true was given with a LoRA adapter, which holds the language model's layers only: the "
+            "train_vision_tower=true was given with a LoRA adapter, which has the language model's layers only: the "
             "vision tower's changes would not be saved. Set train_vision_tower: false, or train full weights "
             "(use_peft: false)."
         )
@@ -92,8 +92,7 @@ def load_policy(
     base_weights = weights_hash(base, base_revision) if with_adapter else None
     if adapter is not None:
         check_base(model_name_or_path, revision, base, base_weights)
-    architecture = getattr(transformers, SUPPORTED[model_type])
-    model = architecture.from_pretrained(
+    model = getattr(transformers, SUPPORTED[model_type]).from_pretrained(
         base,
         revision=base_revision,
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -102,13 +101,8 @@ def load_policy(
         device_map=device_map,
     )
     if quantization_config is not None:
-        from bitsandbytes.nn import Linear4bit
-
-        for module in model.modules():
-            if isinstance(module, Linear4bit):
-                # Else `eval()` packs the weights on some CPUs, which round otherwise and train no more.
-                module.support_avx512bf16_for_cpu = False
-    # Transformers has a place for it, never saved, and fills it no more. vLLM is to load the same one.
+        keep_weights_unpacked(model)
+    # transformers has this attribute, saves it never and fills it no more. vLLM is to load the same revision.
     model.config._commit_hash = base_revision
     processor = AutoProcessor.from_pretrained(base, revision=base_revision, padding_side="left")
     if not train_vision_tower:
@@ -131,6 +125,16 @@ def load_policy(
     if with_adapter:
         model.base_weights = base_weights  # what `save_settings` records
     return model, processor
+
+
+def keep_weights_unpacked(model) -> None:
+    """Switch off bitsandbytes' packing of 4-bit weights in `eval()` on some CPUs: packed, they round otherwise and train
+    no more."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def copy_adapter_to_reference(model) -> None:

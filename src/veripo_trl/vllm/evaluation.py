@@ -5,9 +5,7 @@ import time
 
 from veripo_trl.evaluate.generate import Decoding, end_ids
 from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder, vision_token_ids
-from veripo_trl.vllm.inputs import engine_options, generate_with_vllm, longest_prompt, name_media, vllm_inputs
-
-BANNED = -100.0  # added to a logit; vLLM has no list of suppressed tokens
+from veripo_trl.vllm.inputs import BAN, engine_options, generate_with_vllm, longest_prompt, name_media, vllm_inputs
 
 
 class VLLMEngine:
@@ -48,7 +46,7 @@ class VLLMEngine:
         self.prepare = functools.partial(name_media, config=encoder.config)
         self.busy_s = 0.0
 
-    def complete(self, prompts: list[EncodedPrompt], places: list[int], *, samples: int = 1) -> list[list[int]]:
+    def complete(self, prompts: list[EncodedPrompt], indices: list[int], *, samples: int = 1) -> list[list[int]]:
         """As `evaluate.TransformersEngine.complete`; each row's sampling has a seed of its own."""
         from vllm import SamplingParams
 
@@ -60,11 +58,11 @@ class VLLMEngine:
                 temperature=0.0 if decoding.greedy else decoding.temperature,
                 top_p=1.0 if decoding.greedy else decoding.top_p,
                 repetition_penalty=decoding.repetition_penalty,
-                seed=None if decoding.greedy else decoding.seed_of(place),
-                logit_bias={token: BANNED for token in self.banned},
+                seed=None if decoding.greedy else decoding.seed_of(index),
+                logit_bias=dict.fromkeys(self.banned, BAN),
                 stop_token_ids=self.ends,
             )
-            for place in places
+            for index in indices
         ]
         inputs = vllm_inputs(self.llm, prompts)
         started = time.perf_counter()

@@ -10,16 +10,17 @@ Written for vLLM 0.30, which is imported only where it is used.
 import functools
 import hashlib
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
 from veripo_trl.errors import VeripoError
 from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder
+from veripo_trl.model.features import PIXELS
 from veripo_trl.model.positions import media_runs
 
-PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+BAN = -100.0  # added to a logit, the lowest that vLLM takes: e^-100 of the odds. It has no list of suppressed tokens.
 
 
 class EngineMismatchError(VeripoError):
@@ -68,14 +69,14 @@ def media_items(prompt: EncodedPrompt, config) -> list[dict]:
 
 def _blocks(kind: str, pixels, grids: list, seconds, as_pictures: bool) -> Iterator[dict]:
     start = 0
-    for place, (t, h, w) in enumerate(grids):
+    for index, (t, h, w) in enumerate(grids):
         for shape in [(1, h, w)] * t if as_pictures else [(t, h, w)]:
             end = start + int(np.prod(shape))
             yield {
                 "kind": kind,
                 "pixels": pixels[start:end],
                 "grid": np.array(shape, dtype=np.int64),
-                "seconds": seconds[place] if kind == "video" else None,
+                "seconds": seconds[index] if kind == "video" else None,
             }
             start = end
 
@@ -135,12 +136,28 @@ def check_positions(prompt: EncodedPrompt, items: list[dict], fields: list, conf
         positions = functools.partial(Model.get_mrope_input_positions, model)
     found = positions(input_tokens=prompt.input_ids.tolist(), mm_features=features)[0].numpy()
     if not np.array_equal(found, prompt.positions):
-        place = int((found != prompt.positions).any(0).argmax()) if found.shape == prompt.positions.shape else 0
+        first = int((found != prompt.positions).any(0).argmax()) if found.shape == prompt.positions.shape else 0
         raise EngineMismatchError(
-            f"Row {prompt.question_id!r}: vLLM would give token {place} the position {found[:, place].tolist()} "
-            f"(time, height, width), the trainer gives it {prompt.positions[:, place].tolist()}. They disagree on the "
+            f"Row {prompt.question_id!r}: vLLM would give token {first} the position {found[:, first].tolist()} "
+            f"(time, height, width), the trainer gives it {prompt.positions[:, first].tolist()}. They disagree on the "
             f"video's frame rate or on the rule for positions: use the vLLM version that this project pins."
         )
+
+
+def prepared_media(prompt: EncodedPrompt, config) -> list[tuple]:
+    """(item of `media_items`, its `engine_fields`, its content key) of each image and video, positions compared."""
+    items = media_items(prompt, config)
+    fields = [engine_fields(item) for item in items]
+    check_positions(prompt, items, fields, config)
+    return list(zip(items, fields, prompt.content_keys or map(content_key, items), strict=True))
+
+
+def by_kind(media: list[tuple], value: Callable) -> dict[str, list]:
+    """`value(item, fields, key)` of each prepared item, in lists by its kind."""
+    found: dict[str, list] = {}
+    for item, fields, key in media:
+        found.setdefault(item["kind"], []).append(value(item, fields, key))
+    return found
 
 
 def engine_input(prompt: EncodedPrompt, config):
@@ -148,44 +165,33 @@ def engine_input(prompt: EncodedPrompt, config):
     from vllm.inputs.engine import mm_input, tokens_input
     from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
 
-    items = media_items(prompt, config)
-    fields = [engine_fields(item) for item in items]
-    check_positions(prompt, items, fields, config)
-    ids = prompt.input_ids.tolist()
-    if not items:
+    ids, media = prompt.input_ids.tolist(), prepared_media(prompt, config)
+    if not media:
         return tokens_input(ids)
-    kwargs, hashes, places = {}, {}, {}
-    keys = prompt.content_keys or [content_key(item) for item in items]
-    for item, data, key in zip(items, fields, keys, strict=True):
-        kwargs.setdefault(item["kind"], []).append(data)
-        hashes.setdefault(item["kind"], []).append(key)
-        place = PlaceholderRange(offset=item["offset"], length=item["length"])
-        places.setdefault(item["kind"], []).append(place)
-    return mm_input(ids, MultiModalKwargsItems(kwargs), hashes, places)
+    return mm_input(
+        ids,
+        MultiModalKwargsItems(by_kind(media, lambda item, fields, key: fields)),
+        by_kind(media, lambda item, fields, key: key),
+        by_kind(media, lambda item, fields, key: PlaceholderRange(offset=item["offset"], length=item["length"])),
+    )
 
 
 def server_features(prompt: EncodedPrompt, config) -> dict:
     """A prompt's media as TRL's `VLLMGeneration` passes them from `image_features` to `generate` of its client.
 
-    `veripo_trl` holds the features for the server, None for text. TRL itself reads and replaces
+    `veripo_trl` has the features for the server, None for text. TRL itself reads and replaces
     `mm_placeholders["image"]`, one entry for each run of image tokens.
     """
     from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import encode_mm_kwargs_item
 
-    items = media_items(prompt, config)
-    fields = [engine_fields(item) for item in items]
-    check_positions(prompt, items, fields, config)
-    own: dict[str, dict] = {"mm_hashes": {}, "mm_placeholders": {}, "kwargs_data": {}}
-    for item, data in zip(items, fields, strict=True):
-        values = {
-            "mm_hashes": content_key(item),
-            "mm_placeholders": {"offset": item["offset"], "length": item["length"]},
-            "kwargs_data": encode_mm_kwargs_item(data),
-        }
-        for name, value in values.items():
-            own[name].setdefault(item["kind"], []).append(value)
+    media = prepared_media(prompt, config)
+    own = {
+        "mm_hashes": by_kind(media, lambda item, fields, key: key),
+        "mm_placeholders": by_kind(media, lambda item, *_: {"offset": item["offset"], "length": item["length"]}),
+        "kwargs_data": by_kind(media, lambda item, fields, key: encode_mm_kwargs_item(fields)),
+    }
     images = 0 if prompt.image_grid_thw is None else len(prompt.image_grid_thw)
-    return {"mm_placeholders": {"image": [None] * images}, "veripo_trl": own if items else None}
+    return {"mm_placeholders": {"image": [None] * images}, "veripo_trl": own if media else None}
 
 
 def vllm_inputs(llm, prompts: list[EncodedPrompt]) -> list:
@@ -200,24 +206,19 @@ def vllm_inputs(llm, prompts: list[EncodedPrompt]) -> list:
     if llm.model_config.multimodal_config.mm_device_do_normalize:
         raise EngineMismatchError(
             "This engine normalises pixels itself, and ours are normalised already. Make it with "
-            "LLM(…, mm_device_do_normalize=False), see vllm_rollouts.engine_options."
+            "LLM(…, mm_device_do_normalize=False), see vllm.inputs.engine_options."
         )
     return [engine_input(prompt, llm.model_config.hf_config) for prompt in prompts]
 
 
-def generate_with_vllm(llm, inputs: list, sampling_params) -> list:
-    """Run `vllm_inputs` through the engine; one `RequestOutput` per input, in order.
-
-    Args:
-        sampling_params: a `vllm.SamplingParams` for all inputs, or one for each.
+def generate_with_vllm(llm, inputs: list, sampling_params: list) -> list:
+    """Run `vllm_inputs` through the engine, each with its `vllm.SamplingParams`; one `RequestOutput` per input, in order.
 
     Raises:
         ValueError: a prompt and its completion do not fit into the engine's context, where vLLM would cut it short.
     """
-    from vllm import RequestOutput, SamplingParams
+    from vllm import RequestOutput
 
-    if isinstance(sampling_params, SamplingParams):
-        sampling_params = [sampling_params] * len(inputs)
     for item, params in zip(inputs, sampling_params, strict=True):
         check_length(len(item["prompt_token_ids"]), params.max_tokens, llm.model_config.max_model_len)
     # The public `LLM.generate` renders once more and drops a video that was handed over.
@@ -235,7 +236,7 @@ def check_length(prompt_tokens: int, completion_tokens: int, limit: int) -> None
 
 
 def engine_options(encoder: PromptEncoder, *, dtype: torch.dtype, max_images: int = 1, max_videos: int = 1) -> dict:
-    """What `vllm.LLM` must be told so that it computes what the trainer does.
+    """The arguments of `vllm.LLM` with which it computes what the trainer does.
 
     The sizes of the largest image and video are what vLLM reserves memory for; one must fit into one batch.
     """

@@ -15,6 +15,7 @@ from torch import nn
 from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder
 from veripo_trl.shared_prompt.rollout import distinct_neighbours
 from veripo_trl.vllm.inputs import (
+    BAN,
     EngineMismatchError,
     check_length,
     engine_options,
@@ -26,7 +27,6 @@ from veripo_trl.vllm.inputs import (
 
 logger = logging.getLogger(__name__)
 
-BAN = -100.0  # the lowest bias that vLLM takes: e^-100 of the odds
 # Bounds on the gap between the engine's and the trainer's log-probabilities (`prompt_gaps`), by the weights' dtype.
 # On the tiny model it is 1e-6 in float32. Real bfloat16 models are reported to have 0.03 to 0.04 nats a token on
 # average, and single tokens up to 0.5, by rounding alone (huggingface/trl#6789, ServiceNow/Fast-LLM#525).
@@ -116,9 +116,9 @@ def engine_class(base: type, options: dict) -> type:
             Neighbours that share a prompt become one request for as many samples. In the order of the completions.
             """
             rows = [row["multi_modal_data"]["image"] for row in prompts]
-            unique, place = distinct_neighbours(rows)
+            unique, index = distinct_neighbours(rows)
             params = []
-            for count in np.bincount(place).tolist():
+            for count in np.bincount(index).tolist():
                 params.append(sampling_params.clone())
                 params[-1].n = count
             return generate_with_vllm(self, vllm_inputs(self, unique), params)
@@ -146,7 +146,7 @@ def client_class(base: type, config, options: dict) -> type:
         def generate(self, prompts, features, **kwargs):
             for ids in prompts:
                 check_length(len(ids), kwargs["max_tokens"], self.max_model_len)
-            # Without the place that TRL gave to each image: it looks for no videos.
+            # Without the placeholders that TRL gave to the images: it looks for no videos.
             own = [item["veripo_trl"] for item in features]
             return super().generate(prompts=prompts, features=own, **kwargs)
 
@@ -160,20 +160,15 @@ def client_class(base: type, config, options: dict) -> type:
 def check_server(info: dict, options: dict, url: str) -> int:
     """Raise unless a server was started with the options that an engine of ours gets; returns its context length."""
     model = info["model_config"]
-    found = {
-        "--dtype": str(model["dtype"]).removeprefix("torch."),
-        "--logprobs-mode": model["logprobs_mode"],
-        "--mm-device-do-normalize": model["multimodal_config"]["mm_device_do_normalize"],
+    normalize = model["multimodal_config"]["mm_device_do_normalize"]
+    checked = {  # what was found, what is expected
+        "--dtype": (str(model["dtype"]).removeprefix("torch."), options["dtype"]),
+        "--logprobs-mode": (model["logprobs_mode"], "processed_logprobs"),
+        "--mm-device-do-normalize": (normalize, False),
     }
-    expected = {
-        "--dtype": options["dtype"],
-        "--logprobs-mode": "processed_logprobs",
-        "--mm-device-do-normalize": False,
-    }
-    wrong = {name: value for name, value in found.items() if value != expected[name]}
-    if wrong:
+    if wrong := [f"{name} {found}, not {expected}" for name, (found, expected) in checked.items() if found != expected]:
         raise EngineMismatchError(
-            f"The vLLM server at {url} runs with {wrong}; expected {expected}. Start it with: VLLM_SERVER_DEV_MODE=1 "
+            f"The vLLM server at {url} runs with {', '.join(wrong)}. Start it with: VLLM_SERVER_DEV_MODE=1 "
             f"vllm serve MODEL --host 127.0.0.1 --dtype {options['dtype']} --logprobs-mode processed_logprobs "
             f"--no-mm-device-do-normalize --enable-scale-out --mm-processor-cache-gb 0 "
             """--weight-transfer-config '{"backend": "nccl"}'"""
@@ -196,11 +191,11 @@ def largest_gap(engine, trained, mask, prompts: list[EncodedPrompt]) -> tuple[fl
     """
     known = mask.bool() & ~torch.isnan(engine)
     apart = (trained - engine).abs().float().masked_fill(~known, 0.0)
-    unique, place = distinct_neighbours(prompts)
-    place = torch.tensor(place, device=apart.device)
+    unique, index = distinct_neighbours(prompts)
+    index = torch.tensor(index, device=apart.device)
     sums, counts = (torch.zeros(len(unique), device=apart.device) for _ in range(2))
-    sums.index_add_(0, place, apart.sum(1))
-    counts.index_add_(0, place, known.sum(1).float())
+    sums.index_add_(0, index, apart.sum(1))
+    counts.index_add_(0, index, known.sum(1).float())
     gaps = sums / counts.clamp(min=1)
     return gaps.max().item(), unique[int(gaps.argmax())].question_id
 
@@ -238,18 +233,16 @@ class GapWatch:
     def causes(self) -> list[str]:
         """What can be wrong, likeliest first."""
         config, found = self.config, []
-        truncated = {
-            name: getattr(config, name)
-            for name, neutral in (("top_p", (1.0,)), ("top_k", (0, -1, None)), ("min_p", (0.0, None)))
-            if getattr(config, name) not in neutral
-        }
-        if config.repetition_penalty != 1.0:
-            truncated["repetition_penalty"] = config.repetition_penalty
-        if truncated:
-            found.append(f"{truncated}, which vLLM's log-probabilities contain and the trainer's do not")
+        neutral = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (0.0, None), "repetition_penalty": (1.0,)}
+        drawn = {name: getattr(config, name) for name, none in neutral.items() if getattr(config, name) not in none}
+        drawn |= {name: value for name, value in (config.generation_kwargs or {}).items() if name != "logit_bias"}
+        if drawn:
+            found.append(f"{drawn}, which vLLM's log-probabilities contain and the trainer's do not")
         if len(self.steps) > 1:
             found.append("weights, or features of the old weights, that were not replaced in the engine after an update")
-        found.append("another frame rate, size or normalisation of pixels in the engine")
-        found.append("another dtype or other weights in the engine than in the trainer")
-        found.append("a version of vLLM that this project was not tested with (it pins one)")
-        return found
+        return [
+            *found,
+            "another frame rate, size or normalisation of pixels in the engine",
+            "another dtype or other weights in the engine than in the trainer",
+            "a version of vLLM that this project was not tested with (it pins one)",
+        ]
