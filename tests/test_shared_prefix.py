@@ -307,7 +307,7 @@ def test_the_last_layer_leaves_out_the_prefix(fused, batches, monkeypatch):
     model, _ = fused("qwen2_5_vl", full)
     prompts, ids, mask = batches("qwen2_5_vl")
     packed = shared_prefix.Packed(prompts, ids, mask)
-    whole, segments = packed.input_ids.size(1), packed.places.numel()
+    whole, segments = packed.input_ids.size(1), packed.flat_index.numel()
     widths, queries = [], []
     for layer in model.model.language_model.layers:
         layer.mlp.down_proj.register_forward_pre_hook(lambda module, args: widths.append(args[0].size(1)))
@@ -502,7 +502,7 @@ def test_a_vision_token_in_a_completion_is_refused(fused, batches):
     prompts, ids, mask = batches("qwen2_5_vl")
     ids = ids.clone()
     ids[1, 1] = encoder.config.video_token_id
-    with pytest.raises(RuntimeError, match="A completion holds video token"):
+    with pytest.raises(RuntimeError, match="A completion has video token"):
         score(model, (prompts, ids, mask), shared=True)
 
 

@@ -250,40 +250,41 @@ def adapter_config(model_name_or_path: str, revision: str | None = None) -> dict
 def find_base(model_name_or_path: str, revision: str | None = None) -> tuple:
     """(an adapter's config or None; name, revision and type of the model that is loaded first: itself, or the adapter's
     base), without looking at weights. Raises as `load_policy` does."""
-    adapter = adapter_config(model_name_or_path, revision)
-    base, base_revision, model_type = _base_model(model_name_or_path, revision, adapter)
+    adapter, base = adapter_config(model_name_or_path, revision), model_name_or_path
+    if adapter is not None:
+        base, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
+    try:
+        model_type = _model_type(base, revision)
+    except FileNotFoundError as error:
+        if adapter is None:
+            raise FileNotFoundError(f"{base!r} (looked from {Path.cwd()}): {error}") from error
+        raise FileNotFoundError(
+            f"The base model {base!r} of the adapter {model_name_or_path!r} cannot be loaded (looked from "
+            f"{Path.cwd()}): {error}. Start where the adapter was trained, or correct base_model_name_or_path in its "
+            f"adapter_config.json."
+        ) from error
     if model_type not in SUPPORTED:
         raise ValueError(
             f"{base!r} is a model of type {model_type!r}. Expected one of {sorted(SUPPORTED)}: positions and "
             f"video inputs are known for these only."
         )
-    return adapter, base, base_revision, model_type
+    return adapter, base, revision, model_type
 
 
-def _base_model(model_name_or_path: str, revision: str | None, adapter: dict | None):
-    """(name, revision, model type) of the model that is loaded first: itself, or an adapter's base."""
-    base = model_name_or_path
-    if adapter is not None:
-        base, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
-    if not base:
-        reason = "it names none"
-    elif not Path(base).is_dir() and is_local(base):
-        reason = "no such folder"
-    else:
-        try:
-            model_type = PreTrainedConfig.get_config_dict(base, revision=revision)[0].get("model_type")
-            if model_type is not None:
-                return base, revision, model_type
-            reason = "no config.json with a model_type in it"
-        except OSError as error:
-            reason = f"{'' if Path(base).is_dir() else 'no such folder, and as a name on the Hub: '}{error}"
-    if adapter is None:
-        raise FileNotFoundError(f"{base!r} (looked from {Path.cwd()}): {reason}")
-    raise FileNotFoundError(
-        f"The base model {base!r} of the adapter {model_name_or_path!r} cannot be loaded (looked from {Path.cwd()}): "
-        f"{reason}. Start where the adapter was trained, or correct base_model_name_or_path in its "
-        f"adapter_config.json."
-    )
+def _model_type(name: str | None, revision: str | None) -> str:
+    """`model_type` of a model's config.json; the reason where there is none, as a FileNotFoundError."""
+    if not name:
+        raise FileNotFoundError("it names none")
+    if not Path(name).is_dir() and is_local(name):
+        raise FileNotFoundError("no such folder")
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    except OSError as error:
+        where = "" if Path(name).is_dir() else "no such folder, and as a name on the Hub: "
+        raise FileNotFoundError(f"{where}{error}") from error
+    if config.get("model_type") is None:
+        raise FileNotFoundError("no config.json with a model_type in it")
+    return config["model_type"]
 
 
 def share_weights(folder: str | Path) -> None:

@@ -66,8 +66,8 @@ def mrope_positions(
     for items in blocks.values():
         items.reverse()  # popped from the end below
 
-    parts: list[np.ndarray] = []
-    position = 0
+    parts: list[np.ndarray] = []  # (3, tokens) each
+    position = 0  # of the next token, in all three axes
     for kind, start, end in media_runs(
         input_ids, image_token_id=config.image_token_id, video_token_id=config.video_token_id
     ):
@@ -78,14 +78,15 @@ def mrope_positions(
         while start < end:
             if not blocks[kind]:
                 raise ValueError(
-                    f"The prompt holds {end - start} more {kind} tokens than its {kind} grids account for. Expected "
+                    f"The prompt has {end - start} more {kind} tokens than its {kind} grids account for. Expected "
                     f"grids of {_tokens(image_grid_thw, merge)} image and {_tokens(video_grid_thw, merge)} video tokens."
                 )
             t, h, w, step = blocks[kind].pop()
             time = np.array([math.floor(i * step) for i in range(t)])
+            # (3, t, h, w) flattened to (3, t · h · w): time, row and column of each token, in the order of its ids
             grid = np.stack(np.meshgrid(time, np.arange(h), np.arange(w), indexing="ij")).reshape(3, -1) + position
             parts.append(grid)
-            position = int(grid.max()) + 1
+            position = int(grid.max()) + 1  # behind the largest in any axis: the trained rule
             start += t * h * w
         if start != end:
             raise ValueError(
@@ -159,7 +160,7 @@ def use_trained_positions(model) -> None:
 
 
 def _take(grids, tokens: int, merge: int) -> list[list[int]]:
-    """The next grids that together hold `tokens` merged vision tokens."""
+    """The next grids that together make `tokens` merged vision tokens."""
     taken: list[list[int]] = []
     while tokens > 0:
         grid = next(grids)

@@ -1,6 +1,6 @@
 """Attention over a packed sequence in which several segments share one prefix.
 
-A packed sequence holds one row: the prefixes of all groups, then the segments of all groups in the same order. A prefix
+A packed sequence is one row: the prefixes of all groups, then the segments of all groups in the same order. A prefix
 sees itself, a segment sees its group's prefix and itself, both causally. For two groups with prefixes P1, P2 and
 segments a, b of the first and c of the second (rows are queries, columns keys):
 
@@ -11,13 +11,17 @@ segments a, b of the first and c of the second (rows are queries, columns keys):
         b   2   .   .   1   .
         c   .   2   .   .   1
 
-The two results of a segment's query are merged by their log-sum-exp. No key is copied and no token padded.
+Forward. Of one query, with scores s_j = scale · query · key_j and L = log Σ_j exp(s_j) (the log-sum-exp), attention is
+out = Σ_j exp(s_j - L) v_j. Call 1 sums over the segment's own keys and returns (out_1, L_1), call 2 over the prefix's
+and returns (out_2, L_2). Over all keys L = log(exp(L_1) + exp(L_2)) and out = exp(L_1 - L) out_1 + exp(L_2 - L) out_2:
+the two results are merged by their log-sum-exp. No key is copied and no token padded.
 
-Backward. With scores s, values v and L = log-sum-exp over all keys of a query, softmax attention is out = Σ exp(s - L) v.
-Its gradients are sums over keys too, and a key's term needs only its own s and v beside `out`, `L` and the gradient of
-`out`: d_s = p · (grad · v - grad · out) with p = exp(s - L). Flash attention's backward computes just that, from the
-`out` and `L` it is given. So each of the two calls, given the *merged* `out` and `L`, yields exactly its own keys' part
-of d_query, d_key and d_value, and the parts add up. (The same identity carries ring attention.)
+Backward. With g = ∂loss/∂out and the weights p_j = exp(s_j - L), softmax's derivative gives, for each key by itself,
+    ∂loss/∂v_j = p_j g,    ∂loss/∂s_j = p_j (g · v_j - g · out),
+and from ∂loss/∂s_j follow the gradients of key_j and, summed over j, of the query. A key's terms need no other key: all
+that the others do is in `out` and `L`. Flash attention's backward computes just these terms, from the `out` and `L` that
+it is given. So each call's backward, given the *merged* `out` and `L`, yields its own keys' terms of the whole attention,
+and the terms of the two calls add up. (The same identity carries ring attention.)
 
 Of a prefix in the last layer only keys and values are needed: its own attention and its MLP are left out there.
 """
@@ -192,7 +196,7 @@ def kernel_difference(*, heads: int, key_value_heads: int, size: int, dtype: tor
 
 
 class MergedAttention(torch.autograd.Function):
-    """The two attention calls of a packed sequence, merged. See the top of this file."""
+    """The two attention calls of a packed sequence, merged. Formulas: at the top of this file."""
 
     @staticmethod
     def forward(ctx, query, key, value, layout, scale, segments_only, kernel_forward, kernel_backward):
@@ -245,7 +249,10 @@ def zeros_before(tensor: torch.Tensor, count: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Which queries see which keys: piece i of the queries sees piece i of the keys."""
+    """Which queries see which keys: piece i of the queries sees piece i of the keys.
+
+    Lengths of the pieces on the host, and their ends, int32 (pieces + 1), 0 in front, on the device.
+    """
 
     queries: list[int]
     keys: list[int]
@@ -254,6 +261,7 @@ class Pieces:
 
 
 def own_pieces(layout: PackedLayout, segments_only: bool) -> Pieces:
+    """Call 1: every prefix and segment (or segments alone) on itself."""
     lengths = [length for group in layout.segments for length in group]
     if segments_only:
         return Pieces(lengths, lengths, layout.segment_ends, layout.segment_ends)
@@ -262,6 +270,7 @@ def own_pieces(layout: PackedLayout, segments_only: bool) -> Pieces:
 
 
 def on_prefixes(layout: PackedLayout) -> Pieces:
+    """Call 2: the segments of a group, which are neighbours, as one piece of queries on the group's prefix."""
     return Pieces([sum(group) for group in layout.segments], layout.prefixes, layout.group_ends, layout.prefix_ends)
 
 
@@ -269,7 +278,7 @@ def cpu_forward(query, key, value, pieces: Pieces, causal: bool, scale):
     """Output (tokens, heads, size) and log-sum-exp (heads, tokens), by the kernel of torch's own CPU attention."""
     out = torch.empty_like(query)
     lse = torch.empty(query.size(1), query.size(0), dtype=torch.float64 if query.dtype == torch.float64 else torch.float)
-    for count, q, k in slices(pieces):
+    for count, q, k in slices(pieces):  # as a batch of `count`: out (count, heads, tokens, size), lse without size
         own_out, own_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *(heads_first(tensor, count) for tensor in (query[q], key[k], value[k])), 0.0, causal, scale=scale
         )
@@ -278,14 +287,15 @@ def cpu_forward(query, key, value, pieces: Pieces, causal: bool, scale):
 
 
 def cpu_backward(grad, query, key, value, out, lse, pieces: Pieces, causal: bool, scale):
+    """Gradients of query, key and value, shaped like them, for the keys of `pieces`, given the merged `out` and `lse`."""
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     for count, q, k in slices(pieces):
         own = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(heads_first(tensor, count) for tensor in (grad[q], query[q], key[k], value[k], out[q])),
             lse[:, q].unflatten(1, (count, -1)).transpose(0, 1), 0.0, causal, scale=scale,
         )  # fmt: skip
-        for whole, part, place in zip(grads, own, (q, k, k), strict=True):
-            whole[place] = part.transpose(1, 2).flatten(0, 1)
+        for whole, part, rows in zip(grads, own, (q, k, k), strict=True):
+            whole[rows] = part.transpose(1, 2).flatten(0, 1)  # (count, heads, tokens, size) to (count × tokens, …)
     return grads
 
 
@@ -335,17 +345,19 @@ def attend_by_gathering(query, key, value, layout: PackedLayout, scale: float | 
     if query.is_cuda:  # with fewer key heads only the kernel that writes all scores down would do in float32
         key, value = (part.repeat_interleave(query.size(1) // part.size(1), dim=1) for part in (key, value))
     query, key, value = heads_first(query), heads_first(key), heads_first(value)
+    # From here (1, heads, tokens, size). Piece `index` of the sequence (prefixes, then segments) is tokens starts[index]
+    # to starts[index + 1].
     starts = cumulative([*layout.prefixes, *(length for group in layout.segments for length in group)])
-    prefixes = [slice(starts[place], starts[place + 1]) for place in range(len(layout.prefixes))]
+    prefixes = [slice(starts[index], starts[index + 1]) for index in range(len(layout.prefixes))]
     outputs = [attention(query[:, :, own], key[:, :, own], value[:, :, own], is_causal=True) for own in prefixes]
-    place = len(prefixes)
+    index = len(prefixes)
     for prefix, group in zip(prefixes, layout.segments, strict=True):
         for length in group:
-            own = slice(starts[place], starts[place + 1])
+            own = slice(starts[index], starts[index + 1])
             keys, values = (torch.cat([part[:, :, prefix], part[:, :, own]], dim=2) for part in (key, value))
             # Row i of a segment sees the whole prefix and the segment's first i + 1 tokens.
             seen = torch.ones(length, keys.size(2), dtype=torch.bool, device=keys.device)
             seen = seen.tril(diagonal=keys.size(2) - length)
             outputs.append(attention(query[:, :, own], keys, values, attn_mask=seen))
-            place += 1
+            index += 1
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)

@@ -22,14 +22,14 @@ def left_pad(prompts: list[EncodedPrompt], pad_token_id: int) -> tuple[torch.Ten
 
 
 def distinct_neighbours(prompts: list[EncodedPrompt]) -> tuple[list[EncodedPrompt], list[int]]:
-    """Prompts without repeats of the one before, and for each entry the place of its prompt among them."""
+    """Prompts without repeats of the one before, and for each entry the index of its prompt among them."""
     unique: list[EncodedPrompt] = []
-    place = []
+    index = []
     for prompt in prompts:
         if not unique or unique[-1] is not prompt:
             unique.append(prompt)
-        place.append(len(unique) - 1)
-    return unique, place
+        index.append(len(unique) - 1)
+    return unique, index
 
 
 def whole_groups(prompts: list[EncodedPrompt], size: int) -> list[list[EncodedPrompt]]:
@@ -63,7 +63,7 @@ class RoomyLayer(DynamicLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         start = self.keys.size(-2)
         end = start + key_states.size(-2)
-        # Whoever reorders the rows puts other tensors in their place.
+        # Reordering the rows replaces `keys` and `values` by other tensors: then these are copied once more.
         if end > self._room[0].size(-2) or self.keys.data_ptr() != self._room[0].data_ptr():
             self._room = tuple(grown(tensor, end + ROOM) for tensor in (self.keys, self.values))
         for room, states in zip(self._room, (key_states, value_states), strict=True):
@@ -93,13 +93,14 @@ def sample_completions(model, prompts: list[EncodedPrompt], *, pad_token_id: int
     Returns:
         int64 (len(prompts), new tokens), padded on the right with `pad_token_id`.
     """
-    unique, place = distinct_neighbours(prompts)
+    unique, index = distinct_neighbours(prompts)  # U prompts; of each of the R rows, the index of its prompt
     device = next(model.parameters()).device
-    input_ids, attention_mask = (tensor.to(device) for tensor in left_pad(unique, pad_token_id))
+    input_ids, attention_mask = (tensor.to(device) for tensor in left_pad(unique, pad_token_id))  # (U, P) each
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     inputs = model_inputs(unique, input_ids, completion_width=0, config=config, frozen_model=base)
-    positions = inputs.pop("position_ids")
-    # `generate` computes the last token of the prompt itself, since it needs its logits.
+    positions = inputs.pop("position_ids")  # (3, U, P)
+    # Prefill: keys and values (U, heads, P - 1, size) per layer. `generate` computes the last token of the prompt itself,
+    # since it needs its logits.
     cache = model(
         input_ids=input_ids[:, :-1],
         attention_mask=attention_mask[:, :-1],
@@ -108,8 +109,8 @@ def sample_completions(model, prompts: list[EncodedPrompt], *, pad_token_id: int
         logits_to_keep=1,
         **inputs,
     ).past_key_values
-    rows = torch.tensor(place, device=device)
-    for number, layer in enumerate(cache.layers):
+    rows = torch.tensor(index, device=device)
+    for number, layer in enumerate(cache.layers):  # repeated per row: (R, heads, P - 1, size)
         if type(layer) is DynamicLayer:
             cache.layers[number] = RoomyLayer(layer, rows)
         else:

@@ -46,7 +46,7 @@ def score_completions(
         TRL's fused output; its per-token fields have shape (rows, C) and are zero where masked.
 
     Raises:
-        RuntimeError: a completion holds the placeholder of an image or video.
+        RuntimeError: a completion has the placeholder token of an image or video.
     """
     if not shared or not can_share(unwrapped):
         return score_rows(model, unwrapped, prompts, completion_ids, completion_mask, pad_token_id=pad_token_id)
@@ -65,12 +65,12 @@ def score_completions(
     )
     if len(layout.layers) != unwrapped.config.get_text_config().num_hidden_layers:
         raise RuntimeError(f"Only the layers {sorted(layout.layers)} attended as packed. Set shared_prefix: false.")
-    places = packed.places.to(device)
+    flat_index = packed.flat_index.to(device)
     values = {field.name: getattr(output, field.name) for field in fields(output)}
     for name in PER_TOKEN:
-        if values[name] is not None:
+        if values[name] is not None:  # (1, segment tokens) to (rows, C)
             empty = values[name].new_zeros(completion_ids.numel())
-            values[name] = empty.scatter(0, places, values[name][0]).view(completion_ids.shape)
+            values[name] = empty.scatter(0, flat_index, values[name][0]).view(completion_ids.shape)
     return FusedCausalLMOutput(**values)
 
 
@@ -132,7 +132,7 @@ class Packed:
         segments: per distinct prompt, the lengths of its rows' segments: those of the completions, at least 1.
         input_ids: int64 (1, tokens). positions: int64 (3, 1, tokens).
         labels: int64 (1, segment tokens), what each of them predicts; -100 where nothing is scored.
-        places: int64 (segment tokens,), where each one's result belongs in the flattened (rows, C).
+        flat_index: int64 (segment tokens,), the index of each one's result in the flattened (rows, C).
     """
 
     def __init__(self, prompts: list[EncodedPrompt], completion_ids: torch.Tensor, completion_mask: torch.Tensor):
@@ -147,27 +147,27 @@ class Packed:
         self.segments = [[max(1, lengths[row]) for row in rows_of[id(prompt)]] for prompt in self.unique]
         ids = [torch.from_numpy(prompt.input_ids[:-1]) for prompt in self.unique]
         positions = [torch.from_numpy(prompt.positions[:, :-1]) for prompt in self.unique]
-        places = []
+        flat_index = []
         for prompt, segments in zip(self.unique, self.segments, strict=True):
             last, last_position = torch.from_numpy(prompt.input_ids[-1:]), torch.from_numpy(prompt.positions[:, -1:])
             for row, length in zip(rows_of[id(prompt)], segments, strict=True):
                 ids += [last, completion_ids[row, : length - 1]]
                 after = torch.arange(length - 1) + prompt.next_position
                 positions += [last_position, after.expand(3, -1)]
-                places.append(torch.arange(length) + row * width)
+                flat_index.append(torch.arange(length) + row * width)
         self.input_ids = torch.cat(ids)[None]
         self.positions = torch.cat(positions, dim=1)[:, None]
-        self.places = torch.cat(places)
+        self.flat_index = torch.cat(flat_index)
         labels = completion_ids.masked_fill(completion_mask == 0, -100)
-        self.labels = labels.flatten()[self.places][None]
+        self.labels = labels.flatten()[self.flat_index][None]
 
     def check_segments(self, config) -> None:
-        """Raise if a segment holds a vision token, which would be taken for a place of the prompt's features."""
+        """Raise if a segment has a vision token: the forward would put one of the prompt's features there."""
         segments = self.input_ids[:, sum(self.prefixes) :]
         for name, token_id in (("image", config.image_token_id), ("video", config.video_token_id)):
             if bool((segments == token_id).any()):
                 raise RuntimeError(
-                    f"A completion holds {name} token {token_id}. Expected text: vision tokens are never sampled, and a "
+                    f"A completion has {name} token {token_id}. Expected text: vision tokens are never sampled, and a "
                     f"prompt ends with its text. Rows: {[prompt.question_id for prompt in self.unique]}."
                 )
 

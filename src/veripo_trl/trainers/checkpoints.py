@@ -195,7 +195,7 @@ class CheckpointMixin:
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push a checkpoint's model in the background: weights, configuration and processor, and nothing else of the
-        run's folder. A push that fails is told; the next one, and the last, send what is missing."""
+        run's folder. A push that fails is warned of; the next one, and the last, send what is missing."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         if self.args.hub_always_push:
@@ -212,11 +212,11 @@ class CheckpointMixin:
             staged=Path(self.args.output_dir) / "_push",  # checkpoints are deleted while training goes on
             background=True,
         )
-        job.add_done_callback(lambda job: _tell(job, step))
+        job.add_done_callback(lambda job: _warn_of_failure(job, step))
         self.push_in_progress = PushInProgress([job])
 
 
-def _tell(job, step: int) -> None:
+def _warn_of_failure(job, step: int) -> None:
     if (error := job.exception()) is not None:
         logger.warning("The push of step %d failed; the last push sends what is missing. %s", step, error)
 
