@@ -236,7 +236,8 @@ def test_a_gathered_group_still_shares_its_prompt(load, mixed_rows):
 @pytest.mark.parametrize("kind", ITEMS)
 def test_engine_options_hold_the_largest_media(kind, load):
     _, encoder = load(kind, max_frames=140, max_pixels=112 * 112)
-    options = engine_options(encoder, dtype=torch.bfloat16, max_images=2, max_videos=3)
+    rows = {"images": [[], ["a", "b"]], "videos": [["a", "b", "c"], []]}
+    options = engine_options(encoder, dtype=torch.bfloat16, datasets=[rows])
     side = encoder.loader.settings.size_factor
     assert options["dtype"] == "bfloat16" and options["mm_device_do_normalize"] is False
     assert options["max_num_batched_tokens"] >= max(4096, 70 * 112 * 112 // side**2)

@@ -16,7 +16,7 @@ MIXED = ["text", "image", "video", "two-videos", "image-and-video"]
 
 
 def make_engine(path, encoder, **changes):
-    options = engine_options(encoder, dtype=torch.float32, max_images=2, max_videos=2)
+    options = engine_options(encoder, dtype=torch.float32, datasets=[{"images": [[0] * 2], "videos": [[0] * 2]}])
     options |= {"max_model_len": 1024, "max_num_seqs": 4, "enforce_eager": True, "logprobs_mode": "processed_logprobs"}
     return LLM(str(path), **{**options, **changes})
 

@@ -81,8 +81,7 @@ def load_policy(
     if train_vision_tower and with_adapter:
         raise ValueError(
             "train_vision_tower=true was given with a LoRA adapter, which has the language model's layers only: the "
-            "vision tower's changes would not be saved. Set train_vision_tower: false, or train full weights "
-            "(use_peft: false)."
+            "vision tower's changes would not be saved. Set train_vision_tower: false, or use_peft: false."
         )
     if quantization_config is not None and not with_adapter and trainable:
         raise ValueError(
@@ -102,29 +101,31 @@ def load_policy(
     )
     if quantization_config is not None:
         keep_weights_unpacked(model)
-    # transformers has this attribute, saves it never and fills it no more. vLLM is to load the same revision.
+    # An attribute of transformers' that is never saved and no longer filled. vLLM is to load the same revision.
     model.config._commit_hash = base_revision
     processor = AutoProcessor.from_pretrained(base, revision=base_revision, padding_side="left")
     if not train_vision_tower:
         model.model.visual.requires_grad_(False)
-    if adapter is not None:
-        from peft import PeftModel
-
-        if lora is not None:
-            logger.warning(
-                "%s is an adapter: it goes on training with its own rank and targets; the LoRA options of this run "
-                "are not used.",
-                model_name_or_path,
-            )
-        model = PeftModel.from_pretrained(model, model_name_or_path, revision=revision, is_trainable=trainable)
-    elif lora is not None:
-        from peft import get_peft_model
-
-        # The adapter records the revision, so that the next stage loads the same base.
-        model = get_peft_model(model, lora, revision=revision)
     if with_adapter:
+        model = _put_adapter(model, model_name_or_path, revision, adapter is not None, lora, trainable)
         model.base_weights = base_weights  # what `save_settings` records
     return model, processor
+
+
+def _put_adapter(model, name: str, revision: str | None, saved: bool, lora, trainable: bool):
+    """A base model with its adapter: the one that is `saved` under a name, else a new one."""
+    from peft import PeftModel, get_peft_model
+
+    if not saved:
+        # The adapter records the revision, so that the next stage loads the same base.
+        return get_peft_model(model, lora, revision=revision)
+    if lora is not None:
+        logger.warning(
+            "%s is an adapter: it goes on training with its own rank and targets; the LoRA options of this run are not "
+            "used.",
+            name,
+        )
+    return PeftModel.from_pretrained(model, name, revision=revision, is_trainable=trainable)
 
 
 def keep_weights_unpacked(model) -> None:

@@ -1,15 +1,16 @@
 """GRPO on text, image and video rows: what TRL's `GRPOTrainer` leaves out, and nothing else.
 
-Where a method that changes GRPO hooks in (as a mixin before `VideoGRPOTrainer`, calling `super()`):
+A method that changes GRPO is a mixin before `VideoGRPOTrainer` whose overrides call `super()`. It hooks in at one of five
+places:
 
-1. rewards: functions in `reward_funcs`, a column each. One that needs all rows and columns at once overrides
-   `_calculate_rewards` and gets the gathered (rows, functions).
-2. extra rollouts of a prompt, scored and not trained: appended to the rows in `_generate_and_score_completions`, or to
-   `self._active` in `_generate_single_turn`, and cut off behind it; they fill a reward column.
-3. advantages: `inputs["advantages"]`, (rows,) or (rows, C), in `_compute_loss`, or in
-   `_get_per_token_logps_and_entropies`, behind whose log-probabilities TRL's loss reads them.
-4. which rows, and how they look: `_get_train_sampler`; what it yields with a row's index reaches `loading.MarkedRows`
-   and the collator.
+1. rewards: functions in `reward_funcs`, a column each. What needs all rows and columns at once overrides
+   `_calculate_rewards`, which returns (rows of all processes, functions).
+2. extra rollouts of a prompt, scored and not trained: `_generate_single_turn`. Append to `self._active` (and to
+   `prompt_ids`), cut the completions off again, and fill a reward column from them in `_calculate_rewards`.
+3. advantages: `_compute_loss`. TRL's loss takes `inputs["advantages"]` as (rows,) or (rows, C), and reads them after
+   `_get_per_token_logps_and_entropies`, where a weight that depends on the log-probabilities can still be put.
+4. which rows, and how they look: `_get_train_sampler`. What the sampler yields with a row's index reaches
+   `loading.MarkedRows` and the collator in the loader's workers, and is repeated on resume.
 5. problem types: nothing here, see `veripo_trl.answers` and the prompt templates.
 """
 

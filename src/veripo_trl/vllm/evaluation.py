@@ -30,7 +30,6 @@ class VLLMEngine:
         from vllm import LLM
 
         self.tokenizer, self.decoding = encoder.processor.tokenizer, decoding
-        images, videos = (max(1, *(len(row[kind]) for row in rows)) for kind in ("images", "videos"))
         columns = {name: [row[name] for row in rows] for name in ("problem", "options", "videos", "images")}
         context = encoder.config.get_text_config().max_position_embeddings
         self.context = min(context, longest_prompt(encoder, [columns]) + decoding.max_new_tokens)
@@ -38,7 +37,7 @@ class VLLMEngine:
             model=model_path,
             seed=decoding.seed,
             max_model_len=self.context,
-            **engine_options(encoder, dtype=dtype, max_images=images, max_videos=videos),
+            **engine_options(encoder, dtype=dtype, datasets=[columns]),
             **llm_options,
         )
         self.banned = vision_token_ids(encoder.processor, encoder.config)

@@ -10,7 +10,7 @@ Written for vLLM 0.30, which is imported only where it is used.
 import functools
 import hashlib
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -235,11 +235,17 @@ def check_length(prompt_tokens: int, completion_tokens: int, limit: int) -> None
         )
 
 
-def engine_options(encoder: PromptEncoder, *, dtype: torch.dtype, max_images: int = 1, max_videos: int = 1) -> dict:
+def engine_options(encoder: PromptEncoder, *, dtype: torch.dtype, datasets: Sequence = ()) -> dict:
     """The arguments of `vllm.LLM` with which it computes what the trainer does.
 
     The sizes of the largest image and video are what vLLM reserves memory for; one must fit into one batch.
+
+    Args:
+        datasets: what will be asked, with the columns `images` and `videos`, for the most of them in one row.
     """
+    max_images, max_videos = (
+        max([1, *(len(media) for dataset in datasets for media in dataset[kind])]) for kind in ("images", "videos")
+    )
     settings = encoder.loader.settings
     side, image_side = (int(pixels**0.5) for pixels in (settings.max_pixels, encoder.max_image_pixels))
     if has_timed_videos(encoder.config):

@@ -90,12 +90,7 @@ def trl_engine(config, encoder: PromptEncoder, *, model, datasets: list):
         raise ImportError("use_vllm=true needs vLLM, which is not installed: pip install 'veripo_trl[vllm]'")
     from trl.generation import vllm_generation
 
-    options = engine_options(
-        encoder,
-        dtype=engine_dtype(config, model),
-        max_images=max(1, *(len(images) for dataset in datasets for images in dataset["images"])),
-        max_videos=max(1, *(len(videos) for dataset in datasets for videos in dataset["videos"])),
-    )
+    options = engine_options(encoder, dtype=engine_dtype(config, model), datasets=datasets)
     # What the policy was loaded from on the Hub (`load_policy` says it); TRL passes no revision.
     engine = engine_class(vllm_generation.LLM, {**options, "revision": getattr(encoder.config, "_commit_hash", None)})
     client = client_class(vllm_generation.VLLMClient, encoder.config, options)
