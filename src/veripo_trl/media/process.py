@@ -1,4 +1,4 @@
-"""The loader's end of the decoding process (video_worker.py): starting it, its time limit, its loss."""
+"""The loader's end of the decoding process (worker.py): starting it, its time limit, its loss."""
 
 import contextlib
 import json
