@@ -301,3 +301,10 @@ def test_strange_thinking_neither_raises_nor_hangs(text, problem_type):
     start = time.monotonic()
     conclude_by_rules(text, problem_type=problem_type, options=COLOURS)
     assert time.monotonic() - start < 5
+
+
+def test_a_unit_elsewhere_is_not_the_conclusions():
+    """24 and 2 differ by 12, as feet and inches do; the seconds are of something else."""
+    text = "<think>At 58 seconds the cup is left of the box. So the answer is {}.</think><answer>2</answer>"
+    assert judge_by_rules(text.format("24"), problem_type="numerical") == "inconsistent"
+    assert judge_by_rules(text.format("24 inches"), problem_type="numerical") == "unknown"

@@ -20,6 +20,7 @@ from veripo_trl.verifier import files
 from veripo_trl.verifier.cache import VerdictCache
 from veripo_trl.verifier.judge_prompts import load_judge_prompt
 from veripo_trl.verifier.judges import Judge, RulesJudge, UserJudge
+from veripo_trl.verifier.pairs import option
 from veripo_trl.verifier.server import ServerJudge
 from veripo_trl.verifier.summary import card_facts
 
@@ -34,72 +35,39 @@ class VerifyArguments:
     rollouts: list[str] = field(
         default_factory=list, metadata={"help": "Folders of rollout files, or a Hub dataset org/name."}
     )
-    rollouts_revision: str | None = field(default=None, metadata={"help": "Revision of the Hub dataset."})
-    limit: int | None = field(
-        default=None, metadata={"help": "Read the first n rollouts only, to try things out."}
+    rollouts_revision: str | None = option("Revision of the Hub dataset.")
+    limit: int | None = option("Read the first n rollouts only, to try things out.")
+    prompt_template: str = option("The one that the rollouts were made with: a name or a YAML file.", "default")
+    tokenizer: str | None = option("Counts the tokens of the thinking. Default: the rollouts' policy.")
+    accuracy_reward: str = option(
+        "What is right: the GRPO run's reward for that, accuracy, accuracy_relative_error or the user's own as "
+        "module:function, from 0 to 1.",
+        "accuracy",
     )
-    prompt_template: str = field(
-        default="default",
-        metadata={"help": "The one that the rollouts were made with: a name or a YAML file."},
+    judge: str = option(f"Who judges consistency: {', '.join(JUDGES)}, or the user's own as module:function.", "rules")
+    judge_url: str | None = option("Of an OpenAI-compatible endpoint, with its /v1.")
+    judge_model: str | None = option("Its name there, or the local model.")
+    judge_api_key_env: str | None = option("Name of the environment variable that holds the endpoint's key.")
+    judge_prompt: str = option("A file of verifier_prompts/ by its name, or a path.", "consistency")
+    judge_concurrency: int = option("Requests under way at once.", 64)
+    judge_timeout_s: float = option("Seconds before a request is given up.", 120.0)
+    judge_retries: int = option("Further tries of a request that failed.", 5)
+    judge_request_options: str | None = option(
+        'As JSON. judge server: more of a request, like {"max_tokens": 2048} or {"chat_template_kwargs": '
+        '{"enable_thinking": false}}. judge local: how it is loaded and asked, any of revision (on the Hub), dtype '
+        "(auto, float32, bfloat16, float16), device (cuda, cpu), batch_size (16), max_new_tokens (512, of a reply)."
     )
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Counts the tokens of the thinking. Default: the rollouts' policy."}
+    verdict_cache: str | None = option(
+        "SQLite file of what judge models said, on a local disk (on a network disk SQLite's locks may not hold). "
+        "Default: verdict_cache.sqlite beside output_dir, so that it outlives that folder and serves every iteration. "
+        "Rules are not cached: they are faster."
     )
-    accuracy_reward: str = field(
-        default="accuracy",
-        metadata={
-            "help": "What is right: the GRPO run's reward for that, accuracy, accuracy_relative_error or the user's own "
-            "as module:function, from 0 to 1."
-        },
-    )
-    judge: str = field(
-        default="rules",
-        metadata={
-            "help": f"Who judges consistency: {', '.join(JUDGES)}, or the user's own as module:function."
-        },
-    )
-    judge_url: str | None = field(
-        default=None, metadata={"help": "Of an OpenAI-compatible endpoint, with its /v1."}
-    )
-    judge_model: str | None = field(default=None, metadata={"help": "Its name there, or the local model."})
-    judge_api_key_env: str | None = field(
-        default=None, metadata={"help": "Name of the environment variable that holds the endpoint's key."}
-    )
-    judge_prompt: str = field(
-        default="consistency", metadata={"help": "A file of verifier_prompts/ by its name, or a path."}
-    )
-    judge_concurrency: int = field(default=64, metadata={"help": "Requests under way at once."})
-    judge_timeout_s: float = field(default=120.0, metadata={"help": "Seconds before a request is given up."})
-    judge_retries: int = field(default=5, metadata={"help": "Further tries of a request that failed."})
-    judge_request_options: str | None = field(
-        default=None,
-        metadata={
-            "help": 'As JSON. judge server: more of a request, like {"max_tokens": 2048} or {"chat_template_kwargs": '
-            '{"enable_thinking": false}}. judge local: how it is loaded and asked, any of revision (on the Hub), dtype '
-            "(auto, float32, bfloat16, float16), device (cuda, cpu), batch_size (16), max_new_tokens (512, of a reply)."
-        },
-    )
-    verdict_cache: str | None = field(
-        default=None,
-        metadata={
-            "help": "SQLite file of what judge models said, on a local disk (on a network disk SQLite's locks may not "
-            "hold). Default: verdict_cache.sqlite beside output_dir, so that it outlives that folder and serves every "
-            "iteration. Rules are not cached: they are faster."
-        },
-    )
-    drop_solved_share: float = field(
-        default=0.8,
-        metadata={"help": "Share of the questions with all rollouts right that solved.json drops."},
-    )
-    push_to_hub: bool = field(
-        default=False, metadata={"help": "Push pairs (with solved.json) and verdicts as datasets."}
-    )
-    hub_pairs_id: str | None = field(default=None, metadata={"help": "Hub dataset for the pairs."})
-    hub_verdicts_id: str | None = field(default=None, metadata={"help": "Hub dataset for the verdicts."})
-    hub_private: bool = field(default=True, metadata={"help": "Create those datasets as private ones."})
-    hub_license: str = field(
-        default="unknown", metadata={"help": "Licence in the cards, by the Hub's identifier."}
-    )
+    drop_solved_share: float = option("Share of the questions with all rollouts right that solved.json drops.", 0.8)
+    push_to_hub: bool = option("Push pairs (with solved.json) and verdicts as datasets.", False)
+    hub_pairs_id: str | None = option("Hub dataset for the pairs.")
+    hub_verdicts_id: str | None = option("Hub dataset for the verdicts.")
+    hub_private: bool = option("Create those datasets as private ones.", True)
+    hub_license: str = option("Licence in the cards, by the Hub's identifier.", "unknown")
 
     def __post_init__(self):
         def check(fine: bool, name: str, expected: str) -> None:
@@ -124,11 +92,7 @@ class VerifyArguments:
             except ValueError:
                 pass  # refused as a text
         options = self.judge_request_options
-        check(
-            options is None or isinstance(options, dict),
-            "judge_request_options",
-            'JSON like {"max_tokens": 2048}',
-        )
+        check(options is None or isinstance(options, dict), "judge_request_options", 'JSON like {"max_tokens": 2048}')
 
 
 # ------------------------------------------------------------------------------------------------- what is read
@@ -148,9 +112,7 @@ def find_rollouts(arguments: VerifyArguments) -> tuple[files.RolloutFiles, dict[
             pushed[name] = origin
         found += here
     if arguments.rollouts_revision and len(fetched) != 1:
-        raise ConfigError(
-            f"rollouts_revision is for one Hub dataset; of {arguments.rollouts} {len(fetched)} are such."
-        )
+        raise ConfigError(f"rollouts_revision is for one Hub dataset; of {arguments.rollouts} {len(fetched)} are such.")
     return files.open_rollouts(found, limit=arguments.limit), fetched | pushed
 
 
@@ -159,9 +121,7 @@ def pushed_rollouts(folder: Path) -> dict | None:
     results = folder.absolute().parent / RESULTS
     if folder.name != "rollouts" or not results.is_file():
         return None
-    pushed = (read_json(results, remedy="Take it from a copy, or remove it.").get("hub") or {}).get(
-        "rollouts"
-    )
+    pushed = (read_json(results, remedy="Take it from a copy, or remove it.").get("hub") or {}).get("rollouts")
     return pushed and {key: pushed[key] for key in ("repo_id", "revision")}
 
 
@@ -216,9 +176,7 @@ def make_judge(arguments: VerifyArguments, prompts: Path) -> Judge:
     if arguments.judge not in JUDGES:
         return UserJudge(arguments.judge, concurrency=arguments.judge_concurrency)
     path = Path(arguments.judge_prompt).expanduser()
-    prompt = load_judge_prompt(
-        path if path.is_file() else prompts / f"{path.name.removesuffix('.yaml')}.yaml"
-    )
+    prompt = load_judge_prompt(path if path.is_file() else prompts / f"{path.name.removesuffix('.yaml')}.yaml")
     options = arguments.judge_request_options or {}
     if arguments.judge == "local":
         from veripo_trl.verifier.local import LocalJudge
@@ -269,13 +227,9 @@ def check_repositories(arguments: VerifyArguments) -> None:
     """Where results are to be pushed: a name or a token that is refused shall not be found out at the end."""
     if arguments.push_to_hub:
         ids = (arguments.hub_verdicts_id, arguments.hub_pairs_id)
-        names = {
-            prepare_repo(name, repo_type="dataset", private=arguments.hub_private).lower() for name in ids
-        }
+        names = {prepare_repo(name, repo_type="dataset", private=arguments.hub_private).lower() for name in ids}
         if len(names) < len(ids):
-            raise ConfigError(
-                f"hub_pairs_id and hub_verdicts_id: expected two datasets, both are {names.pop()!r}."
-            )
+            raise ConfigError(f"hub_pairs_id and hub_verdicts_id: expected two datasets, both are {names.pop()!r}.")
 
 
 def finish(folder: Path, arguments: VerifyArguments, results: dict, *, started: float) -> None:
@@ -309,11 +263,7 @@ def push(folder: Path, arguments: VerifyArguments, results: dict) -> dict[str, d
         ("pairs", arguments.hub_pairs_id, folder, ["pairs/*.parquet", "solved.json"]),
     ):
         card = dataset_card(
-            kind,
-            repo_id=repo_id,
-            data_files=patterns[0],
-            license=arguments.hub_license,
-            **card_facts(kind, results),
+            kind, repo_id=repo_id, data_files=patterns[0], license=arguments.hub_license, **card_facts(kind, results)
         )
         message = f"{results['counts']['rollouts']} rollouts, judged by {results['judge']['name']}"
         held[kind] = pushed = push_folder(

@@ -73,9 +73,7 @@ def check_rollouts(
             }
         )
     readable = [check for check in checks if check["think"]]
-    for check, tokens in zip(
-        readable, _token_counts([check["think"] for check in readable], tokenizer), strict=True
-    ):
+    for check, tokens in zip(readable, _token_counts([check["think"] for check in readable], tokenizer), strict=True):
         check["think_tokens"] = tokens
     return checks
 
@@ -83,9 +81,7 @@ def check_rollouts(
 def _accuracy(rollout: dict, reward: Callable) -> float:
     columns = {name: [value] for name, value in rollout.items() if name != "completion"}
     try:
-        (accuracy,) = reward(
-            completions=[[{"role": "assistant", "content": rollout["completion"]}]], **columns
-        )
+        (accuracy,) = reward(completions=[[{"role": "assistant", "content": rollout["completion"]}]], **columns)
     except SolutionError as error:
         raise SolutionError(f"rollout {rollout['rollout_id']!r}: {error}") from error
     if not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:

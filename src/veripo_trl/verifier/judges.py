@@ -57,18 +57,22 @@ def _is_rounded(conclusion: str, answer: str) -> bool:
 
 
 _UNIT = re.compile(
-    r"\d\s?([mcdk]?m|met(?:er|re)s?|\w+met(?:er|re)s?|in|inch(?:es)?|f(?:ee|oo)?t|yards?|miles?|mg|k?g|k?grams?|kilos?"
-    r"|lbs?|pounds?|m?s|sec(?:ond)?s?|min(?:ute)?s?|h|hrs?|hours?|days?|weeks?|months?|years?|mph|km/h|m/s|k)(?!\w)", re.I
+    r"(\d[\d,]*(?:\.\d+)?)\s?([mcdk]?m|met(?:er|re)s?|\w+met(?:er|re)s?|in|inch(?:es)?|f(?:ee|oo)?t|yards?|miles?|mg|k?g|k?grams?|kilos?"
+    r"|lbs?|pounds?|m?s|sec(?:ond)?s?|min(?:ute)?s?|h|hrs?|hours?|days?|weeks?|months?|years?|mph|km/h|m/s|k)(?!\w)",
+    re.I,
 )
 _FACTORS = (3.281, 3.6, 10, 12, 24, 60, 100, 1000, 3600)
 
 
 def _is_converted(concluded: str, think: str, answer: str, problem_type: str) -> bool:
     """Whether the answer may be the thinking's number in another unit: "250 cm" and "2.5"."""
-    units = [{unit.casefold() for unit in _UNIT.findall(text)} for text in (think[-200:], answer)]
-    if problem_type not in ("numerical", "regression") or units[1] & units[0] or not (units[0] or units[1]):
+    if problem_type not in ("numerical", "regression"):
         return False
     number, value = read_number(answer), float(concluded.rstrip("%"))
+    said = {unit for one, unit in _UNIT.findall(think[-200:].casefold()) if float(one.replace(",", "")) == value}
+    given = {unit for _, unit in _UNIT.findall(answer.casefold())}
+    if said & given or not (said or given):
+        return False
     if number is None or not number[0] or not value:
         return False
     ratio = abs(number[0] / value)
@@ -114,11 +118,8 @@ class Judge:
     concurrency = 1  # items that are asked at once
 
     def __init__(self):
-        self.requests, self.retries, self.failures = (
-            0,
-            0,
-            Counter(),
-        )  # what judging took; failures by their cause
+        # what judging took; failures by their cause
+        self.requests, self.retries, self.failures = 0, 0, Counter()
 
     async def __call__(self, item: dict) -> dict:
         raise NotImplementedError

@@ -49,9 +49,7 @@ class LocalJudge(ModelJudge):
             raise ValueError("it has no chat template: choose a model that was tuned for chat.")
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model = (
-            AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=self.dtype).to(device).eval()
-        )
+        self.model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=self.dtype).to(device).eval()
         # All that another reply is to be expected from. A path stands in it only as its digest.
         identity = [name, revision, self.dtype, self.max_new_tokens, MAX_THINK_CHARS]
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
@@ -77,9 +75,7 @@ class LocalJudge(ModelJudge):
                 "input_ids"
             ]
             if limit is not None and len(ids) + self.max_new_tokens > limit:
-                error = ReplyError(
-                    "too long", f"{len(ids)} + {self.max_new_tokens} tokens, the model takes {limit}"
-                )
+                error = ReplyError("too long", f"{len(ids)} + {self.max_new_tokens} tokens, the model takes {limit}")
                 self._judged[id(item)] = self.unknown(error)
             else:
                 prompts.append((ids, item))

@@ -45,6 +45,11 @@ class PairError(VeripoError):
     """Rollouts that cannot be compared with each other."""
 
 
+def option(help: str, default=None, **metadata):
+    """A field of a dataclass of options."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
 @dataclass
 class PairOptions:
     """Which pairs are built of judged rollouts."""
@@ -53,40 +58,31 @@ class PairOptions:
         default_factory=lambda: list(KINDS),
         metadata={"help": f"Kinds of pairs, of {', '.join(KINDS)}. They take turns, in this order, up to the caps."},
     )
-    group_by: str = field(
-        default="question",
-        metadata={
-            "help": "Compare a question's rollouts of the whole run (question) or of one step (generation).",
-            "choices": ["question", "generation"],
-        },
+    group_by: str = option(
+        "Compare a question's rollouts of the whole run (question) or of one step (generation).",
+        "question",
+        choices=["question", "generation"],
     )
-    from_step: int = field(
-        default=0, metadata={"help": "Leave out rollouts of earlier steps: the policy has moved on since."}
+    from_step: int = option("Leave out rollouts of earlier steps: the policy has moved on since.", 0)
+    max_pairs_per_question: int | None = option("Over all kinds and groups; null: all.", 4)
+    max_pairs_per_question_and_kind: int | None = option("Of one kind; null: all.", 2)
+    correct_threshold: float = option("Accuracy from which a rollout is right.", 0.8)
+    wrong_threshold: float = option("Accuracy up to which a rollout is wrong.", 0.5)
+    min_accuracy_margin: float = option("Least accuracy of the chosen above that of a rejected that is wrong.", 0.5)
+    max_repetition: float = option("Share of repeated word n-grams above which thinking is repetitive.", 0.4)
+    ngram: int = option("Words of an n-gram.", 10)
+    min_length_ratio: float = option(
+        "Thinking with fewer tokens than this × the median of the group's right ones is too short.", 0.5
     )
-    max_pairs_per_question: int | None = field(default=4, metadata={"help": "Over all kinds and groups; null: all."})
-    max_pairs_per_question_and_kind: int | None = field(default=2, metadata={"help": "Of one kind; null: all."})
-    correct_threshold: float = field(default=0.8, metadata={"help": "Accuracy from which a rollout is right."})
-    wrong_threshold: float = field(default=0.5, metadata={"help": "Accuracy up to which a rollout is wrong."})
-    min_accuracy_margin: float = field(
-        default=0.5, metadata={"help": "Least accuracy of the chosen above that of a rejected that is wrong."}
+    prefer_longer: bool = option("Choose longer thinking first; else at random.", True)
+    include_truncated: bool = option(
+        "Completions cut off at the length limit may be rejected (never chosen).", False
     )
-    max_repetition: float = field(
-        default=0.4, metadata={"help": "Share of repeated word n-grams above which thinking is repetitive."}
+    recheck_text: str = option(
+        "Stands between the two thoughts of a reflection, on a line of its own.",
+        "Wait, let me go back and check this once more.",
     )
-    ngram: int = field(default=10, metadata={"help": "Words of an n-gram."})
-    min_length_ratio: float = field(
-        default=0.5,
-        metadata={"help": "Thinking with fewer tokens than this × the median of the group's right ones is too short."},
-    )
-    prefer_longer: bool = field(default=True, metadata={"help": "Choose longer thinking first; else at random."})
-    include_truncated: bool = field(
-        default=False, metadata={"help": "Completions cut off at the length limit may be rejected (never chosen)."}
-    )
-    recheck_text: str = field(
-        default="Wait, let me go back and check this once more.",
-        metadata={"help": "Stands between the two thoughts of a reflection, on a line of its own."},
-    )
-    seed: int = field(default=0, metadata={"help": "Of every choice among pairs."})
+    seed: int = option("Of every choice among pairs.", 0)
 
     def __post_init__(self):
         def check(fine: bool, name: str, expected: str) -> None:

@@ -30,9 +30,7 @@ class PairSource:
 
     def __post_init__(self):
         kinds = self.kinds
-        if kinds is not None and (
-            not isinstance(kinds, list) or not kinds or any(kind not in KINDS for kind in kinds)
-        ):
+        if kinds is not None and (not isinstance(kinds, list) or not kinds or any(kind not in KINDS for kind in kinds)):
             raise RowError(
                 f"pairs {self.path}: `kinds`: expected a list of some of {', '.join(KINDS)}; came {kinds!r}."
             )
@@ -67,9 +65,7 @@ def load_pairs(sources: list[dict], *, template: PromptTemplate, allow_urls: boo
         if origin is not None:
             inputs[source.path] = origin
         both = (both for file in files for both in _read(file, source, template, allow_urls))
-        found += [(row, pair) for row, pair in both if not source.kinds or pair["kind"] in source.kinds][
-            : source.limit
-        ]
+        found += [(row, pair) for row, pair in both if not source.kinds or pair["kind"] in source.kinds][: source.limit]
     if not found:
         raise RowError(
             f"no preference pairs in {sources}. Pairs come from groups with right and wrong, or consistent and "
@@ -84,15 +80,11 @@ def load_pairs(sources: list[dict], *, template: PromptTemplate, allow_urls: boo
     return Pairs(dataset, inputs)
 
 
-def _read(
-    file: Path, source: PairSource, template: PromptTemplate, allow_urls: bool
-) -> list[tuple[dict, dict]]:
+def _read(file: Path, source: PairSource, template: PromptTemplate, allow_urls: bool) -> list[tuple[dict, dict]]:
     """A file's pairs, each as its question's row and its other columns."""
     table = read_parquet(file)
     if missing := [column for column in PAIR_COLUMNS if column not in table.column_names]:
-        raise RowError(
-            f"{file}: no column {', '.join(missing)}. Expected pairs written by recipes/verify_rollouts.py."
-        )
+        raise RowError(f"{file}: no column {', '.join(missing)}. Expected pairs written by recipes/verify_rollouts.py.")
     if not len(table):
         return []
     if others := set(table["prompt_template"].to_pylist()) - {template.hash}:
@@ -110,9 +102,7 @@ def _read(
 def _source(given: dict) -> PairSource:
     known = [item.name for item in fields(PairSource)]
     if not isinstance(given, dict) or "path" not in given or set(given) - set(known):
-        raise RowError(
-            f"pairs source {given!r}: expected `path` and any of {', '.join(known[1:])}, nothing else."
-        )
+        raise RowError(f"pairs source {given!r}: expected `path` and any of {', '.join(known[1:])}, nothing else.")
     return PairSource(**given)
 
 
@@ -129,7 +119,5 @@ def pair_files(source: PairSource) -> tuple[list[Path], dict | None]:
         raise RowError(f"pairs {source.path}: `revision` is for Hub datasets; leave it out of a local path.")
     files = [path] if path.is_file() else sorted(path.rglob("*.parquet")) if path.is_dir() else []
     if not files:
-        raise RowError(
-            f"pairs {source.path}: expected a folder of parquet files or a Hub dataset; found no such file."
-        )
+        raise RowError(f"pairs {source.path}: expected a folder of parquet files or a Hub dataset; found no such file.")
     return files, origin

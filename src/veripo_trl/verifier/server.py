@@ -15,13 +15,7 @@ import time
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from veripo_trl.verifier.judge_prompts import (
-    MAX_THINK_CHARS,
-    REPLY_SCHEMA,
-    JudgePrompt,
-    ModelJudge,
-    ReplyError,
-)
+from veripo_trl.verifier.judge_prompts import MAX_THINK_CHARS, REPLY_SCHEMA, JudgePrompt, ModelJudge, ReplyError
 from veripo_trl.verifier.judges import JudgeError, shown_model
 
 logger = logging.getLogger(__name__)
@@ -29,10 +23,7 @@ logger = logging.getLogger(__name__)
 MAX_BODY_BYTES = 1_000_000
 MAX_BACKOFF_S = 30.0
 FIRST_FAILURES = 3  # requests that may fail before any has succeeded
-RESPONSE_FORMAT = {
-    "type": "json_schema",
-    "json_schema": {"name": "verdict", "strict": True, "schema": REPLY_SCHEMA},
-}
+RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": REPLY_SCHEMA}}
 
 
 class _Failure(ReplyError):
@@ -101,9 +92,7 @@ class ServerJudge(ModelJudge):
         self.request |= self.request_options or {}
         # Another reply is to be expected from other options. The URL is not in it: a server may move. The model is, for
         # the name shows no more than the last part of a path.
-        digest = hashlib.sha256(
-            json.dumps([self.request, MAX_THINK_CHARS], sort_keys=True).encode()
-        ).hexdigest()[:8]
+        digest = hashlib.sha256(json.dumps([self.request, MAX_THINK_CHARS], sort_keys=True).encode()).hexdigest()[:8]
         self.name = f"server:{shown_model(self.model)}:{digest}"
         self.json_schema: bool | None = None  # whether the server takes one; None: not known yet
         self.succeeded, self._in_a_row, self._paused_until = False, 0, 0.0
@@ -135,8 +124,7 @@ class ServerJudge(ModelJudge):
         key = _read_key(self.api_key_env)
         self._first = asyncio.Lock()
         self._session = aiohttp.ClientSession(
-            headers={"Content-Type": "application/json"}
-            | ({"Authorization": f"Bearer {key}"} if key else {}),
+            headers={"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}),
             connector=aiohttp.TCPConnector(limit=self.concurrency),
             timeout=aiohttp.ClientTimeout(total=self.timeout_s),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -187,9 +175,7 @@ class ServerJudge(ModelJudge):
                 await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
         self.succeeded, self._in_a_row = True, 0
         if self._gone_at is not None:
-            logger.warning(
-                "The judge at %s is back after %.0f s.", self.url, time.monotonic() - self._gone_at
-            )
+            logger.warning("The judge at %s is back after %.0f s.", self.url, time.monotonic() - self._gone_at)
             self._gone_at = None
         if cut_off:  # at temperature 0 another try would say the same
             return self.unknown(ReplyError("cut off", "the reply reached the limit on its tokens"))
@@ -202,9 +188,7 @@ class ServerJudge(ModelJudge):
         gone = failure.cause == "connection" and (failure.gone or not self.succeeded)
         if not gone and self._in_a_row < (max(8, self.concurrency) if self.succeeded else FIRST_FAILURES):
             return
-        what = (
-            f"been gone for {self.max_wait_s:g} s" if gone else f"failed {self._in_a_row} requests in a row"
-        )
+        what = f"been gone for {self.max_wait_s:g} s" if gone else f"failed {self._in_a_row} requests in a row"
         if not self.succeeded:
             what = "not answered a single request"
         raise JudgeError(
@@ -260,11 +244,7 @@ class ServerJudge(ModelJudge):
         cause, said = f"HTTP {status}", content[:2000].decode("utf-8", "replace")
         said = self._cleaned(" ".join(said.split()))[:300]
         if status in (401, 403, 404):
-            key = (
-                f"the key in {self.api_key_env}"
-                if self.api_key_env
-                else "no key (none is named: judge_api_key_env)"
-            )
+            key = f"the key in {self.api_key_env}" if self.api_key_env else "no key (none is named: judge_api_key_env)"
             return JudgeError(
                 f"The judge at {self.url}, asked with {key}, refuses with {cause}: {said}. Expected the base of an "
                 f"OpenAI-compatible API, like http://127.0.0.1:8000/v1, whose /models lists {self.model!r}, and its key."
@@ -284,9 +264,7 @@ class ServerJudge(ModelJudge):
 def _read_key(name: str | None) -> str | None:
     key = os.environ.get(name, "").strip() if name else None
     if key == "":
-        raise JudgeError(
-            f"api_key_env names the environment variable {name!r}, which is not set: export it first."
-        )
+        raise JudgeError(f"api_key_env names the environment variable {name!r}, which is not set: export it first.")
     return key
 
 

@@ -94,9 +94,7 @@ def print_summary(counts: dict, solved: dict, examples: dict[str, dict]) -> None
     if counts["dropped"]:
         lines = [{"became no pair": why, "count": n} for why, n in counts["dropped"].items()]
         print_table("Dropped, and why", lines)
-    line = {key: solved[key] for key in ("solved", "mixed", "unsolved")} | {
-        "left out next": len(solved["dropped"])
-    }
+    line = {key: solved[key] for key in ("solved", "mixed", "unsolved")} | {"left out next": len(solved["dropped"])}
     variance = solved["zero_variance"]
     print_table(
         "Questions (solved: every rollout right)",
@@ -104,9 +102,7 @@ def print_summary(counts: dict, solved: dict, examples: dict[str, dict]) -> None
     )
     for kind in KINDS:
         if (pair := examples.get(kind)) is not None:
-            print(
-                f"\nA {kind} pair, question {shown(pair['question_id'])} (solution {shown(pair['solution'])})"
-            )
+            print(f"\nA {kind} pair, question {shown(pair['question_id'])} (solution {shown(pair['solution'])})")
             print(f"  chosen:   {shown(pair['chosen'][0]['content'])}")
             print(f"  rejected: {shown(pair['rejected'][0]['content'])} ({pair['verdicts']['fault']})")
 
@@ -157,9 +153,7 @@ def card_facts(kind: str, results: dict) -> dict:
     sources = [results["inputs"].get(name, name) for name in results["rollouts"]]
     return {
         "counts": table,
-        "inputs": {
-            "rollouts" if n == 1 else f"rollouts ({n})": source for n, source in enumerate(sources, 1)
-        },
+        "inputs": {"rollouts" if n == 1 else f"rollouts ({n})": source for n, source in enumerate(sources, 1)},
         "policy": ", ".join(map(shown_name, results["policies"])),
         "judge": results["judge"]["name"],
         "prompt_version": results["judge"]["prompt_version"] or None,

@@ -11,9 +11,7 @@ from veripo_trl.verifier.checks import check_rollouts
 from veripo_trl.verifier.judge_prompts import MAX_ANSWER_CHARS, ReplyError, check_reply, judged_text, settle
 
 BATCH = 16  # rollouts that are checked at once; a judge's server waits meanwhile, so not many
-MAX_OPEN = (
-    8192  # rollouts read whose verdict was not yielded yet: one slow request holds up the order, not the rest
-)
+MAX_OPEN = 8192  # rollouts read whose verdict was not yielded yet: one slow request holds up the order, not the rest
 
 
 def verify_stream(
@@ -57,9 +55,7 @@ def verify_stream(
     async def end() -> None:
         for task in tasks:
             task.cancel()
-        await asyncio.gather(
-            *tasks, return_exceptions=True
-        )  # asks each for its error, or asyncio reports it too
+        await asyncio.gather(*tasks, return_exceptions=True)  # asks each for its error, or asyncio reports it too
         await judge.close()
 
     batches = iter(lambda: list(itertools.islice(rollouts, BATCH)), [])
@@ -93,9 +89,7 @@ class _Asking:
         elif len(answer) > MAX_ANSWER_CHARS:
             judged["reason"] = f"long answer: {len(answer)} characters"
         else:
-            item = {"think": think, "answer": answer} | {
-                key: rollout[key] for key in ("problem_type", "options")
-            }
+            item = {"think": think, "answer": answer} | {key: rollout[key] for key in ("problem_type", "options")}
             judged = await (self.once(item) if self.judge.caches else self.ask(item))
         return {
             "rollout_id": rollout["rollout_id"],
