@@ -57,8 +57,9 @@ def _is_rounded(conclusion: str, answer: str) -> bool:
 
 
 _UNIT = re.compile(
-    r"(\d[\d,]*(?:\.\d+)?)\s?([mcdk]?m|met(?:er|re)s?|\w+met(?:er|re)s?|in|inch(?:es)?|f(?:ee|oo)?t|yards?|miles?|mg|k?g|k?grams?|kilos?"
-    r"|lbs?|pounds?|m?s|sec(?:ond)?s?|min(?:ute)?s?|h|hrs?|hours?|days?|weeks?|months?|years?|mph|km/h|m/s|k)(?!\w)",
+    r"(\d[\d,]*(?:\.\d+)?)\s?([mcdk]?m|met(?:er|re)s?|\w+met(?:er|re)s?|in|inch(?:es)?|f(?:ee|oo)?t|yards?|miles?"
+    r"|mg|k?g|k?grams?|kilos?|lbs?|pounds?|m?s|sec(?:ond)?s?|min(?:ute)?s?|h|hrs?|hours?|days?|weeks?|months?|years?"
+    r"|mph|km/h|m/s|k)(?!\w)",
     re.I,
 )
 _FACTORS = (3.281, 3.6, 10, 12, 24, 60, 100, 1000, 3600)
