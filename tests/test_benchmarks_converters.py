@@ -1,5 +1,6 @@
 """From the benchmarks' official columns to our rows, on small files in their formats, and what released rows tell."""
 
+import importlib
 import importlib.util
 import json
 import re
@@ -143,12 +144,12 @@ def test_a_folder_is_read_whole_and_other_columns_are_refused(convert, tmp_path,
     convert.main(["video_mmmu", "--input", str(tmp_path / "data"), "--output", str(tmp_path / "all.json")])
     tracks = [q["raw"]["categories"]["track"] for q in read_questions(tmp_path / "all.json")]
     assert sorted(tracks) == ["Adaptation", "Comprehension", "Perception"]
-    with pytest.raises(SystemExit, match="record 1: not in Video-MME's official columns.*Its columns: id, question"):
+    with pytest.raises(RowError, match="record 1: not in Video-MME's official columns.*Its columns: id, question"):
         convert.main(["video_mme", "--input", str(tmp_path / "data"), "--output", str(tmp_path / "no.json")])
     (tmp_path / "half.json").write_text('{"1": {"id": 1},\n"2":')
-    with pytest.raises(SystemExit, match="half.json, line 2: not JSON"):
+    with pytest.raises(RowError, match="half.json, line 2: not JSON"):
         convert.main(["video_mme", "--input", str(tmp_path / "half.json"), "--output", str(tmp_path / "no.json")])
-    with pytest.raises(SystemExit, match="a path with the track in it"):
+    with pytest.raises(RowError, match="a path with the track in it"):
         lost = write_official(tmp_path / "lost.jsonl", [mmmu("dev_Art_1", "A", ["x", "y"])])
         convert.main(["video_mmmu", "--input", str(lost), "--output", str(tmp_path / "no.json")])
 
@@ -156,6 +157,19 @@ def test_a_folder_is_read_whole_and_other_columns_are_refused(convert, tmp_path,
 def test_the_readme_names_every_benchmark(convert):
     text = (EVALUATION / "README.md").read_text()
     assert set(re.findall(r"^\| [\w-]+ \| `(\w+)` \|", text, re.MULTILINE)) == set(convert.BENCHMARKS)
+
+
+def test_adding_a_benchmark_as_the_readme_says(convert, tmp_path, monkeypatch, capsys):
+    section = (EVALUATION / "README.md").read_text().split("## Adding a benchmark")[1]
+    (tmp_path / "my_bench.py").write_text(re.search(r"```python\n(.*?)```", section, re.S)[1])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(convert.BENCHMARKS, "my_bench", importlib.import_module("my_bench"))
+    record = {"id": "7", "question": "Which?", "options": ["A. red", "B. blue"], "answer": "B", "topic": "colour"}
+    source = write_official(tmp_path / "official.jsonl", [record])
+    convert.main(["my_bench", "--input", str(source), "--output", str(tmp_path / "my_bench.json")])
+    (question,) = read_questions(tmp_path / "my_bench.json")
+    assert question["row"]["videos"] == ["MyBench/7.mp4"] and question["raw"]["categories"] == {"topic": "colour"}
+    assert "expected at <video_dir>/MyBench/<id>.mp4" in capsys.readouterr().out
 
 
 TAIL = "\nAnswer with the option's letter from the given choices directly."

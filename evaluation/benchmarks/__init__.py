@@ -2,11 +2,5 @@
 
 from . import lvbench, mmvu, tomato, video_mme, video_mmmu, vsi_bench
 
-BENCHMARKS = {
-    "vsi_bench": vsi_bench,
-    "video_mmmu": video_mmmu,
-    "mmvu": mmvu,
-    "tomato": tomato,
-    "lvbench": lvbench,
-    "video_mme": video_mme,
-}
+MODULES = (vsi_bench, video_mmmu, mmvu, tomato, lvbench, video_mme)
+BENCHMARKS = {module.__name__.rpartition(".")[2]: module for module in MODULES}

@@ -6,7 +6,6 @@
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -16,16 +15,14 @@ from benchmarks import BENCHMARKS  # found only after the line above
 from veripo_trl.data.rows import SUFFIXES, RowError, is_data_file, read_json, uncompressed
 from veripo_trl.errors import run
 from veripo_trl.evaluate.questions import read_questions, read_records
+from veripo_trl.files.tables import write_json
 
 
 def read_official(path: Path) -> list[dict]:
     """Records of an official file: a Parquet table, lines of JSON, a list, or a dict of records by id."""
-    try:
-        if uncompressed(path).suffix == ".json" and isinstance(content := read_json(path), dict):
-            return list(content.values())
-        return read_records(path)
-    except RowError as error:
-        raise SystemExit(str(error)) from error
+    if uncompressed(path).suffix == ".json" and isinstance(content := read_json(path), dict):
+        return list(content.values())
+    return read_records(path)
 
 
 def find_files(inputs: list[Path]) -> list[Path]:
@@ -33,7 +30,7 @@ def find_files(inputs: list[Path]) -> list[Path]:
     for path in inputs:
         found = sorted(file for file in path.rglob("*") if is_data_file(file)) if path.is_dir() else [path]
         if not found or not found[0].is_file():
-            raise SystemExit(f"{path}: expected a {', '.join(SUFFIXES)} file or a folder with some.")
+            raise RowError(f"{path}: expected a {', '.join(SUFFIXES)} file or a folder with some.")
         files += found
     return files
 
@@ -51,18 +48,14 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 made = benchmark.convert(record, file=str(file))
             except (KeyError, TypeError, ValueError, IndexError) as error:
-                raise SystemExit(
+                raise RowError(
                     f"{file}, record {number}: not in {benchmark.NAME}'s official columns "
                     f"({type(error).__name__}: {error}). Its columns: {', '.join(map(str, record))}."
                 ) from error
             rows += made
             left_out += not made
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    try:
-        read_questions(args.output)
-    except RowError as error:
-        raise SystemExit(str(error)) from error
+    write_json(args.output, rows)
+    read_questions(args.output)  # every check of rows
     more = f"; {left_out} records left out, see {Path(benchmark.__file__).name}" if left_out else ""
     print(f"{args.output}: {len(rows)} questions{more}")
     print(f"videos are expected at <video_dir>/{benchmark.VIDEOS}")

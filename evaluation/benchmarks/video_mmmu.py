@@ -24,7 +24,6 @@ GROUPS = {
     "Medicine": "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine Pharmacy Public_Health",
     "Science": "Biology Chemistry Geography Math Physics",
 }
-GROUP_OF = {subject: group for group, subjects in GROUPS.items() for subject in subjects.split()}
 
 
 def convert(record: dict, *, file: str) -> list[dict]:
@@ -32,28 +31,24 @@ def convert(record: dict, *, file: str) -> list[dict]:
     if track is None:
         raise ValueError(f"{file}: expected a path with the track in it: {', '.join(TRACKS)}.")
     subject = re.sub(r"^[^_]+_|_\d+$", "", record["id"])
-    if subject not in GROUP_OF:
-        raise ValueError(f"{file}: id {record['id']!r} names no subject that is known: <split>_<subject>_<number>.")
-    problem = record["question"]
-    if track == "Adaptation":
-        problem = f"The image that the question speaks of is shown at the end of the video.\n{problem}"
+    group = next((group for group, subjects in GROUPS.items() if subject in subjects.split()), None)
+    if group is None:
+        raise ValueError(f"id {record['id']!r} names no subject that is known: <split>_<subject>_<number>.")
+    intro = "The image that the question speaks of is shown at the end of the video.\n" if track == "Adaptation" else ""
     truths = ground_truths(record["answer"])
-    options = [f"{chr(ord('A') + place)}. {_bare(text, place)}" for place, text in enumerate(record["options"] or [])]
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    # some options carry their letter already
+    options = [f"{a}. {str(text).removeprefix(f'{a}.').strip()}" for a, text in zip(letters, record["options"] or [])]
     return [
         {
             "question_id": f"{track.lower()}_{record['id']}",
-            "problem": problem,
+            "problem": intro + record["question"],
             "options": options,
             "problem_type": "multiple choice" if options else kind_of(truths),
             "solution": truths[0],
             "alternatives": truths,
-            "videos": [f"VideoMMMU/{GROUP_OF[subject]}/{record['id']}.mp4"],
+            "videos": [f"VideoMMMU/{group}/{record['id']}.mp4"],
             "data_source": NAME,
-            "categories": {"track": track, "group": GROUP_OF[subject], "subject": subject},
+            "categories": {"track": track, "group": group, "subject": subject},
         }
     ]
-
-
-def _bare(option, place: int) -> str:
-    """An option without the letter that some of them carry already."""
-    return str(option).removeprefix(f"{chr(ord('A') + place)}.").strip()
