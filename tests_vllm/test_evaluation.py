@@ -128,8 +128,8 @@ def test_greedy_answers_are_those_of_transformers(kind, script, model_paths, med
     """The same text, tokens and ends; for one kind with an adapter, and with an end that generation_config declares."""
     model, more = small_model(model_paths[kind], tmp_path / "model"), {}
     if kind == "qwen2_5_vl":
-        more["adapter"] = save_adapter(model, tmp_path / "adapter")
         model = small_model(model_paths[kind], tmp_path / "ending", eos_token_id=[*range(200, 260)])
+        more["adapter"] = save_adapter(model, tmp_path / "adapter")
     output, plain = tmp_path / "vllm.json", tmp_path / "plain.json"
     complete, named = vllm_engine.VLLMEngine.complete, []
 
