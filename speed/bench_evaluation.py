@@ -16,7 +16,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait take the decoders' cores
 
 import torch
-from machine import describe_machine
+from machine import cores, describe_machine
 
 from veripo_trl.data.rows import load_rows
 from veripo_trl.evaluate.generate import Decoding, TransformersEngine, describe_completion, encoded_batches
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--model", help="default: the world's own, which is untrained")
     parser.add_argument("--questions", type=int, default=384)
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--num_workers", type=int, default=cores())
     parser.add_argument("--max_new_tokens", type=int, default=40)
     parser.add_argument("--json", type=Path, default=ROOT / "speed" / "results" / "bench_evaluation.json")
     args = parser.parse_args()

@@ -62,8 +62,14 @@ def write_source(path: Path, args, *, seed: int) -> None:
     print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, written in {seconds:.1f} s", flush=True)
 
 
-def make_row(path: Path) -> dict:
-    return question(path.stem, path.parent, videos=[path.name])
+def make_rows(folder: Path, count: int, args) -> list[dict]:
+    """A question about each of so many clips in that folder, written unless they are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{args.width}x{args.height}-{args.seconds}s-{args.fps}fps"
+    paths = [folder / f"{name}-{number}.mp4" for number in range(count)]
+    for number, path in enumerate(paths):
+        write_source(path, args, seed=number)
+    return [question(path.stem, folder, videos=[path.name]) for path in paths]
 
 
 def make_encoder(config, processor, args, **data):
@@ -211,12 +217,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.height, args.width, args.seconds, args.clips, args.runs, args.threads = 112, 168, 3, 2, 1, [1]
-    args.folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for number in range(args.clips):
-        path = args.folder / f"{args.width}x{args.height}-{args.seconds}s-{args.fps}fps-{number}.mp4"
-        write_source(path, args, seed=number)
-        rows.append(make_row(path))
+    rows = make_rows(args.folder, args.clips, args)
     model, processor = random_model("mid")
     results, checks = {}, {}
     for name, measure in (("decoders", measure_decoders), ("cache", measure_cache), ("batch", measure_batch)):

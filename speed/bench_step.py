@@ -26,16 +26,16 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from bench_loading import make_row, write_source
+from bench_loading import make_rows
 from machine import describe_machine
+from models import lora as adapter
 from models import random_model, video_questions
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from transformers import TrainerCallback, set_seed
 
 from veripo_trl.data.rows import rows_to_dataset
 from veripo_trl.files.tables import print_table, write_json
 from veripo_trl.media.frame_cache import FrameCache
-from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR
 from veripo_trl.recipe import stages
 from veripo_trl.trainers.dpo import VideoDPOConfig, VideoDPOTrainer
 from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer
@@ -58,11 +58,7 @@ def make_questions(shape: str, model, processor, args, cache: Path):
     if shape == "tiny":
         encoder, rows = video_questions(model, processor, args.folder, prompt_tokens=56, count=count, side=56)
     else:
-        rows = []
-        for number in range(count):
-            path = args.folder / f"{args.width}x{args.height}-{args.seconds}s-{args.fps}fps-{number}.mp4"
-            write_source(path, args, seed=number)
-            rows.append(make_row(path))
+        rows = make_rows(args.folder, count, args)
         limits = {"max_frames": 30, "max_pixels": 224**2} if shape == "mid" else {"max_pixels": 128 * 28 * 28}
         data = stages.DataArguments(prompt_template="tiny", fps=2.0, min_frames=2, **limits)
         encoder = stages.make_encoder(model, processor, data)
@@ -116,16 +112,13 @@ def run(method: str, shape: str, args, *, shared: bool, cache: Path, epochs: int
     }  # fmt: skip
     clock = StepClock(log_path)
     if lora:
-        model = get_peft_model(model, LoraConfig(r=64, lora_alpha=128, target_modules=LANGUAGE_MODEL_LINEAR))
-    elif method == "grpo" and args.beta:  # TRL reads the reference from the disk
-        model.save_pretrained(cache.parent / "start")
-        model.config._name_or_path = str(cache.parent / "start")
+        model = get_peft_model(model, adapter())
     common = {"model": model, "processing_class": processor, "encoder": encoder, "callbacks": [clock]}
     if method == "grpo":
         training = VideoGRPOConfig(
             per_device_train_batch_size=sizes["prompts"] * GROUP, num_generations=GROUP, steps_per_generation=1,
             max_completion_length=sizes["completion"], generation_kwargs={"min_new_tokens": sizes["completion"]},
-            beta=args.beta, **options,
+            **options,
         )  # fmt: skip
         trainer = VideoGRPOTrainer(args=training, train_dataset=rows_to_dataset(rows), reward_funcs=[reward], **common)
     else:
@@ -160,7 +153,7 @@ def split(method: str, steps: list[dict]) -> dict[str, float]:
         found = {"wait for data": of("wait for data")}
         if method == "grpo":
             found |= {"generate": of("generate"), "score": of("score")}
-            # Advantages, ids to text, and with --beta the reference's log-probabilities.
+            # Advantages, and ids to text.
             found["rest of rollout"] = of("rollout") - of("generate") - of("score")
             found["update"] = of("update")
         else:
@@ -183,7 +176,6 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=["tiny", "mid", "3b", "7b"], default=["tiny", "mid"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="of the data loader")
-    parser.add_argument("--beta", type=float, default=0.0, help="GRPO's KL coefficient; 0 needs no reference")
     parser.add_argument("--height", type=int, default=360)
     parser.add_argument("--width", type=int, default=640)
     parser.add_argument("--fps", type=int, default=30)
@@ -194,7 +186,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.shapes, SIZES["tiny"] = ["tiny"], {"prompts": 2, "completion": 8}
-    args.folder.mkdir(parents=True, exist_ok=True)
     stages.allow_many_open_files()
     results, parts, loading, costs, failures = {}, {"grpo": [], "dpo": []}, [], [], []
     for shape in args.shapes:

@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 import yaml
 from gpu_update import release
-from models import moving_stripes, question, random_model, striped_clip
-from peft import LoraConfig, get_peft_model
+from models import lora, moving_stripes, question, random_model, striped_clip
+from peft import get_peft_model
 from PIL import Image
 from transformers import TrainingArguments
 from trl import ModelConfig
 
 from veripo_trl.answers.rewards import reward_function
 from veripo_trl.data.rows import rows_to_dataset
-from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR, SEEING
+from veripo_trl.model.policy import SEEING
 from veripo_trl.recipe import stages
 from veripo_trl.trainers.dpo import VideoDPOTrainer
 from veripo_trl.trainers.grpo import VideoGRPOTrainer
@@ -68,8 +68,7 @@ def one_step(device, config, shape, answer, search=None) -> dict:
                 setattr(data, name, seen[name])
         model, processor = random_model(shape, device=device, dtype=torch.bfloat16)
         if "lora" in config:  # also of the DPO that continues an adapter
-            rank = {"r": model_args.lora_r, "lora_alpha": model_args.lora_alpha}
-            model = get_peft_model(model, LoraConfig(**rank, target_modules=LANGUAGE_MODEL_LINEAR))
+            model = get_peft_model(model, lora(r=model_args.lora_r, lora_alpha=model_args.lora_alpha))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if zero:
             for parameter in trained:

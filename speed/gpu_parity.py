@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_update import Part, differences, over_limits, with_adapter
-from gpu_update import kernel_name
+from gpu_update import kernel_name, with_adapter
 from models import made_up_prompt, question, random_model, striped_clip
+from part import EVERYTHING, Part, differences, over_limits
 from trl.trainer.utils import add_fused_lm_head
 
 from veripo_trl.model import inputs
@@ -97,23 +97,20 @@ def rows(device: str, family: str, shape: str, dtype: str) -> dict:
 def loss(device: str, part: str, shape: str, dtype: str) -> dict:
     """The trainer's own loss and its gradients: adapter, activation checkpointing, bfloat16 under autocast."""
     half, dtype = dtype == "bfloat16", getattr(torch, dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        made = small_part(part, shape, device, dtype, Path(folder), half=half)
-    made.load(made_up_prompt(made.base.config, frames=8, side=56, dtype=dtype), completion=COMPLETION, group=2)
+    made = small_part(part, shape, device, dtype, half=half)
+    made.load(made_up_prompt(made.base.config, 56, side=56, dtype=dtype), completion=COMPLETION, group=2)
     found, losses = {}, {}
     for way in ("ours", "plain"):
-        made.step(way, "everything")
+        made.step(way, EVERYTHING)
         found[way], losses[f"loss, {way}"] = made.results(way), made.loss
     if half:
-        found["plain"]["shifted"] = made.shifted_results("everything")
+        found["plain"]["shifted"] = made.shifted_results(EVERYTHING)
     return compared(device, found["ours"], found["plain"], **losses)
 
 
-def small_part(part: str, shape: str, device: str, dtype: torch.dtype, folder: Path, *, half: bool) -> Part:
+def small_part(part: str, shape: str, device: str, dtype: torch.dtype, *, half: bool) -> Part:
     model, processor = random_model(shape, device=device, dtype=dtype)
-    encoder = stages.make_encoder(model, processor, stages.DataArguments(prompt_template="tiny"))
-    rows = [question("text", folder)]
-    return Part(part, with_adapter(model), encoder, rows, folder, half=half, checkpointing=True)
+    return Part(part, with_adapter(model), processor, half=half, checkpointing=True)
 
 
 @torch.no_grad()

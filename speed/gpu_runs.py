@@ -51,9 +51,7 @@ def sampler(shape: str, device: str):
 def phases(device, shape, prompt, completion, group) -> dict:
     """Seconds of the vision tower and of the prefill, and tokens a second of decoding, a group's prompt computed once."""
     model, processor = sampler(shape, device)
-    pairs = (prompt - 40) // (SIDE[shape] // 28) ** 2
-    text = prompt - pairs * (SIDE[shape] // 28) ** 2
-    made_up = made_up_prompt(model.config, frames=2 * pairs, side=SIDE[shape], text_tokens=text, dtype=model.dtype)
+    made_up = made_up_prompt(model.config, prompt, side=SIDE[shape], dtype=model.dtype)
 
     def tower():
         made_up.features = None
@@ -123,9 +121,8 @@ def step(device, shape, shared) -> dict:
     quick = shape == "tiny"
     if quick:
         bench_step.SIZES["tiny"] = {"prompts": 2, "completion": 8}
-    args = argparse.Namespace(device=device, workers=2, beta=0.0, width=640, height=360, fps=30, seconds=64)
+    args = argparse.Namespace(device=device, workers=2, width=640, height=360, fps=30, seconds=64)
     args.folder = SCRATCH / "clips"
-    args.folder.mkdir(parents=True, exist_ok=True)
     release()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -214,12 +211,7 @@ def sources(quick: bool) -> tuple[argparse.Namespace, list[dict]]:
     args.threads, clips = [1, 0], 4
     if quick:
         args.width, args.height, args.seconds, args.threads, clips = 168, 112, 2, [1], 2
-    folder = SCRATCH / "clips"
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{args.width}x{args.height}-{args.seconds}s-{args.fps}fps-{n}.mp4" for n in range(clips)]
-    for number, path in enumerate(paths):
-        bench_loading.write_source(path, args, seed=number)
-    return args, [bench_loading.make_row(path) for path in paths]
+    return args, bench_loading.make_rows(SCRATCH / "clips", clips, args)
 
 
 def decoders(device, quick) -> dict:

@@ -3,21 +3,19 @@
 import functools
 import gc
 import tempfile
-from pathlib import Path
 from statistics import median
 
 import torch
-from bench_update import Part, differences, most, over_limits, peak_bytes, resident_bytes, with_adapter
-from models import SIDE, made_up_prompt, question, random_model
+from models import SIDE, lora, made_up_prompt, random_model
 from on_gpu import too_large
+from part import EVERYTHING, GIVEN, Part, differences, over_limits, peak_bytes, resident_bytes
+from peft import get_peft_model
 from timing import alternate
 
-from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR, load_policy
-from veripo_trl.recipe import stages
+from veripo_trl.model.policy import load_policy
 from veripo_trl.shared_prompt.attention import PackedLayout, attend, kernel_for
 from veripo_trl.trainers.grpo import VideoGRPOTrainer
 
-GIVEN, EVERYTHING = "features given", "everything"
 _held: dict = {}
 
 
@@ -45,24 +43,20 @@ def part_of(part: str, shape: str, device: str) -> Part:
 
     def make():
         model, processor = random_model(shape, device=device, dtype=torch.bfloat16)
-        return make_part(part, with_adapter(model), processor)
+        return Part(part, with_adapter(model), processor, half=True, checkpointing=True)
 
     return held((part, shape), make)
 
 
-def make_part(part: str, model, processor) -> Part:
-    folder = Path(tempfile.gettempdir())
-    encoder = stages.make_encoder(model, processor, stages.DataArguments(prompt_template="tiny"))
-    return Part(part, model, encoder, [question("text", folder)], folder, half=True, checkpointing=True)
-
-
 def load(made: Part, shape: str, prompt: int, completion: int, group: int) -> None:
     """Give a part a prompt of that many tokens, nearly all of them of a video."""
-    per_pair = (SIDE[shape] // 28) ** 2
-    pairs = (prompt - 40) // per_pair
-    options = {"side": SIDE[shape], "text_tokens": prompt - pairs * per_pair, "dtype": torch.bfloat16}
-    made_up = made_up_prompt(made.base.config, frames=2 * pairs, **options)
+    made_up = made_up_prompt(made.base.config, prompt, side=SIDE[shape], dtype=torch.bfloat16)
     made.load(made_up, completion=completion, group=group)
+
+
+def with_adapter(model):
+    model.requires_grad_(False)
+    return get_peft_model(model, lora(init_lora_weights=False))  # from its usual start at 0, half of all gradients are 0
 
 
 # ---- ours against plain -----------------------------------------------------------------------------------------------
@@ -363,7 +357,7 @@ def most_frames(device, shape, way, gib) -> dict:
     per_pair, seconds = (SIDE[shape] // 28) ** 2, {0: 0.0}
 
     def fits(frames: int) -> bool:
-        load(made, shape, frames // 2 * per_pair + 100, 270, 8)
+        load(made, shape, frames // 2 * per_pair + 40, 270, 8)
         taken = as_it_fits(lambda: made.step(way, EVERYTHING))
         made.model.zero_grad()
         free()
@@ -382,9 +376,22 @@ def most_frames(device, shape, way, gib) -> dict:
     return {"frames": frames, "update s": taken, "ms a frame": 1e3 * taken / max(frames, 1)}
 
 
+def most(fit, *, start: int, step: int, factor: float) -> int:
+    """Largest multiple of `step` for which `fit` holds, 0 for none, if it holds up to some number and not beyond.
+
+    From `start` on numbers grow by `factor`, until one does not fit; then the gap is halved.
+    """
+    low, high = 0, max(step, start // step * step)
+    while fit(high):
+        low, high = high, max(high + step, int(high * factor) // step * step)
+    while high - low > step:
+        middle = (low + high) // 2 // step * step
+        low, high = (middle, high) if fit(middle) else (low, middle)
+    return low
+
+
 def qlora(device, shape, prompt, completion, group) -> dict:
     """An update on weights in 4 bits, against plain rows."""
-    from peft import LoraConfig
     from transformers import BitsAndBytesConfig
 
     release()
@@ -398,11 +405,11 @@ def qlora(device, shape, prompt, completion, group) -> dict:
         model, processor = load_policy(
             folder,
             dtype="bfloat16",
-            lora=LoraConfig(r=64, lora_alpha=128, target_modules=LANGUAGE_MODEL_LINEAR, init_lora_weights=False),
+            lora=lora(init_lora_weights=False),
             quantization_config=BitsAndBytesConfig(load_in_4bit=True, **quantization),
             device_map={"": 0} if device == "cuda" else None,
         )
-    made = make_part("grpo", model, processor)
+    made = Part("grpo", model, processor, half=True, checkpointing=True)
     load(made, shape, prompt, completion, group)
     record = against_plain(made, GIVEN, noise=True)
     record.pop("share of peak")  # its weights are packed: their number is not that of the products

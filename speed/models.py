@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import LoraConfig
 from transformers import (
     GenerationConfig,
     Qwen2_5_VLConfig,
@@ -14,6 +15,7 @@ from transformers import (
 )
 
 from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder
+from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR
 from veripo_trl.model.positions import mrope_positions
 from veripo_trl.recipe import stages
 from veripo_trl.tiny.clips import FPS, write_clip
@@ -112,28 +114,34 @@ def random_model(
     return model, processor
 
 
-def made_up_prompt(config, *, frames: int, side: int, text_tokens: int = 100, dtype: torch.dtype, seed: int = 0):
+def lora(**changes) -> LoraConfig:
+    """On the language model's linear layers, as the configurations for GPUs have it."""
+    return LoraConfig(**{"r": 64, "lora_alpha": 128, "target_modules": LANGUAGE_MODEL_LINEAR, **changes})
+
+
+def made_up_prompt(config, tokens: int, *, side: int, dtype: torch.dtype, seed: int = 0):
     """An `EncodedPrompt` about one video of random pixels, without a file or a processor, at two frames a second.
 
     All of its frames are alike: to make billions of random numbers would take longer than what is measured.
 
     Args:
-        config: a Qwen2.5-VL's. frames: an even number, of `side` × `side` pixels.
-        text_tokens: of the whole prompt, two of them around the video.
+        config: a Qwen2.5-VL's. tokens: of the whole prompt, from 40 on of text. side: of a frame, in pixels.
     """
     vision, generator = config.vision_config, torch.Generator().manual_seed(seed)
-    grid = np.array([[frames // 2, side // vision.patch_size, side // vision.patch_size]])
-    text = torch.randint(100, 250, (text_tokens - 2,), generator=generator).tolist()
-    video = [config.video_token_id] * (int(grid.prod()) // vision.spatial_merge_size**2)
+    per_pair = (side // vision.patch_size // vision.spatial_merge_size) ** 2  # tokens of two frames
+    pairs = (tokens - 40) // per_pair
+    grid = np.array([[pairs, side // vision.patch_size, side // vision.patch_size]])
+    text = torch.randint(100, 250, (tokens - pairs * per_pair - 2,), generator=generator).tolist()
+    video = [config.video_token_id] * (pairs * per_pair)
     around = [config.vision_start_token_id, *video, config.vision_end_token_id]
     input_ids = np.array([*text[:8], *around, *text[8:]])
     positions = mrope_positions(
         input_ids, image_grid_thw=None, video_grid_thw=grid, second_per_grid_ts=[1.0], config=config
     )
     patch = 3 * vision.temporal_patch_size * vision.patch_size**2
-    pixels = torch.randn(int(grid[0, 1:].prod()), patch, generator=generator).to(dtype).repeat(frames // 2, 1)
+    pixels = torch.randn(int(grid[0, 1:].prod()), patch, generator=generator).to(dtype).repeat(pairs, 1)
     return EncodedPrompt(
-        question_id=f"{frames} frames", input_ids=input_ids, positions=positions, pixel_values=None, image_grid_thw=None,
+        question_id="made up", input_ids=input_ids, positions=positions, pixel_values=None, image_grid_thw=None,
         pixel_values_videos=pixels, video_grid_thw=grid, second_per_grid_ts=[1.0], media=[], load_s=0.0,
         encode_s=0.0,
     )  # fmt: skip

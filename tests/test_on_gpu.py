@@ -16,13 +16,13 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parent.parent / "speed"
 sys.path.insert(0, str(BENCHMARKS))
 
-import bench_update  # noqa: E402
 import gpu_cases  # noqa: E402
 import gpu_hardware  # noqa: E402
 import gpu_parity  # noqa: E402
 import gpu_runs  # noqa: E402
 import gpu_update  # noqa: E402
 import on_gpu  # noqa: E402
+import part  # noqa: E402
 
 from veripo_trl.errors import VeripoError  # noqa: E402
 
@@ -103,15 +103,15 @@ def test_the_loops_quality_is_compared_with_the_cpus():
     assert "accuracy of align-1" in gpu_runs.quality(stage(0.60, 0.70))["message"]
 
 
-def test_plain_rows_one_by_one_give_the_gradient_of_all(tmp_path):
+def test_plain_rows_one_by_one_give_the_gradient_of_all():
     """Where they do not fit at once, they are measured so."""
-    made = gpu_parity.small_part("grpo", "tiny", "cpu", torch.float32, tmp_path, half=False)
+    made = gpu_parity.small_part("grpo", "tiny", "cpu", torch.float32, half=False)
     gpu_update.load(made, "tiny", 64, 6, 3)
     made.step("plain", "everything")
     whole, ids = made.results("plain"), made.ids
     found = gpu_update.row_by_row(made, "everything")
     assert torch.equal(made.ids, ids) and found["how"] == "row by row, GB calculated from 1 and 2 rows"
-    assert not bench_update.over_limits(bench_update.differences(found["results"], whole))
+    assert not part.over_limits(part.differences(found["results"], whole))
 
 
 def test_a_hardware_line_names_one_size_of_a_card_or_two():
@@ -129,7 +129,7 @@ def test_the_most_frames_are_found(largest):
         asked.append(frames)
         return frames <= largest
 
-    assert bench_update.most(fits, start=100, step=4, factor=1.25) == largest
+    assert gpu_update.most(fits, start=100, step=4, factor=1.25) == largest
     assert len(asked) <= 20
 
 
