@@ -53,7 +53,8 @@ def make_rollouts(count: int, *, seed: int = 0):
             kind = "multiple choice"
         else:
             options, kind = [], "numerical"
-            concluded, other, truth = (str(value) for value in rng.sample(range(40), 2) + [rng.randrange(40)])
+            # None is another one in another unit, of which the rules would say "unknown".
+            concluded, other, truth = (str(value) for value in rng.sample(range(40, 80), 2) + [rng.randrange(40, 80)])
         answer = concluded if consistent else other
         sentences.append(f"So the answer is {concluded}.")
         yield {
