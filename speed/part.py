@@ -13,7 +13,7 @@ from models import question
 from timing import wait_for_device
 
 from veripo_trl.data.rows import rows_to_dataset
-from veripo_trl.model import encoding
+from veripo_trl.model import inputs
 from veripo_trl.recipe import stages
 from veripo_trl.shared_prompt.scoring import HALF_BOUND, score_completions
 from veripo_trl.trainers.dpo import VideoDPOConfig, VideoDPOTrainer
@@ -52,13 +52,11 @@ class Part:
                 train_dataset=dataset,
                 **common,
             )
-            self.trainer._prefix_checked = True  # compared below
         else:
             for name, value in (("chosen", "yes"), ("rejected", "no"), ("rejected_finished", True)):
                 dataset = dataset.add_column(name, [value])
             training = VideoDPOConfig(**options | {"per_device_train_batch_size": 1})
             self.trainer = VideoDPOTrainer(ref_model=reference, args=training, train_dataset=dataset, **common)
-            self.trainer._checked = True
             if reference is not None:  # the policy has moved away from it
                 with torch.no_grad():
                     self.trainer.ref_model.lm_head.weight.mul_(1.1)
@@ -91,7 +89,7 @@ class Part:
 
     def hold_features(self) -> None:
         if self.prompt.features is None:
-            encoding.vision_inputs(self.base, [self.prompt], self.device)
+            inputs.vision_inputs(self.base, [self.prompt], self.device)
 
     def _batch(self, rows: slice) -> dict:
         ids, mask = self.ids[rows], self.mask[rows]
@@ -119,7 +117,7 @@ class Part:
             way: "ours", or "plain". pair: one of PAIRS.
             rows_at_once: of a GRPO group in one forward; the gradient is the same. Default: all.
         """
-        self.trainer.args.shared_prefix = way == "ours"
+        self.trainer.shares_prompts = way == "ours"  # compared below
         group, rows_at_once = len(self.ids), rows_at_once or len(self.ids)
         self.trainer.current_gradient_accumulation_steps = group // rows_at_once
         self.model.zero_grad()
@@ -145,7 +143,7 @@ class Part:
     def _as_stock(self, way: str, pair: str):
         """Stock trainers hand pixels to every forward, which encodes them for every row."""
         if way == "plain" and pair == EVERYTHING:
-            return mock.patch.object(encoding, "tower_is_frozen", lambda tower: False)
+            return mock.patch.object(inputs, "tower_is_frozen", lambda tower: False)
         return contextlib.nullcontext()
 
     def results(self, way: str, *, rows_at_once: int | None = None) -> dict:
