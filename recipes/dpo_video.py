@@ -12,6 +12,8 @@ from veripo_trl.start import start
 
 start()  # before torch and peft are imported
 
+import veripo_trl  # noqa: F401  isort: skip  before trl: it keeps peft from importing bitsandbytes
+
 import sys
 import time
 from collections import Counter
@@ -28,6 +30,7 @@ from veripo_trl.data.rows import check_media
 from veripo_trl.errors import ConfigError, run
 from veripo_trl.files.run_folder import only_process
 from veripo_trl.recipe import stages
+from veripo_trl.recipe.console import show_steps
 from veripo_trl.trainers.dpo import VideoDPOConfig, VideoDPOTrainer
 from veripo_trl.verifier.preferences import load_pairs
 
@@ -100,6 +103,7 @@ def train(data_args, report, push, pair_args, training_args, model_args) -> int 
     if trainer.accelerator.is_main_process:
         print(f"{len(pairs.dataset)} pairs ({', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))})", flush=True)
     trainer.started = started
+    show_steps(trainer)
     arguments = (data_args, report, push, pair_args, training_args, model_args)
     stages.save_arguments(training_args.output_dir, *arguments, resumed=checkpoint is not None)
     evaluation = None

@@ -30,6 +30,7 @@ from veripo_trl.errors import ConfigError, VeripoError, run
 from veripo_trl.files.run_folder import only_process
 from veripo_trl.hub.cards import shown_name
 from veripo_trl.recipe import stages
+from veripo_trl.recipe.console import show_steps
 from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer
 
 RECIPES = Path(__file__).resolve().parent
@@ -127,6 +128,7 @@ def train(data_args, report, push, grpo_args, training_args, model_args) -> int 
         policy_name=shown_name(os.path.relpath(name) if os.path.isabs(name := model_args.model_name_or_path) else name),
     )
     trainer.started = started
+    show_steps(trainer)
     arguments = (data_args, report, push, grpo_args, training_args, model_args)
     stages.save_arguments(training_args.output_dir, *arguments, resumed=checkpoint is not None)
     evaluation = None

@@ -11,6 +11,8 @@ from veripo_trl.start import start
 
 start()  # before torch and peft are imported
 
+import veripo_trl  # noqa: F401  isort: skip  before trl: it keeps peft from importing bitsandbytes
+
 import sys
 import time
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from veripo_trl.data.rows import load_rows
 from veripo_trl.errors import run
 from veripo_trl.files.run_folder import only_process
 from veripo_trl.recipe import stages
+from veripo_trl.recipe.console import show_steps
 from veripo_trl.trainers.sft import VideoSFTConfig, VideoSFTTrainer
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "tiny" / "sft.yaml"
@@ -110,6 +113,7 @@ def train(data_args, report, push, stop, training_args, model_args) -> int | Non
     )
     checkpoint = stages.open_run(training_args.output_dir, accelerator=trainer.accelerator)
     trainer.started = started
+    show_steps(trainer)
     arguments = (data_args, push, stop, training_args, model_args)
     stages.save_arguments(training_args.output_dir, *arguments, resumed=checkpoint is not None)
     stopper = None

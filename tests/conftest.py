@@ -6,6 +6,7 @@ import os
 locale.setlocale(locale.LC_CTYPE, "C.UTF-8")  # the tests' own reading and writing, whatever the machine's language
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the recipes set it before torch is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pathlib import Path

@@ -13,6 +13,7 @@ from trl import ModelConfig
 
 from veripo_trl.data.rows import DatasetSource
 from veripo_trl.errors import ConfigError
+from veripo_trl.loop.plan import plan, read_loop
 from veripo_trl.media.sampling import VideoSettings
 from veripo_trl.model.policy import SEEING
 from veripo_trl.recipe import stages
@@ -315,9 +316,8 @@ def test_settings_of_the_papers_alignment(parsed):
 @pytest.mark.parametrize("name", LOOPS)
 def test_loop_plans_and_its_stages_parse(name, tmp_path):
     """Every stage's YAML, as the loop writes it, is read by its recipe; what a stage reads, one before it writes."""
-    module = recipe_module(ROOT / "recipes" / "veripo.py")
-    loop = module.read_loop(module.parse_arguments(["--config", str(ALL[name])]))
-    planned = module.plan(loop)
+    loop = read_loop(str(ALL[name]))
+    planned = plan(loop)
     assert len(planned) == len(loop["stages"]) + loop["iterations"] * len(loop["iteration"])
     made: set[str] = set()
     for stage in planned:

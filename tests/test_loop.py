@@ -1,9 +1,9 @@
 """VerIPO's loop as a user runs it: whole, again, from a stage, broken off by SIGKILL anywhere, with a judge's server."""
 
-import importlib.util
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -21,11 +21,27 @@ from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.files.disk import FileError
 from veripo_trl.files.run_folder import last_checkpoint
 from veripo_trl.files.secrets import without_secrets
+from veripo_trl.loop.check import check_settings
+from veripo_trl.loop.judge_server import answers, judge_server
+from veripo_trl.loop.plan import STAGE, LoopError, plan, read_loop
+from veripo_trl.loop.state import MARKER, end_leftovers
 from veripo_trl.tiny.parser import conclude
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
 LOOP = str(RECIPES / "veripo.py")
+# A loop whose trainings are started without accelerate's launcher, which takes seconds to start.
+DIRECT = (
+    "import runpy, sys; from veripo_trl.loop import run\n"
+    "run.command_of = lambda stage, config, _: [sys.executable, stage['script'], '--config', str(config)]\n"
+    f"runpy.run_path({LOOP!r}, run_name='__main__')"
+)
+ONE_PROCESS = yaml.safe_load((RECIPES / "configs" / "tiny" / "veripo.yaml").read_text())["accelerate"]
+
+
+def call(*arguments: str) -> None:
+    """The recipe's `main`, in this process."""
+    runpy.run_path(LOOP)["main"](list(arguments))
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +73,9 @@ def workplace(tmp_path_factory):
             changes = {**changes, "report_max_new_tokens": 12, "dataloader_num_workers": 0}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({**config, **changes}))
     write_loop(folder, "loop.yaml", "outputs/whole")
-    command = [sys.executable, str(RECIPES / "sft_video.py"), "--config", "sft.yaml", "--output_dir", "outputs/start"]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
-    assert result.returncode == 0, result.stderr[-3000:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        runpy.run_path(str(RECIPES / "sft_video.py"))["main"](["--config", "sft.yaml", "--output_dir", "outputs/start"])
     return folder
 
 
@@ -75,16 +91,17 @@ def write_loop(folder: Path, name: str, output_dir: str, **stages) -> None:
         extra = dict(stages.get(stage["name"], {}))
         stage["overrides"] |= extra.pop("overrides", {})
         stage |= extra
-    (folder / name).write_text(yaml.safe_dump({"output_dir": output_dir, "iteration": iteration}))
+    loop = {"output_dir": output_dir, "accelerate": ONE_PROCESS, "iteration": iteration}
+    (folder / name).write_text(yaml.safe_dump(loop))
 
 
-def start(folder, *arguments, env: dict | None = None) -> subprocess.Popen:
-    command, env = [sys.executable, LOOP, *arguments], {**os.environ, **(env or {})}
+def start(folder, *arguments, env: dict | None = None, script: tuple = (LOOP,)) -> subprocess.Popen:
+    command, env = [sys.executable, *script, *arguments], {**os.environ, **(env or {})}
     return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def run(folder, *arguments, code: int = 0, env: dict | None = None) -> str:
-    process = start(folder, *arguments, env=env)
+def run(folder, *arguments, code: int = 0, **options) -> str:
+    process = start(folder, *arguments, **options)
     output, _ = process.communicate(timeout=1500)
     assert process.returncode == code, output[-5000:]
     return output
@@ -150,28 +167,40 @@ def test_the_loop_runs_whole(workplace, whole):
 
 
 @pytest.mark.slow
-def test_a_second_start_runs_nothing_and_shows_the_table(workplace, whole):
-    again = run(workplace, "--config", "loop.yaml")
-    assert "===" not in again and "search-1: done" in again and "accurate+consistent" in again
-    assert [starts(workplace, "whole", stage) for stage in ("search-1", "verify-1", "align-1")] == [1, 1, 1]
+def test_what_the_loop_prints(workplace, whole):
+    """Short lines, and nothing that nobody can act on; the logs hold the same."""
+    assert re.search(r"^step 1/4  reward \S+  accuracy \S+  format \S+  tokens [\d.]+  \d+\.\d s a step$", whole, re.M)
+    assert re.search(r"^step 1/\d+  loss \S+  token accuracy \S+  chosen preferred \S+  \d+\.\d s a step$", whole, re.M)
+    for noise in ("Warning", "deprecated", "{'loss'", "defaults used instead", "kernels", "mtime", "\r", "it/s"):
+        assert noise not in whole, noise
+    assert len(whole.splitlines()) < 150
+    for name in ("search-1", "verify-1", "align-1"):
+        log = (workplace / f"outputs/whole/logs/{name}.log").read_text()
+        assert log.partition("\n")[2] in whole
+
+
+@pytest.fixture
+def in_workplace(workplace, whole, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    return lambda: capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_other_settings_for_a_finished_stage_are_refused(workplace, whole):
-    config = yaml.safe_load((workplace / "loop.yaml").read_text())
+def test_a_second_start_runs_nothing_and_shows_the_table(in_workplace):
+    call("--config", "loop.yaml")
+    again = in_workplace()
+    assert "===" not in again and "search-1: done" in again and "accurate+consistent" in again
+
+
+@pytest.mark.slow
+def test_other_settings_for_a_finished_stage_are_refused(in_workplace):
+    config = yaml.safe_load(Path("loop.yaml").read_text())
     config["iteration"][1]["overrides"]["drop_solved_share"] = 0.5
-    (workplace / "changed.yaml").write_text(yaml.safe_dump(config))
-    output = run(workplace, "--config", "changed.yaml", code=1)
-    assert "verify-1 is finished, with other settings (drop_solved_share: 0.8 → 0.5)" in output
-    assert "--from verify-1" in output
-    redone = run(workplace, "--config", "changed.yaml", "--from", "verify-1", "--until", "verify-1")
-    assert "verify-1: moved to" in redone and "align-1: moved to" in redone and "=== verify-1" in redone
-    assert (workplace / "outputs/whole/set_aside/001/align-1/model.safetensors").exists()
-    for stage in ("verify-1", "align-1"):  # back as it was, for the tests after this one
-        shutil.rmtree(workplace / "outputs/whole" / stage, ignore_errors=True)
-        shutil.move(workplace / "outputs/whole/set_aside/001" / stage, workplace / "outputs/whole" / stage)
-    content = json.loads((workplace / "outputs/whole/run.json").read_text())
-    assert [entry["name"] for entry in content["stages"]] == ["search-1", "verify-1"]
+    Path("changed.yaml").write_text(yaml.safe_dump(config))
+    message = r"verify-1 is finished, with other settings \(drop_solved_share: 0.8 → 0.5\).*--from verify-1"
+    with pytest.raises(LoopError, match=message):
+        call("--config", "changed.yaml")
 
 
 def judge_of_templates(delay_s: float = 0.0):
@@ -188,20 +217,20 @@ def judge_of_templates(delay_s: float = 0.0):
 
 
 @pytest.mark.slow
-def test_killed_in_grpo_in_a_push_in_verification_and_in_dpo(workplace, whole):
+def test_killed_in_grpo_in_a_push_in_verification_and_in_dpo(workplace, whole, monkeypatch):
     """The same command goes on each time: no rollout doubled or missing, the same pairs, nothing finished done again,
     everything pushed once."""
     folder, unbroken = workplace / "outputs" / "broken", workplace / "outputs" / "whole"
     store = RolloutStore(folder / "search-1" / "rollouts")
     with HubServer() as hub, JudgeServer(judge_of_templates(delay_s=1.0)) as judge:
-        env = hub.environment(workplace / "hf_home")
+        how = {"env": hub.environment(workplace / "hf_home"), "script": ("-c", DIRECT)}
         served = {"judge": "server", "judge_url": judge.url, "judge_model": "judge", "judge_concurrency": 2}
         write_loop(workplace, "broken.yaml", "outputs/broken", verify={"overrides": served})
         config = yaml.safe_load((workplace / "broken.yaml").read_text())
         config |= {"push_to_hub": True, "hub_prefix": "tester/loop"}
         (workplace / "broken.yaml").write_text(yaml.safe_dump(config))
 
-        process = start(workplace, "--config", "broken.yaml", env=env)
+        process = start(workplace, "--config", "broken.yaml", **how)
         said = kill_when(process, lambda: store.files(), "step 1 of GRPO", number=signal.SIGTERM)
         assert process.returncode == 143 and "ended by SIGTERM: the same command goes on" in said, said[-3000:]
         step = re.search(r"terminated after step (\d) of 4; the same command goes on", said)[1]
@@ -209,23 +238,23 @@ def test_killed_in_grpo_in_a_push_in_verification_and_in_dpo(workplace, whole):
         assert state(workplace, "broken")["search-1"]["status"] == "stopped"
 
         hub.fail("put", delay_s=4.0, times=1)
-        process = start(workplace, "--config", "broken.yaml", env=env)
+        process = start(workplace, "--config", "broken.yaml", **how)
         kill_when(process, lambda: not hub.faults[0].times, "the push of GRPO's model")
         whole_store = RolloutStore(unbroken / "search-1" / "rollouts").read()
         for column in ("rollout_id", "completion", "rewards", "advantage"):
             assert [row[column] for row in store.read()] == [row[column] for row in whole_store], column
 
-        process = start(workplace, "--config", "broken.yaml", env=env)
+        process = start(workplace, "--config", "broken.yaml", **how)
         kill_when(process, lambda: len(judge.log) > 2, "verification")
         asked = len(judge.log)
 
-        process = start(workplace, "--config", "broken.yaml", env=env)
+        process = start(workplace, "--config", "broken.yaml", **how)
         kill_when(process, lambda: (folder / "align-1" / "checkpoint-2").exists(), "step 3 of DPO")
         texts = [entry["body"]["messages"][-1]["content"] for entry in judge.log]
         said = {re.sub(r"-\w+>", ">", text) for text in texts}
         assert asked < len(texts) <= len(said) + 2 * served["judge_concurrency"]  # kept verdicts are not asked for again
 
-        last = run(workplace, "--config", "broken.yaml", env=env)
+        last = run(workplace, "--config", "broken.yaml", **how)
         assert "search-1: done" in last and "going on from" in last
         for stage, repositories in {
             "search-1": ["models/tester/loop-search-1", "datasets/tester/loop-search-1-rollouts"],
@@ -246,31 +275,59 @@ def test_killed_in_grpo_in_a_push_in_verification_and_in_dpo(workplace, whole):
         settings |= {"judge_url": judge.url, "output_dir": "outputs/again/verify-1", "push_to_hub": False}
         settings["verdict_cache"] = "outputs/again/cache.sqlite"
         (workplace / "again.yaml").write_text(yaml.safe_dump(settings))
-        command = [sys.executable, str(RECIPES / "verify_rollouts.py"), "--config", "again.yaml"]
-        result = subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=200)
-        assert result.returncode == 0, result.stderr[-3000:]
+        monkeypatch.chdir(workplace)
+        runpy.run_path(str(RECIPES / "verify_rollouts.py"))["main"](["--config", "again.yaml"])
     assert pairs_of(workplace, "again") == pairs_of(workplace, "broken")
 
 
+OWN = """
+import json, sys, yaml, pathlib
+assert yaml.__file__.startswith(sys.prefix), "not the working directory's"
+settings = yaml.safe_load(open(sys.argv[sys.argv.index("--config") + 1]))
+print("mine:", settings["colour"], settings["model_name_or_path"])
+if settings["colour"] == "red":
+    sys.exit("no red, please")
+folder = pathlib.Path(settings["output_dir"])
+folder.mkdir()
+(folder / "results.json").write_text(json.dumps({"minutes": 0.1}))
+"""
+
+
 @pytest.mark.slow
-def test_a_stage_that_fails_says_where_its_log_is(workplace, whole):
-    write_loop(workplace, "failing.yaml", "outputs/failing", search={"overrides": {"num_generations": 7}})
-    output = run(workplace, "--config", "failing.yaml", code=1)
-    assert "search-1 failed (exit code 1" in output and "outputs/failing/logs/search-1.log" in output
-    assert state(workplace, "failing")["search-1"]["status"] == "failed"
+@pytest.mark.parametrize("beside", ["mine", "."])
+def test_a_recipe_of_ones_own(beside, tmp_path):
+    """Its script lies beside the YAML or in the working directory; no file there is taken for a library. A stage that
+    fails says where its log is, and the same command goes on."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / beside / "own.py").write_text(OWN)
+    (tmp_path / "mine" / "own.yaml").write_text("{colour: blue, model_name_or_path: start}")
+    for library in ("yaml", "av", "accelerate", "veripo_trl", "torch"):
+        (tmp_path / f"{library}.py").write_text("raise SystemExit('the wrong library')")
+    own = {"recipe": "own.py", "kind": "grpo", "config": "own.yaml"}
+    iteration = [{**own, "name": "a"}, {**own, "name": "b", "overrides": {"colour": "red"}}]
+    loop = {"output_dir": "run", "accelerate": ONE_PROCESS, "iteration": iteration}
+    (tmp_path / "mine" / "loop.yaml").write_text(yaml.safe_dump(loop))
+    told = run(tmp_path, "--config", "mine/loop.yaml", code=1)
+    assert "mine: blue start\n" in told and "mine: red run/a-1\nno red, please\n" in told
+    assert "LoopError: b-1 failed (exit code 1, no results.json). Its log: run/logs/b-1.log." in told
+    assert "Traceback" not in told
+    stages = json.loads((tmp_path / "run" / "run.json").read_text())["stages"]
+    assert [entry["status"] for entry in stages] == ["done", "failed"]
 
 
 GRPO = {"name": "a", "recipe": "grpo_video.py", "config": "tiny/grpo.yaml"}
+VERIFY = {"name": "a", "recipe": "verify_rollouts.py", "config": "tiny/verify.yaml"}
 
 
-def test_dry_run_writes_nothing(tmp_path):
-    result = subprocess.run([sys.executable, LOOP, "--dry-run"], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    call("--dry-run")
+    said = capsys.readouterr().out
     assert not list(tmp_path.iterdir())
-    names = re.findall(r"^([\w-]+) \(to do\): ", result.stdout, re.M)
+    names = re.findall(r"^([\w-]+) \(to do\): (?:accelerate launch|python) ", said, re.M)
     assert names == ["cold-start", "search-1", "verify-1", "align-1", "search-2", "verify-2", "align-2"]
-    assert 'model_name_or_path: "outputs/veripo/align-1"' in result.stdout
-    assert 'leave_out: ["outputs/veripo/verify-1/solved.json"]' in result.stdout
+    assert 'model_name_or_path: "outputs/veripo/align-1"' in said
+    assert 'leave_out: ["outputs/veripo/verify-1/solved.json"]' in said
 
 
 def test_dry_run_finds_what_the_stages_would_stop_at(tmp_path, capsys, monkeypatch):
@@ -294,11 +351,11 @@ def test_dry_run_finds_what_the_stages_would_stop_at(tmp_path, capsys, monkeypat
     Path("dpo.yaml").write_text(yaml.safe_dump({"pairs": [{"path": "own"}, {"path": "./none/pairs"}]}))
     Path("loop.yaml").write_text(yaml.safe_dump({"output_dir": "outputs/loop", "iterations": 2, "iteration": iteration}))
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit) as ended:
-        loop_module().main(["--config", "loop.yaml", "--dry-run"])
+    with pytest.raises(LoopError) as ended:
+        call("--config", "loop.yaml", "--dry-run")
     assert "e-2 (to do)" in capsys.readouterr().out  # the plan is shown whatever is missing
     lines = str(ended.value).strip().splitlines()
-    assert lines[0] == "This would not run:" and sorted(tmp_path.rglob("*")) == before
+    assert lines[0] == "this would not run:" and sorted(tmp_path.rglob("*")) == before
     for told in (
         "judge_command: no program 'no-such'", "stage a-1: .*gone.mp4", "stage b-1: .*'odd'",
         "stage c-1: 'outputs/none': no such folder", "stage e-1: pairs ./none/pairs: expected a folder",
@@ -311,27 +368,30 @@ def test_dry_run_finds_what_the_stages_would_stop_at(tmp_path, capsys, monkeypat
     ("change", "message"),
     [
         ({"iterations": 0}, "whole number of 1 or more"),
-        ({"iteratoins": 2}, "unknown key iteratoins"),
+        ({"iteratoins": 2}, "unknown ['iteratoins']"),
         ({"iteration": [{"name": "a", "recipe": "grpo_video.py"}]}, "missing ['config']"),
-        ({"iteration": [{"name": "a", "recipe": "rm.py", "config": "tiny/grpo.yaml"}]}, "no recipe 'rm.py'"),
+        ({"iteration": [{"name": "a", "recipe": "rm.py", "config": "tiny/grpo.yaml"}]}, "rm.py: no such file in"),
         ({"iteration": [{"name": "a", "recipe": "grpo_video.py", "config": "none.yaml"}]}, "none.yaml: no such file"),
-        ({"iteration": [{"name": "a", "recipe": "verify_rollouts.py", "config": "tiny/verify.yaml"}]}, "no GRPO stage"),
-        ({"push_to_hub": True}, "needs `hub_prefix`"),
+        ({"iteration": [VERIFY]}, "a-1: expected a GRPO stage before it"),
+        ({"push_to_hub": True}, "expected `hub_prefix` beside push_to_hub"),
         ({"iteration": [{**GRPO, "overrides": {"hub_token": "hf_x"}}]}, "hub_token would be written to run.json"),
         ({"iteration": [{**GRPO, "overrides": {"env": {"WANDB_API_KEY": "x"}}}]}, "env WANDB_API_KEY would be written"),
-        ({"iteration": [{**GRPO, "judge_command": "vllm serve x"}]}, "expected a list of words"),
+        ({"iteration": [{**GRPO, "judge_command": "vllm serve x"}]}, "judge_command: expected a list of words"),
+        ({"iteration": [{**GRPO, "recipe": __file__}]}, "expected `kind`, one of sft, grpo"),
+        ({"iteration": [GRPO, GRPO]}, "a-1: expected stages of different names"),
+        ({"iteration": ["grpo_video.py"]}, "expected a list of stages, each a mapping"),
         ({"iteration": [{**GRPO, "judge_command": ["no-such-program", "x"]}]}, "no program 'no-such-program'"),
         ({"iteration": [{**GRPO, "judge_command": ["python3", "--api-key", "sk-1"]}]}, "--host 127.0.0.1 only this"),
-        ({"iteration": [{**GRPO, "judge_command": ["vllm", "serve", "x"]}]}, "listens on every interface"),
+        ({"iteration": [{**GRPO, "judge_command": ["vllm", "serve", "x"]}]}, "without it vLLM listens"),
     ],
 )
-def test_loops_that_cannot_run(change, message, tmp_path):
+def test_loops_that_cannot_run(change, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     loop = {"output_dir": "run", "iteration": [{"name": "a", "recipe": "grpo_video.py", "config": "tiny/grpo.yaml"}]}
-    (tmp_path / "loop.yaml").write_text(yaml.safe_dump({**loop, **change}))
-    result = subprocess.run(
-        [sys.executable, LOOP, "--config", "loop.yaml"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert result.returncode == 1 and message in result.stderr and not (tmp_path / "run").exists()
+    Path("loop.yaml").write_text(yaml.safe_dump({**loop, **change}))
+    with pytest.raises(LoopError, match=re.escape(message)):
+        call("--config", "loop.yaml")
+    assert not Path("run").exists()
 
 
 @pytest.mark.parametrize(
@@ -359,13 +419,13 @@ def test_loops_that_cannot_run(change, message, tmp_path):
         {"overrides": {"model_init_kwargs": {"password": "SECRET"}}},
         {"overrides": {"judge_request_options": {"extra_headers": {"authorization": "SECRET"}}}},
         {"overrides": {"model_init_kwargs": {"api_key": 12345}}},
-        {"later_overrides": {"report_to": "sk-SECRETSECRETSECRETSECRET"}},
+        {"overrides": {"report_to": "sk-SECRETSECRETSECRETSECRET"}},
     ],
 )
 def test_a_secret_anywhere_is_refused_and_not_printed(setting, tmp_path, capsys):
     (tmp_path / "loop.yaml").write_text(yaml.safe_dump({"output_dir": "run", "iteration": [{**GRPO, **setting}]}))
-    with pytest.raises(SystemExit, match="iteration .* would be written to run.json") as ended:
-        loop_module().main(["--config", str(tmp_path / "loop.yaml"), "--dry-run"])
+    with pytest.raises(LoopError, match="iteration .* would be written to run.json") as ended:
+        call("--config", str(tmp_path / "loop.yaml"), "--dry-run")
     assert "SECRET" not in f"{ended.value} {capsys.readouterr()}"
 
 
@@ -392,21 +452,13 @@ def test_recorded_arguments_hold_no_secret(tmp_path):
     assert "hf_x" not in record and "t0p" not in record and json.loads(record)["SFTConfig"]["eos_token"] == "<|im_end|>"
 
 
-def loop_module():
-    spec = importlib.util.spec_from_file_location("veripo_loop", LOOP)
-    loop = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loop)
-    return loop
-
-
 @pytest.fixture
 def quick(tmp_path, monkeypatch):
     """`quick(*options)` runs the shipped tiny loop with stages that do nothing but finish; `quick.ran`, `quick.fail`."""
     monkeypatch.chdir(tmp_path)
-    loop = loop_module()
     ran, broken = [], set()
 
-    def finish(command, log, env):
+    def finish(command, log, env, output_dir):
         settings = yaml.safe_load(Path(command[-1]).read_text())
         output = Path(settings["output_dir"])
         ran.append(output.name)
@@ -417,14 +469,14 @@ def quick(tmp_path, monkeypatch):
         (output / "results.json").write_text(json.dumps({"counts": {"pairs": pairs}}))
         return 0
 
-    monkeypatch.setattr(loop, "run_logged", finish)
-    monkeypatch.setattr(loop, "check_settings", lambda stages: None)
-    monkeypatch.setattr(loop, "show", lambda run, stages: None)
-    monkeypatch.setattr(loop.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("veripo_trl.loop.run.run_logged", finish)
+    monkeypatch.setattr("veripo_trl.loop.run.check_settings", lambda stages: None)
+    monkeypatch.setattr("veripo_trl.loop.run.show", lambda run, stages: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
 
     def quick(*options) -> list[str]:
         ran.clear()
-        loop.main(list(options))
+        call(*options)
         return list(ran)
 
     quick.fail, quick.ran, quick.bare = broken, ran, set()
@@ -438,7 +490,7 @@ def test_a_stage_made_anew_does_not_leave_its_followers_finished(quick):
     assert quick() == ALL_STAGES
     assert quick() == []
     shutil.rmtree("outputs/veripo/search-1")
-    with pytest.raises(SystemExit, match="verify-1 is finished, but a stage before it was made anew.*--from verify-1"):
+    with pytest.raises(LoopError, match="verify-1 is finished, but a stage before it was made anew.*--from verify-1"):
         quick()
     assert quick.ran == ["search-1"]
     assert quick("--from", "verify-1") == ALL_STAGES[2:]
@@ -448,7 +500,7 @@ def test_a_stage_made_anew_does_not_leave_its_followers_finished(quick):
 def test_a_broken_redo_goes_on_with_the_same_command(quick):
     quick()
     quick.fail.add("align-2")
-    with pytest.raises(SystemExit, match="align-2 failed"):
+    with pytest.raises(LoopError, match="align-2 failed"):
         quick("--from", "search-2")
     assert quick.ran == ["search-2", "verify-2", "align-2"]
     quick.fail.clear()
@@ -483,13 +535,12 @@ def test_the_runs_state_holds_no_curves(quick):
 def test_a_full_disk_does_not_end_a_stage_for_its_log(tmp_path):
     log = tmp_path / "stage.log"
     code = (
-        "import os, resource, sys; from test_loop import loop_module\n"
+        "import os, pathlib, resource, sys; from veripo_trl.loop.run import run_logged\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"  # less than the log's first line
         "stage = [sys.executable, '-c', 'for n in range(3): print(\"step\", n, flush=True)']\n"
-        f"sys.exit(loop_module().run_logged(stage, __import__('pathlib').Path({str(log)!r}), dict(os.environ)))"
+        f"sys.exit(run_logged(stage, pathlib.Path({str(log)!r}), dict(os.environ), '.'))"
     )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stderr
     assert found.stdout.count(f"The log is not whole, the stage goes on. {tmp_path}: File too large: stage.log") == 1
     assert "step 2" in found.stdout and log.stat().st_size <= 10
@@ -503,25 +554,27 @@ def test_without_pairs_the_policy_before_goes_on(quick):
     assert quick() == []
 
 
-def test_a_key_that_a_later_stage_does_not_know_is_found_before_the_first(tmp_path):
-    loop = loop_module()
-    stage = {"name": "align-1", "recipe": "dpo_video.py", "settings": {"beta": 0.1, "betta": 0.1}, "judge": {}}
-    with pytest.raises(SystemExit, match="stage align-1: dpo_video.py knows no betta. Nothing was run"):
-        loop.check_settings([stage])
+def test_a_key_that_a_later_stage_does_not_know_is_found_before_the_first():
+    script = {"name": "align-1", "recipe": "dpo_video.py", "script": str(RECIPES / "dpo_video.py")}
+    with pytest.raises(LoopError, match="stage align-1: dpo_video.py knows no betta. Nothing was run"):
+        check_settings([STAGE | script | {"settings": {"beta": 0.1, "betta": 0.1}}])
 
 
-def test_other_pairs_of_a_configuration_are_kept(tmp_path):
+def test_what_a_configuration_names_itself_is_kept(tmp_path, monkeypatch):
+    """Other pairs are mixed in, other questions are left out too; the loop's YAML finds what lies beside it."""
     config = {"pairs": ['{"path": "x", "media_root": "clips"}', {"path": "mine", "kinds": ["penalty"]}]}
     (tmp_path / "dpo.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "grpo.yaml").write_text("{leave_out: [mine.json], cold_start: tiny/sft.yaml}")
     iteration = [
-        {"name": "s", "recipe": "grpo_video.py", "config": "tiny/grpo.yaml"},
+        {"name": "s", "recipe": "grpo_video.py", "config": "grpo.yaml"},
         {"name": "v", "recipe": "verify_rollouts.py", "config": "tiny/verify.yaml"},
-        {"name": "a", "recipe": "dpo_video.py", "config": str(tmp_path / "dpo.yaml")},
+        {"name": "a", "recipe": "dpo_video.py", "config": "dpo.yaml"},
     ]
-    loop = {"output_dir": "run", "iterations": 1, "stages": [], "iteration": iteration, "push_to_hub": False}
-    assert loop_module().plan(loop)[2]["settings"]["pairs"] == [
-        {"path": "run/v-1/pairs", "media_root": "clips"}, {"path": "mine", "kinds": ["penalty"]}
-    ]  # fmt: skip
+    (tmp_path / "loop.yaml").write_text(yaml.safe_dump({"output_dir": "run", "iterations": 2, "iteration": iteration}))
+    first, _, align, second, *_ = [stage["settings"] for stage in plan(read_loop(str(tmp_path / "loop.yaml")))]
+    assert align["pairs"] == [{"path": "run/v-1/pairs", "media_root": "clips"}, {"path": "mine", "kinds": ["penalty"]}]
+    assert first["cold_start"] == "tiny/sft.yaml" and first["leave_out"] == ["mine.json"]
+    assert "cold_start" not in second and second["leave_out"] == ["mine.json", "run/v-1/solved.json"]
 
 
 def test_a_terminated_loop_ends_what_its_launcher_started(tmp_path):
@@ -530,14 +583,12 @@ def test_a_terminated_loop_ends_what_its_launcher_started(tmp_path):
     launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     run_folder = tmp_path / "run"
     script = (
-        "import importlib.util, signal, sys, pathlib\n"
-        f"spec = importlib.util.spec_from_file_location('l', {LOOP!r}); l = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(l)\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit('terminated'))\n"
+        "import pathlib, signal, sys; from veripo_trl.loop import run as loop\n"
+        "signal.signal(signal.SIGTERM, loop.stop)\n"
         f"folder = pathlib.Path({str(run_folder)!r})\n"
-        "with l.only_run(folder):\n"
-        f"    env = {{**l.os.environ, l.MARKER: str(folder.resolve())}}\n"
-        f"    l.run_logged([sys.executable, '-c', {launcher!r}], folder / 'log', env)\n"
+        "with loop.only_run(folder):\n"
+        f"    command, env = [sys.executable, '-c', {launcher!r}], loop.environment(folder)\n"
+        "    loop.run_logged(command, folder / 'log', env, str(folder / 'stage'))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
     deadline = time.monotonic() + 30
@@ -574,12 +625,10 @@ def test_a_signal_goes_to_the_trainer_alone_which_is_waited_for(number, tmp_path
     """The launcher, which would die of it and leave the trainer behind, does not see it."""
     launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {TRAINER!r}, sys.argv[1]]); sys.exit(1)"
     script = (
-        "import importlib.util, signal, sys, pathlib\n"
-        f"spec = importlib.util.spec_from_file_location('l', {LOOP!r}); l = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(l)\n"
-        f"l.command_of = lambda stage, *_: [sys.executable, '-c', {launcher!r}, stage['output_dir']]\n"
-        "l.check_settings = lambda stages: None\n"
-        "l.main([])\n"
+        "import sys; from veripo_trl.loop import run as loop; from veripo_trl.loop.plan import CONFIGS, read_loop\n"
+        f"loop.command_of = lambda stage, *_: [sys.executable, '-c', {launcher!r}, stage['output_dir']]\n"
+        "loop.check_settings = lambda stages: None\n"
+        "loop.run_loop(read_loop(str(CONFIGS / 'tiny' / 'veripo.yaml')))\n"
     )
     loop = subprocess.Popen(
         [sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -589,25 +638,24 @@ def test_a_signal_goes_to_the_trainer_alone_which_is_waited_for(number, tmp_path
     loop.send_signal(number)
     said = loop.communicate(timeout=60)[0]
     assert loop.returncode == 128 + number
-    assert said.splitlines()[-1] == f"outputs/veripo: ended by {number.name}: the same command goes on"
+    assert said.count(f"ended by {number.name}: the same command goes on") == 1
     assert (tmp_path / "outputs/veripo/cold-start/checkpoint").read_text() == number.name
     assert state(tmp_path, "veripo")["cold-start"]["status"] == "stopped" and "ending" not in said
 
 
 def test_leftovers_are_ended(tmp_path):
-    loop = loop_module()
     run_folder = tmp_path / "run"
     run_folder.mkdir()
-    env = {**os.environ, loop.MARKER: str(run_folder.resolve())}
+    env = {**os.environ, MARKER: str(run_folder.resolve())}
     stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(99)"
     ours = [
         subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE)
         for code in ("import time; print('up', flush=True); time.sleep(99)", stubborn)
     ]
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"], env={**env, loop.MARKER: "/other"})
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"], env={**env, MARKER: "/other"})
     for process in ours:
         process.stdout.readline()
-    loop.end_leftovers(run_folder, patience_s=1)
+    end_leftovers(run_folder, patience_s=1)
     assert [process.wait(5) for process in ours] == [-signal.SIGTERM, -signal.SIGKILL]
     assert other.poll() is None
     other.kill()
@@ -634,21 +682,17 @@ def free_port() -> int:
 
 
 def test_a_judges_server_is_started_waited_for_and_stopped(tmp_path):
-    loop = loop_module()
-    port = free_port()
-    judge = {
-        "judge_command": [sys.executable, "-c", JUDGE, port],
-        "judge_health": f"http://127.0.0.1:{port}/health",
-        "judge_start_timeout_s": 20,
-    }
-    assert not loop.answers(judge["judge_health"])
-    with loop.judge_server(judge, tmp_path / "judge.log", dict(os.environ)):
-        assert loop.answers(judge["judge_health"])
-        with pytest.raises(SystemExit, match="another server is there"):
-            with loop.judge_server(judge, tmp_path / "judge.log", dict(os.environ)):
+    health = f"http://127.0.0.1:{(port := free_port())}/health"
+    judge = {"judge_command": [sys.executable, "-c", JUDGE, port], "judge_health": health, "judge_start_timeout_s": 20}
+    log, env = tmp_path / "judge.log", dict(os.environ)
+    assert not answers(health)
+    with judge_server(judge, log, env):
+        assert answers(health)
+        with pytest.raises(LoopError, match="end the server that is there"):
+            with judge_server(judge, log, env):
                 pass
-    assert not loop.answers(judge["judge_health"])
+    assert not answers(health)
     judge["judge_command"][-1] = 0
-    with pytest.raises(SystemExit, match="(?s)exit code 1.*no such model"):
-        with loop.judge_server(judge, tmp_path / "judge.log", dict(os.environ)):
+    with pytest.raises(LoopError, match=r"(?s)the judge ended \(1\).*no such model"):
+        with judge_server(judge, log, env):
             pass

@@ -107,15 +107,18 @@ def write_results(folder: Path, results: dict, name: str = RESULTS) -> None:
     write_json(folder / name, results)
 
 
-def move_finished_aside(folder: Path) -> None:
-    """Move a finished run's folder to `<folder>.previous-<n>`; leave any other as it is."""
-    if not (folder / RESULTS).exists():
-        return
+def move_aside(folder: Path) -> Path:
+    """Move a run's folder to `<folder>.previous-<n>`, which is returned."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}.previous-{number}")).exists():
         number += 1
-    folder.rename(aside)
-    print(f"{folder} holds a finished run: moved to {aside}", flush=True)
+    return folder.rename(aside)
+
+
+def move_finished_aside(folder: Path) -> None:
+    """Move a finished run's folder aside; leave any other as it is."""
+    if (folder / RESULTS).exists():
+        print(f"{folder} holds a finished run: moved to {move_aside(folder)}", flush=True)
 
 
 def last_checkpoint(folder: Path) -> str | None:

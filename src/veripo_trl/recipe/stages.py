@@ -41,6 +41,7 @@ from veripo_trl.hub.runs import push_run, run_card
 from veripo_trl.media.video import VideoLoader, VideoSettings
 from veripo_trl.model.encoding import PromptEncoder
 from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR, SEEING, load_policy, read_settings
+from veripo_trl.recipe.console import silence
 from veripo_trl.report.plots import save_charts, training_charts
 from veripo_trl.tiny.parser import judge as judge_by_templates
 from veripo_trl.verifier.judges import judge_by_rules
@@ -161,6 +162,7 @@ def parse(dataclasses: tuple, *, default_config: Path, argv: list[str] | None = 
     `--config` names a file as seen from the working directory or from `recipes/configs/`. Without it, and without a
     model, the recipe's default configuration is used.
     """
+    silence()
     argv = list(sys.argv[1:] if argv is None else argv)
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     configs = default_config.parent.parent

@@ -1,0 +1,174 @@
+"""The stages of a loop, one after another, each as a process of its own, as a user would start it."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from veripo_trl.errors import VeripoError
+from veripo_trl.files.disk import room_for, write_whole
+from veripo_trl.files.run_folder import RESULTS, changed_keys, holder
+from veripo_trl.loop.check import check_settings
+from veripo_trl.loop.judge_server import judge_server
+from veripo_trl.loop.plan import LoopError, command_of, plan, select, shown
+from veripo_trl.loop.state import MARKER, Run, only_run, read_results
+from veripo_trl.loop.table import show
+
+# In a file or a pipe, a progress bar speaks every half minute, and one of less than that not at all.
+SELDOM = {"TQDM_DELAY": "30", "TQDM_MININTERVAL": "30", "TQDM_MAXINTERVAL": "30"}
+
+
+def run_loop(loop: dict, *, first: str | None = None, last: str | None = None) -> None:
+    """Do what is not done yet of the stages up to `last`; `first` and what follows it once more, where it is given."""
+    stages = plan(loop)
+    begin, end = select(stages, first, last)
+    folder = Path(loop["output_dir"])
+    if not (folder / "run.json").exists():
+        check_settings(stages)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, stop)
+    with only_run(folder):
+        run = Run(folder, loop)
+        if first is not None and run.redone_from != first:
+            run.forget(stages[begin:])
+        before = None
+        for index in range(end + 1):
+            stage = plan(loop, run.skipped)[index]
+            before = do_stage(stage, run, before=before)["finished"]
+        if run.redone_from:
+            run.redone_from = None
+            run.save()
+        show(run, stages[: end + 1])
+
+
+def stop(number: int, frame) -> None:
+    """Ends the loop at a signal: the first, or a second Ctrl-C."""
+    for other in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(other, signal.SIG_IGN)
+    name = signal.Signals(number).name
+    print(f"\nended by {name}: the same command goes on", file=sys.stderr, flush=True)
+    sys.exit(128 + number)
+
+
+def do_stage(stage: dict, run: Run, *, before: str | None) -> dict:
+    """Run a stage unless it is finished. Returns its entry in run.json.
+
+    Args:
+        before: when the stage before this one was finished: a finished stage must have followed that very one.
+    """
+    name, settings = stage["name"], stage["settings"]
+    known, results = run.stages.get(name), read_results(stage["output_dir"])
+    finished = known is not None and known["status"] in ("done", "skipped")
+    if known is None and results is not None:
+        raise LoopError(
+            f"{stage['output_dir']} holds a run that is not this loop's: choose another output_dir."
+        )
+    if finished and known["after"] != before:
+        raise LoopError(
+            f"{name} is finished, but a stage before it was made anew. To follow it: --from {name}."
+        )
+    if known and (changed := changed_keys(known["settings"], settings)):
+        if finished:
+            raise LoopError(
+                f"{name} is finished, with other settings ({changed}). To redo it: --from {name}."
+            )
+        print(f"{name} goes on with changed settings: {changed}", flush=True)
+    own = ("name", "recipe", "iteration", "output_dir", "settings")
+    entry = {key: stage[key] for key in own} | {"after": before}
+    if finished and (results is not None or known["status"] == "skipped"):
+        entry = known
+    elif results is not None:  # the loop was killed before it could note that
+        entry = run.put(entry | {"status": "done", "results": results})
+    elif no_pairs(stage):  # what follows goes on from the policy before this stage
+        entry = run.put(entry | {"status": "skipped"})
+    else:
+        return start_stage(stage, run, entry)
+    print(f"{name}: {entry['status']}" + ", there are no pairs" * (entry["status"] == "skipped"), flush=True)
+    return entry
+
+
+def no_pairs(stage: dict) -> bool:
+    """Whether a DPO stage's verification has found no preference pairs."""
+    pairs = stage["settings"].get("pairs") if stage["kind"] == "dpo" else None
+    results = pairs and read_results(Path(pairs[0]["path"]).parent)
+    return bool(results) and not sum(results["counts"]["pairs"].values())
+
+
+def start_stage(stage: dict, run: Run, entry: dict) -> dict:
+    """Run a stage's recipe, with its judge's server if it has one. Returns its entry in run.json."""
+    name, logs = stage["name"], run.folder / "logs"
+    config = run.folder / "configs" / f"{name}.yaml"
+    write_whole(config, yaml.safe_dump(stage["settings"], sort_keys=False, allow_unicode=True).encode())
+    command, env = command_of(stage, config, run.loop["accelerate"]), environment(run.folder)
+    run.put(entry | {"status": "running", "command": command})
+    print(f"\n=== {name}: {shown(command)}", flush=True)
+    try:
+        with judge_server(stage, logs / f"{name}-judge.log", env):
+            code = run_logged(command, logs / f"{name}.log", env, stage["output_dir"])
+    except SystemExit:
+        run.put(entry | {"status": "stopped"})
+        raise
+    results = read_results(stage["output_dir"])
+    if code == 0 and results is not None:
+        return run.put(entry | {"status": "done", "results": results})
+    run.put(entry | {"status": "failed", "exit_code": code})
+    raise LoopError(
+        f"{name} failed (exit code {code}{'' if results else f', no {RESULTS}'}). Its log: {logs / name}.log. Mend what "
+        f"it says and start the same command again: finished stages are kept, this one goes on where it can."
+    )
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of what a run starts: marked as its own, and without the working directory among the places of imports."""
+    places = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    own = {MARKER: str(folder.resolve()), "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(places)}
+    return {**({} if sys.stdout.isatty() else SELDOM), **os.environ, **own}
+
+
+def run_logged(command: list[str], log: Path, env: dict, output_dir: str) -> int:
+    """Run a command, its output on the screen and at the end of a file. Returns its exit code.
+
+    A signal that ends the loop is passed to the trainer, which knows what to do, and whose end is waited for; the
+    launcher would die of it and leave the trainer behind.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab", buffering=0) as file:
+        started_again = "\n" if file.tell() else ""  # a killed run ends in the middle of a line
+        lost = add_to_log(file, f"{started_again}$ {shown(command)}\n".encode(), lost=False)
+        # a session of its own: Ctrl-C comes to the loop alone
+        process = subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+        def copy(lost: bool) -> int:
+            while part := os.read(process.stdout.fileno(), 65536):
+                lost = add_to_log(file, part, lost=lost)
+                sys.stdout.buffer.write(part)
+                sys.stdout.flush()
+            return process.wait()
+
+        try:
+            return copy(lost)
+        except SystemExit as stopped:
+            if trainer := holder(output_dir):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(trainer, signal.SIGINT if stopped.code == 128 + signal.SIGINT else signal.SIGTERM)
+                copy(lost)
+            raise
+
+
+def add_to_log(file, part: bytes, *, lost: bool) -> bool:
+    """Write to a stage's log, for want of which no stage is to end; whether any part of it is lost, said once."""
+    try:
+        with room_for(file.name, len(part)):
+            file.write(part)
+    except VeripoError as error:
+        if not lost:
+            print(f"The log is not whole, the stage goes on. {error}", flush=True)
+        return True
+    return lost
