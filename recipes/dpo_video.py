@@ -12,8 +12,6 @@ from veripo_trl.start import start
 
 start()  # before torch and peft are imported
 
-import veripo_trl  # noqa: F401  isort: skip  before trl: it keeps peft from importing bitsandbytes
-
 import sys
 import time
 from collections import Counter

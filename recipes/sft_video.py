@@ -11,8 +11,6 @@ from veripo_trl.start import start
 
 start()  # before torch and peft are imported
 
-import veripo_trl  # noqa: F401  isort: skip  before trl: it keeps peft from importing bitsandbytes
-
 import sys
 import time
 from dataclasses import dataclass, field

@@ -4,6 +4,9 @@ import logging
 import os
 import sys
 
+# In a file or a pipe a progress bar speaks every half minute, and one of less than that not at all.
+SELDOM = {"TQDM_DELAY": "30", "TQDM_MININTERVAL": "30", "TQDM_MAXINTERVAL": "30"}
+
 
 class _NoBitsandbytes:
     """Keeps `import peft`, which comes with TRL, from importing bitsandbytes for one rare helper: a second of every
@@ -24,3 +27,5 @@ def start() -> None:
         sys.meta_path.insert(0, _NoBitsandbytes)
     # On some CPUs its import warns of a kernel for what `policy.load_policy` turns off.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    if "TQDM_DELAY" not in os.environ and not sys.stderr.isatty():
+        os.environ.update(SELDOM)  # read when tqdm is imported

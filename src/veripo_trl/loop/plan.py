@@ -12,7 +12,9 @@ from veripo_trl.files.secrets import without_secrets
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 CONFIGS = RECIPES / "configs"
 # `python -m` would let a file of the working directory, like a yaml.py, stand in for the launcher's own imports.
-LAUNCH = "import sys; sys.path[:] = filter(None, sys.path); import veripo_trl, accelerate.commands.launch as a; a.main()"
+LAUNCH = (
+    "import sys; sys.path[:] = filter(None, sys.path); from accelerate.commands.launch import main; main()"
+)
 # What a stage gets from the stages before it, and writes for those after it.
 KINDS = {
     "sft_video.py": "sft",

@@ -17,9 +17,7 @@ from veripo_trl.loop.judge_server import judge_server
 from veripo_trl.loop.plan import LoopError, command_of, plan, select, shown
 from veripo_trl.loop.state import MARKER, Run, only_run, read_results
 from veripo_trl.loop.table import show
-
-# In a file or a pipe, a progress bar speaks every half minute, and one of less than that not at all.
-SELDOM = {"TQDM_DELAY": "30", "TQDM_MININTERVAL": "30", "TQDM_MAXINTERVAL": "30"}
+from veripo_trl.start import SELDOM
 
 
 def run_loop(loop: dict, *, first: str | None = None, last: str | None = None) -> None:
@@ -127,7 +125,10 @@ def environment(folder: Path) -> dict[str, str]:
     """Of what a run starts: marked as its own, and without the working directory among the places of imports."""
     places = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     own = {MARKER: str(folder.resolve()), "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(places)}
-    return {**({} if sys.stdout.isatty() else SELDOM), **os.environ, **own}
+    bars = (
+        {"TQDM_DELAY": "0"} if sys.stdout.isatty() else SELDOM
+    )  # they see a pipe, and not what is behind it
+    return {**bars, **os.environ, **own}
 
 
 def run_logged(command: list[str], log: Path, env: dict, output_dir: str) -> int:

@@ -91,7 +91,6 @@ def show_steps(trainer) -> None:
     bar = trainer.pop_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(StepLines())
-    if (
-        bar is not None and "TQDM_DELAY" not in os.environ
-    ):  # set where bars speak seldom, and every line redraws them
+    # Where bars speak seldom (`start.SELDOM`) there is none: each line would redraw it.
+    if bar is not None and os.environ.get("TQDM_DELAY", "0") == "0":
         trainer.add_callback(Bar())
