@@ -18,6 +18,8 @@ from veripo_trl.loop.check import dry_run
 from veripo_trl.loop.plan import CONFIGS, read_loop
 from veripo_trl.loop.run import run_loop
 
+DEFAULT_CONFIG = CONFIGS / "tiny" / "veripo.yaml"
+
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
