@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "--config",
-        default=str(CONFIGS / "tiny" / "veripo.yaml"),
+        default=str(DEFAULT_CONFIG),
         help="the loop's YAML, from here or recipes/configs/",
     )
     parser.add_argument("--output_dir", help="the run's folder; default: the configuration's")
