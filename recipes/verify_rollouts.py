@@ -9,6 +9,10 @@ and results.json. One process does it all; a judge server brings its own GPUs. B
 same command: what a judge model said is kept in the verdict cache, and the pairs come out the same.
 """
 
+from veripo_trl.start import start
+
+start()  # before torch and tqdm are imported
+
 import contextlib
 import os
 import sys
