@@ -561,7 +561,7 @@ def test_a_key_that_a_later_stage_does_not_know_is_found_before_the_first():
 
 
 def test_what_a_configuration_names_itself_is_kept(tmp_path, monkeypatch):
-    """Other pairs are mixed in, other questions are left out too; the loop's YAML finds what lies beside it."""
+    """Other pairs are mixed in; solved questions are the loop's; its YAML finds what lies beside it."""
     config = {"pairs": ['{"path": "x", "media_root": "clips"}', {"path": "mine", "kinds": ["penalty"]}]}
     (tmp_path / "dpo.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "grpo.yaml").write_text("{leave_out: [mine.json], cold_start: tiny/sft.yaml}")
@@ -573,8 +573,8 @@ def test_what_a_configuration_names_itself_is_kept(tmp_path, monkeypatch):
     (tmp_path / "loop.yaml").write_text(yaml.safe_dump({"output_dir": "run", "iterations": 2, "iteration": iteration}))
     first, _, align, second, *_ = [stage["settings"] for stage in plan(read_loop(str(tmp_path / "loop.yaml")))]
     assert align["pairs"] == [{"path": "run/v-1/pairs", "media_root": "clips"}, {"path": "mine", "kinds": ["penalty"]}]
-    assert first["cold_start"] == "tiny/sft.yaml" and first["leave_out"] == ["mine.json"]
-    assert "cold_start" not in second and second["leave_out"] == ["mine.json", "run/v-1/solved.json"]
+    assert first["cold_start"] == "tiny/sft.yaml" and first["leave_out"] is None
+    assert "cold_start" not in second and second["leave_out"] == ["run/v-1/solved.json"]
 
 
 def test_a_terminated_loop_ends_what_its_launcher_started(tmp_path):

@@ -147,8 +147,8 @@ def plan(loop: dict, skipped: set[str] = frozenset()) -> list[dict]:
         elif policy:
             settings["model_name_or_path"] = policy
             settings.pop("cold_start", None)
-        if kind == "grpo" and solved:
-            settings["leave_out"] = [*(settings.get("leave_out") or []), *solved]
+        if kind == "grpo":
+            settings["leave_out"] = list(solved) or None
         if kind == "dpo" and pairs:
             settings["pairs"] = with_pairs(settings.get("pairs") or [{}], pairs)
         if loop["push_to_hub"]:

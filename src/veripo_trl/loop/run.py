@@ -81,13 +81,17 @@ def do_stage(stage: dict, run: Run, *, before: str | None) -> dict:
     if finished and (results is not None or known["status"] == "skipped"):
         entry = known
     elif results is not None:  # the loop was killed before it could note that
-        entry = run.put(entry | {"status": "done", "results": results})
+        entry = run.put(entry | done(results))
     elif no_pairs(stage):  # what follows goes on from the policy before this stage
-        entry = run.put(entry | {"status": "skipped"})
+        entry = run.put(entry | {"status": "skipped", "minutes": 0.0})
     else:
         return start_stage(stage, run, entry)
     print(f"{name}: {entry['status']}" + ", there are no pairs" * (entry["status"] == "skipped"), flush=True)
     return entry
+
+
+def done(results: dict) -> dict:
+    return {"status": "done", "results": results, "minutes": results.get("minutes", 0.0)}
 
 
 def no_pairs(stage: dict) -> bool:
@@ -113,7 +117,7 @@ def start_stage(stage: dict, run: Run, entry: dict) -> dict:
         raise
     results = read_results(stage["output_dir"])
     if code == 0 and results is not None:
-        return run.put(entry | {"status": "done", "results": results})
+        return run.put(entry | done(results))
     run.put(entry | {"status": "failed", "exit_code": code})
     raise LoopError(
         f"{name} failed (exit code {code}{'' if results else f', no {RESULTS}'}). Its log: {logs / name}.log. Mend what "

@@ -68,5 +68,5 @@ def table_row(entry: dict) -> dict:
         "judges differ": shown(sampled.get("disagreement")),
         "rollouts": shown(counts.get("rollouts"), "{:,}"),
         "pairs": shown(counts.get("pairs") and sum(counts["pairs"].values()), "{:,}"),
-        "minutes": shown(results.get("minutes"), "{:.1f}"),
+        "minutes": f"{entry['minutes']:.1f}",
     }
