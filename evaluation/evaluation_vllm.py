@@ -40,7 +40,8 @@ from veripo_trl.hub.locate import locate
 from veripo_trl.hub.push import PATTERNS
 from veripo_trl.media.sampling import VideoSettings
 from veripo_trl.model.policy import SEEING, adapter_config, check_base, load_policy, weights_hash
-from veripo_trl.recipe import stages
+from veripo_trl.recipe.arguments import DataArguments
+from veripo_trl.recipe.build import encoder_from_config, see_as_trained
 
 RANK = "VERIPO_EVALUATION_RANK"  # set for the processes of a data-parallel run
 BATCH_SIZES = {"transformers": 8, "vllm": 64}
@@ -188,9 +189,9 @@ def decoding_of(args) -> Decoding:
     return Decoding(**{name: getattr(args, name) for name in names})
 
 
-def data_arguments(args) -> stages.DataArguments:
+def data_arguments(args) -> DataArguments:
     """How prompts are made: as the options say, else as the policy was trained, else by default."""
-    video = stages.DataArguments(
+    video = DataArguments(
         prompt_template=args.prompt_template,
         fps=args.video_fps,
         min_frames=args.video_min_frames,
@@ -202,7 +203,7 @@ def data_arguments(args) -> stages.DataArguments:
         frame_cache=args.frame_cache,
     )
     policy = (args.adapter, args.adapter_revision) if args.adapter else (args.model_path, args.model_revision)
-    stages.see_as_trained(video, *policy, defaults=DEFAULTS)
+    video = see_as_trained(video, *policy, defaults=DEFAULTS)
     video.min_pixels = min(video.min_pixels, video.max_pixels)
     VideoSettings(video.fps, video.min_frames, video.max_frames, video.min_pixels, video.max_pixels)
     return video
@@ -341,7 +342,7 @@ def evaluate(args, argv: list[str], files: OutputFiles, rank: int | None) -> int
         video = data_arguments(args)
         model, processor = load_model(args, weights=weights)
         config = model.config if weights else model
-        encoder = stages.encoder_from_config(config, processor, video, pixel_dtype=getattr(torch, args.dtype))
+        encoder = encoder_from_config(config, processor, video, pixel_dtype=getattr(torch, args.dtype))
     settings = settings_of(args, origin, questions, encoder)
     journal = Journal(files.journal, settings, repair=rank is None)
     if rank is not None:

@@ -14,112 +14,67 @@ start()  # before torch and peft are imported
 
 import sys
 import time
-from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate import PartialState
 from peft import PeftModel
 from transformers import set_seed
 from trl import ModelConfig
 
 from veripo_trl.data.prompts import load_template
 from veripo_trl.data.rows import check_media
-from veripo_trl.errors import ConfigError, run
+from veripo_trl.errors import run
 from veripo_trl.files.run_folder import only_process
-from veripo_trl.recipe import stages
+from veripo_trl.recipe.arguments import SHARED, PairArguments, parse
+from veripo_trl.recipe.build import make_encoder, make_policy, resolve_policy
 from veripo_trl.recipe.console import show_steps
+from veripo_trl.recipe.finish import finish, finish_push
+from veripo_trl.recipe.held_out import HeldOutEvaluation
+from veripo_trl.recipe.prepare import open_run, prepare_machine
+from veripo_trl.recipe.training_rows import count_kinds, hub_inputs, load_eval_rows, pin_data, refuse_trained
 from veripo_trl.trainers.dpo import VideoDPOConfig, VideoDPOTrainer
 from veripo_trl.verifier.preferences import load_pairs
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "tiny" / "dpo.yaml"
-
-
-@dataclass
-class PairArguments:
-    """Where the preference pairs are."""
-
-    pairs: list[str] | None = field(
-        default=None,
-        metadata={"help": "List of {path, media_root, revision, kinds, limit}; JSON on the command line."},
-    )
-
-    def __post_init__(self):
-        if not self.pairs:
-            raise ConfigError("Expected `pairs:`, a list of {path: …} that verify_rollouts.py wrote; none was given.")
-        self.pairs = stages.read_sources("pairs", self.pairs)
-
-
-ARGUMENTS = (
-    stages.DataArguments,
-    stages.ReportArguments,
-    stages.PushArguments,
-    PairArguments,
-    VideoDPOConfig,
-    ModelConfig,
-)
+ARGUMENTS = (*SHARED, PairArguments, VideoDPOConfig, ModelConfig)
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    arguments = stages.parse(ARGUMENTS, default_config=DEFAULT_CONFIG, argv=argv)
-    with only_process(arguments[4].output_dir):
-        return train(*arguments)
+    *options, training_args, model_args = parse(ARGUMENTS, default_config=DEFAULT_CONFIG, argv=argv)
+    with only_process(training_args.output_dir):
+        return train(*options, training_args, model_args)
 
 
 def train(data_args, report, push, pair_args, training_args, model_args) -> int | None:
     started = time.time()
-    stages.allow_many_open_files()
-    stages.use_all_cores(training_args)
-    if stages.push_trained(training_args, push):
+    if finish_push(training_args, push):
         return None
-    stages.make_tiny_world(data_args, training_args)
-    stages.see_as_trained(data_args, model_args.model_name_or_path, model_args.model_revision)
-    pairs = load_pairs(
-        pair_args.pairs, template=load_template(data_args.prompt_template), allow_urls=data_args.allow_urls
-    )
+    prepare_machine(training_args, tiny_world=data_args.tiny_world)
+    model_args, data_args = resolve_policy(model_args, pin_data(data_args))
+    template = load_template(data_args.prompt_template)
+    pairs = load_pairs(pair_args.pairs, template=template, allow_urls=data_args.allow_urls)
     check_media(pairs.dataset, allow_urls=data_args.allow_urls)
-    heldout = stages.load_eval_rows(data_args)
-    if data_args.holdout and (seen := set(heldout["question_id"]) & set(pairs.dataset["question_id"])):
-        raise ConfigError(
-            f"holdout: {len(seen)} of the {data_args.holdout} questions have pairs ({', '.join(sorted(seen)[:3])}, …): "
-            f"the GRPO run trained on them. Give that run the same datasets, manifest and holdout, or give this one "
-            f"eval_datasets."
-        )
+    heldout = load_eval_rows(data_args)
+    refuse_trained(heldout, pairs.dataset, holdout=data_args.holdout)
+    kinds = count_kinds(pairs.dataset)
+
     set_seed(training_args.seed)
-    model, processor = stages.make_policy(model_args, data_args)
-    reference = None if isinstance(model, PeftModel) else stages.make_policy(model_args, data_args)[0]
-    checkpoint = stages.open_run(training_args.output_dir, accelerator=PartialState())
+    model, processor = make_policy(model_args, data_args)
+    reference = None if isinstance(model, PeftModel) else make_policy(model_args, data_args)[0]
+    checkpoint = open_run(training_args.output_dir, data_args, report, push, pair_args, training_args, model_args)
     trainer = VideoDPOTrainer(
         model=model,
         ref_model=reference,
         args=training_args,
         train_dataset=pairs.dataset,
         processing_class=processor,
-        encoder=stages.make_encoder(model, processor, data_args),
+        encoder=make_encoder(model, processor, data_args),
     )
-    kinds = Counter(pairs.dataset["kind"])
-    if trainer.accelerator.is_main_process:
-        print(f"{len(pairs.dataset)} pairs ({', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))})", flush=True)
     trainer.started = started
     show_steps(trainer)
-    arguments = (data_args, report, push, pair_args, training_args, model_args)
-    stages.save_arguments(training_args.output_dir, *arguments, resumed=checkpoint is not None)
-    evaluation = None
-    if heldout is not None:
-        evaluation = stages.HeldOutEvaluation(trainer, heldout, report, before=report.report_before)
-        trainer.add_callback(evaluation)
+    evaluation = HeldOutEvaluation(trainer, heldout, report, before=report.report_before)
     trainer.train(resume_from_checkpoint=checkpoint)
-    return stages.finish(
-        trainer,
-        evaluation,
-        title="Held-out questions",
-        extra={
-            "seconds": dict(trainer.seconds),
-            "pairs": dict(kinds),
-            "inputs": {**stages.hub_inputs(data_args, model_args), **pairs.inputs},
-        },
-        push=push,
-    )
+    inputs = {**hub_inputs(data_args, model_args), **pairs.inputs}
+    return finish(trainer, evaluation, title="Held-out questions", push=push, pairs=kinds, inputs=inputs)
 
 
 if __name__ == "__main__":

@@ -13,128 +13,66 @@ start()  # before torch and peft are imported
 
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 from trl import ModelConfig
 
-from veripo_trl.data.rows import load_rows
 from veripo_trl.errors import run
 from veripo_trl.files.run_folder import only_process
-from veripo_trl.recipe import stages
+from veripo_trl.recipe.arguments import SHARED, StopArguments, parse
+from veripo_trl.recipe.build import make_encoder, make_policy, resolve_policy
 from veripo_trl.recipe.console import show_steps
+from veripo_trl.recipe.finish import finish, finish_push
+from veripo_trl.recipe.held_out import HeldOutEvaluation, StopAtAccuracy
+from veripo_trl.recipe.prepare import open_run, prepare_machine
+from veripo_trl.recipe.training_rows import hub_inputs, load_eval_rows, load_training_rows, pin_data
 from veripo_trl.trainers.sft import VideoSFTConfig, VideoSFTTrainer
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "tiny" / "sft.yaml"
-
-
-@dataclass
-class StopArguments:
-    """Stop a cold start early, to leave room for reinforcement learning."""
-
-    stop_datasets: list[str] | None = field(
-        default=None, metadata={"help": "Development rows for the early stop, in the form of `datasets`."}
-    )
-    stop_at_accuracy: float | None = field(
-        default=None, metadata={"help": "Stop once greedy accuracy on the development rows reaches this."}
-    )
-    stop_check_steps: int = field(default=50, metadata={"help": "Steps between two looks."})
-
-
-class StopAtAccuracy(TrainerCallback):
-    """Ends training once greedy accuracy on development rows is reached.
-
-    What it saw, and so why training ended, is in the checkpoints: a run that is resumed from the end is at its end.
-    """
-
-    STATE = "stop_at_accuracy"
-
-    def __init__(self, trainer, dataset, report, *, threshold: float, every: int):
-        self.trainer, self.dataset, self.report, self.threshold, self.every = trainer, dataset, report, threshold, every
-        self.history: list[dict] = []
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.history = state.stateful_callbacks.setdefault(self.STATE, [])
-        control.should_training_stop = bool(self.history) and self.history[-1]["accuracy"] >= self.threshold
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.every:
-            return
-        summary = stages.evaluate_policy(self.trainer, self.dataset, self.report, decoding="greedy")
-        self.history.append({"step": state.global_step, **summary})
-        if state.is_world_process_zero:
-            parts = ", ".join(f"{key.removeprefix('accuracy: ')} {summary[key]:.2f}" for key in summary if ": " in key)
-            print(
-                f"step {state.global_step}: development accuracy {summary['accuracy']:.3f} ({parts}), "
-                f"format {summary['format']:.2f}; stops at {self.threshold}",
-                flush=True,
-            )
-        if summary["accuracy"] >= self.threshold:
-            control.should_training_stop = control.should_save = True
-
-
-ARGUMENTS = (
-    stages.DataArguments,
-    stages.ReportArguments,
-    stages.PushArguments,
-    StopArguments,
-    VideoSFTConfig,
-    ModelConfig,
-)
+ARGUMENTS = (*SHARED, StopArguments, VideoSFTConfig, ModelConfig)
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    arguments = stages.parse(ARGUMENTS, default_config=DEFAULT_CONFIG, argv=argv)
-    with only_process(arguments[4].output_dir):
-        return train(*arguments)
+    *options, training_args, model_args = parse(ARGUMENTS, default_config=DEFAULT_CONFIG, argv=argv)
+    with only_process(training_args.output_dir):
+        return train(*options, training_args, model_args)
 
 
 def train(data_args, report, push, stop, training_args, model_args) -> int | None:
     started = time.time()
-    stages.allow_many_open_files()
-    stages.use_all_cores(training_args)
-    if stages.push_trained(training_args, push):
+    if finish_push(training_args, push):
         return None
-    stages.make_tiny_world(data_args, training_args)
-    dataset = stages.load_training_rows(data_args, seed=training_args.seed)
-    heldout = stages.load_eval_rows(data_args)
+    prepare_machine(training_args, tiny_world=data_args.tiny_world)
+    data_args = pin_data(data_args)
+    dataset = load_training_rows(data_args, seed=training_args.seed)
+    heldout = load_eval_rows(data_args)
+
     set_seed(training_args.seed)
-    stages.see_as_trained(data_args, model_args.model_name_or_path, model_args.model_revision)
-    model, processor = stages.make_policy(model_args, data_args)
+    model_args, data_args = resolve_policy(model_args, data_args)
+    model, processor = make_policy(model_args, data_args)
+    checkpoint = open_run(training_args.output_dir, data_args, report, push, stop, training_args, model_args)
     trainer = VideoSFTTrainer(
         model=model,
         args=training_args,
         train_dataset=dataset,
         processing_class=processor,
-        encoder=stages.make_encoder(model, processor, data_args),
+        encoder=make_encoder(model, processor, data_args),
     )
-    checkpoint = stages.open_run(training_args.output_dir, accelerator=trainer.accelerator)
     trainer.started = started
     show_steps(trainer)
-    arguments = (data_args, push, stop, training_args, model_args)
-    stages.save_arguments(training_args.output_dir, *arguments, resumed=checkpoint is not None)
     stopper = None
     if stop.stop_at_accuracy is not None:
-        development = load_rows(stop.stop_datasets, shuffle=False, allow_urls=data_args.allow_urls, unique_ids=False)
-        stopper = StopAtAccuracy(
-            trainer, development, report, threshold=stop.stop_at_accuracy, every=stop.stop_check_steps
-        )
-        trainer.add_callback(stopper)
-    evaluation = None
-    if heldout is not None:
-        evaluation = stages.HeldOutEvaluation(trainer, heldout, report, before=False)
-        trainer.add_callback(evaluation)
+        stopper = StopAtAccuracy(trainer, report, stop, allow_urls=data_args.allow_urls)
+    evaluation = HeldOutEvaluation(trainer, heldout, report, before=False)
     trainer.train(resume_from_checkpoint=checkpoint)
-    return stages.finish(
+    return finish(
         trainer,
         evaluation,
         title="Cold start on held-out questions",
-        extra={
-            "development": stopper.history if stopper else [],
-            "inputs": stages.hub_inputs(data_args, model_args),
-        },
         push=push,
+        development=stopper.history if stopper else [],
+        inputs=hub_inputs(data_args, model_args),
     )
 
 

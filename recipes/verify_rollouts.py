@@ -25,8 +25,9 @@ from veripo_trl.answers.rewards import reward_function
 from veripo_trl.errors import run
 from veripo_trl.files.run_folder import only_process
 from veripo_trl.files.tables import write_json
-from veripo_trl.recipe import stages
 from veripo_trl.recipe import verification as recipe
+from veripo_trl.recipe.arguments import parse
+from veripo_trl.recipe.prepare import save_arguments
 from veripo_trl.recipe.verification import VerifyArguments
 from veripo_trl.verifier.curriculum import choose_solved
 from veripo_trl.verifier.files import PAIR_SCHEMA, VERDICT_SCHEMA, judged_questions, write_files
@@ -40,7 +41,7 @@ ARGUMENTS = (VerifyArguments, PairOptions)
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments, options = stages.parse(ARGUMENTS, default_config=DEFAULT_CONFIG, argv=argv)
+    arguments, options = parse(ARGUMENTS, default_config=DEFAULT_CONFIG, argv=argv)
     if not int(os.environ.get("RANK", "0")):  # one process of a launcher's does the work
         with only_process(arguments.output_dir):
             verify(arguments, options)
@@ -55,7 +56,7 @@ def verify(arguments: VerifyArguments, options: PairOptions) -> None:
     judge = recipe.make_judge(arguments, RECIPES.parent / "verifier_prompts")
     cache = recipe.open_cache(arguments, judge)
     folder = recipe.open_folder(arguments.output_dir)  # after all that can be wrong with the arguments
-    stages.save_arguments(str(folder), arguments, options)
+    save_arguments(str(folder), arguments, options)
 
     found, reward = Findings(), reward_function(arguments.accuracy_reward)
     with cache or contextlib.nullcontext():

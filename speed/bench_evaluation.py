@@ -20,8 +20,10 @@ from machine import cores, describe_machine
 
 from veripo_trl.data.rows import load_rows
 from veripo_trl.evaluate.generate import Decoding, TransformersEngine, describe_completion, encoded_batches
+from veripo_trl.files.tables import write_json
 from veripo_trl.model.policy import load_policy
-from veripo_trl.recipe import stages
+from veripo_trl.recipe.arguments import DataArguments
+from veripo_trl.recipe.build import make_encoder
 from veripo_trl.tiny.world import make_world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +55,7 @@ def main() -> None:
     rows = [rows[place] for place in range(len(rows))]
     model, processor = load_policy(args.model or str(world.model))
     settings = {"prompt_template": "tiny", "min_pixels": 28 * 28, "max_pixels": 112 * 112, "max_frames": 32}
-    encoder = stages.make_encoder(model, processor, stages.DataArguments(**settings))
+    encoder = make_encoder(model, processor, DataArguments(**settings))
     engine = TransformersEngine(model.eval(), encoder, Decoding(max_new_tokens=args.max_new_tokens))
     run(engine, encoder, rows, [[0]], num_workers=0)  # imports, the decoding process, lazy kernels
 
@@ -86,7 +88,7 @@ def main() -> None:
         "speedup": loop["all"] / batched["all"],
         "equal answers": equal,
     }
-    stages.write_json(args.json, result)
+    write_json(args.json, result)
     print(json.dumps(result, indent=2))
     if equal != len(rows):
         raise SystemExit(f"{len(rows) - equal} of {len(rows)} answers differ.")

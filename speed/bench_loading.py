@@ -36,7 +36,8 @@ from qwen_vl_utils import process_vision_info
 from veripo_trl.data.prompts import build_messages
 from veripo_trl.files.tables import print_table, write_json
 from veripo_trl.model.encoding import encode_unique
-from veripo_trl.recipe import stages
+from veripo_trl.recipe.arguments import DataArguments
+from veripo_trl.recipe.build import encoder_from_config
 
 ROOT = Path(__file__).resolve().parent.parent
 DECODER_LIMIT = 2.0  # mean difference between two decoders' frames, of 255
@@ -73,10 +74,10 @@ def make_rows(folder: Path, count: int, args) -> list[dict]:
 
 
 def make_encoder(config, processor, args, **data):
-    arguments = stages.DataArguments(
+    arguments = DataArguments(
         prompt_template="tiny", fps=2.0, max_frames=args.max_frames, max_pixels=args.max_pixels, **data
     )
-    return stages.encoder_from_config(config, processor, arguments)
+    return encoder_from_config(config, processor, arguments)
 
 
 def measure_decoders(config, processor, rows, args) -> tuple[list[dict], bool]:

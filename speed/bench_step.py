@@ -36,7 +36,9 @@ from transformers import TrainerCallback, set_seed
 from veripo_trl.data.rows import rows_to_dataset
 from veripo_trl.files.tables import print_table, write_json
 from veripo_trl.media.frame_cache import FrameCache
-from veripo_trl.recipe import stages
+from veripo_trl.recipe.arguments import DataArguments
+from veripo_trl.recipe.build import make_encoder
+from veripo_trl.recipe.prepare import allow_many_open_files
 from veripo_trl.trainers.dpo import VideoDPOConfig, VideoDPOTrainer
 from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer
 
@@ -60,8 +62,8 @@ def make_questions(shape: str, model, processor, args, cache: Path):
     else:
         rows = make_rows(args.folder, count, args)
         limits = {"max_frames": 30, "max_pixels": 224**2} if shape == "mid" else {"max_pixels": 128 * 28 * 28}
-        data = stages.DataArguments(prompt_template="tiny", fps=2.0, min_frames=2, **limits)
-        encoder = stages.make_encoder(model, processor, data)
+        data = DataArguments(prompt_template="tiny", fps=2.0, min_frames=2, **limits)
+        encoder = make_encoder(model, processor, data)
     encoder.loader.cache = FrameCache(cache, max_bytes=10**10)  # empty until training starts
     return encoder, rows
 
@@ -186,7 +188,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.shapes, SIZES["tiny"] = ["tiny"], {"prompts": 2, "completion": 8}
-    stages.allow_many_open_files()
+    allow_many_open_files()
     results, parts, loading, costs, failures = {}, {"grpo": [], "dpo": []}, [], [], []
     for shape in args.shapes:
         for method in ("grpo", "dpo"):

@@ -233,12 +233,12 @@ def main() -> None:
     args = parser.parse_args()
     from machine import describe_machine
 
-    from veripo_trl.recipe import stages
+    from veripo_trl.files.tables import print_table, write_json
 
     result = {"machine": describe_machine(), "load_average_before": os.getloadavg()}
     if args.only != "server":
         rules = result["rules"] = bench_rules(args.rollouts, args.repeats)
-        stages.print_table(
+        print_table(
             "Rules on one core",
             [{"rollouts": rules["rollouts"], "seconds": rules["seconds"], "CPU seconds": rules["cpu_seconds"],
               "tokens of thinking": rules["think_tokens"], "peak MiB": rules["peak_mib"],
@@ -250,8 +250,8 @@ def main() -> None:
             result[kind] = found = bench_server(kind, args.requests, args.repeats, delay_s=0.05, concurrency=64)
             table.append({"timed": kind, "requests": found["requests"], "per second": found["per_second"],
                           "of 1,280": f"{found['share']:.1%}", "client CPU µs": found["client_cpu_us"]})  # fmt: skip
-        stages.print_table("A server that answers in 50 ms, 64 requests in flight", table)
-    stages.write_json(args.json, result)
+        print_table("A server that answers in 50 ms, 64 requests in flight", table)
+    write_json(args.json, result)
     print(f"written to {args.json}")
 
 

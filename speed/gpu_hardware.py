@@ -27,7 +27,9 @@ from trl import ModelConfig
 from veripo_trl.answers.rewards import reward_function
 from veripo_trl.data.rows import rows_to_dataset
 from veripo_trl.model.policy import SEEING
-from veripo_trl.recipe import stages
+from veripo_trl.recipe.arguments import DataArguments
+from veripo_trl.recipe.arguments import parse as parse_arguments
+from veripo_trl.recipe.build import make_encoder
 from veripo_trl.trainers.dpo import VideoDPOTrainer
 from veripo_trl.trainers.grpo import VideoGRPOTrainer
 from veripo_trl.trainers.sft import VideoSFTTrainer
@@ -60,7 +62,7 @@ def one_step(device, config, shape, answer, search=None) -> dict:
         settings = parse(file, recipe, Path(folder), device)
         data, training, model_args = (
             next(item for item in settings if isinstance(item, kind))
-            for kind in (stages.DataArguments, TrainingArguments, ModelConfig)
+            for kind in (DataArguments, TrainingArguments, ModelConfig)
         )
         seen = SEEING | (yaml.safe_load((CONFIGS / search).read_text()) if search else {})
         for name in SEEING:
@@ -73,7 +75,7 @@ def one_step(device, config, shape, answer, search=None) -> dict:
         if zero:
             for parameter in trained:
                 parameter.register_post_accumulate_grad_hook(drop_gradient)
-        encoder = stages.make_encoder(model, processor, data)
+        encoder = make_encoder(model, processor, data)
         rows = make_rows(recipe.name, data, training, answer, Path(folder))
         rewards = [reward_function(name) for item in settings for name in getattr(item, "rewards", [])]
         common = {"model": model, "args": training, "processing_class": processor, "encoder": encoder}
@@ -129,7 +131,7 @@ def parse(file: Path, recipe: Path, folder: Path, device: str) -> tuple:
         argv += ON_CPU.split()
         if recipe.name == "grpo_video.py":
             argv += "--per_device_train_batch_size 2 --num_generations 2 --max_completion_length 8".split()
-    return stages.parse(module.ARGUMENTS, default_config=module.DEFAULT_CONFIG, argv=argv)
+    return parse_arguments(module.ARGUMENTS, default_config=module.DEFAULT_CONFIG, argv=argv)
 
 
 def make_rows(recipe: str, data, training, answer: int | None, folder: Path) -> list[dict]:

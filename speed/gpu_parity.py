@@ -14,7 +14,8 @@ from veripo_trl.model import inputs
 from veripo_trl.model.encoding import EncodedPrompt
 from veripo_trl.model.inputs import vision_inputs
 from veripo_trl.model.positions import use_trained_positions
-from veripo_trl.recipe import stages
+from veripo_trl.recipe.arguments import DataArguments
+from veripo_trl.recipe.build import make_encoder
 from veripo_trl.shared_prompt import attention as prefix_attention
 from veripo_trl.shared_prompt.rollout import left_pad
 from veripo_trl.shared_prompt.scoring import FLOAT32_BOUND, score_completions, score_rows
@@ -40,8 +41,8 @@ def small_model(device: str, shape: str, dtype: torch.dtype, family: str = "qwen
     model, processor = random_model(shape, device=device, dtype=dtype, family=family)
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     model.train()
-    data = stages.DataArguments(prompt_template="tiny", min_frames=2, min_pixels=56**2, max_pixels=224**2)
-    encoder = stages.make_encoder(model, processor, data)
+    data = DataArguments(prompt_template="tiny", min_frames=2, min_pixels=56**2, max_pixels=224**2)
+    encoder = make_encoder(model, processor, data)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         clips = [

@@ -23,7 +23,7 @@ import torch
 from machine import describe_machine
 
 from veripo_trl.files import tables
-from veripo_trl.recipe import stages
+from veripo_trl.files.run_folder import RESULTS
 from veripo_trl.trainers.grpo import VideoGRPOTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +58,7 @@ def run(command: list[str]) -> None:
 
 def grpo(command: list[str], folder: Path, *, start: Path, seed: int) -> dict:
     """A GRPO run, unless it is finished. Returns its results."""
-    results = folder / stages.RESULTS
+    results = folder / RESULTS
     if not results.exists():
         options = ["--config", "tiny/grpo.yaml", "--model_name_or_path", str(start), "--report_before", "false"]
         run([*command, *options, "--output_dir", str(folder), "--seed", str(seed), "--save_strategy", "no"])

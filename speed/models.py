@@ -17,7 +17,8 @@ from transformers import (
 from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder
 from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR
 from veripo_trl.model.positions import mrope_positions
-from veripo_trl.recipe import stages
+from veripo_trl.recipe.arguments import DataArguments
+from veripo_trl.recipe.build import make_encoder
 from veripo_trl.tiny.clips import FPS, write_clip
 from veripo_trl.tiny.model import SPECIAL_TOKENS, build_model, build_processor
 
@@ -182,7 +183,7 @@ def video_questions(
 
     Args:
         folder: where the clips are written: two frames a second, `side` × `side` pixels, not smaller than they are.
-        data: further `stages.DataArguments`.
+        data: further `DataArguments`.
 
     Returns:
         (encoder, rows).
@@ -191,7 +192,7 @@ def video_questions(
     pairs = (prompt_tokens - 40) // per_pair
     arguments = {"prompt_template": "tiny", "fps": FPS, "min_frames": 2, "max_frames": 2 * pairs, "decode_threads": 1}
     arguments |= {"min_pixels": side**2, "max_pixels": side**2}
-    encoder = stages.make_encoder(model, processor, stages.DataArguments(**{**arguments, **data}))
+    encoder = make_encoder(model, processor, DataArguments(**{**arguments, **data}))
     rows = []
     for number in range(count):
         clip = striped_clip(folder, frames=2 * pairs, height=side, width=side, seed=number)

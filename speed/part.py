@@ -14,7 +14,8 @@ from timing import wait_for_device
 
 from veripo_trl.data.rows import rows_to_dataset
 from veripo_trl.model import inputs
-from veripo_trl.recipe import stages
+from veripo_trl.recipe.arguments import DataArguments
+from veripo_trl.recipe.build import make_encoder
 from veripo_trl.shared_prompt.scoring import HALF_BOUND, score_completions
 from veripo_trl.trainers.dpo import VideoDPOConfig, VideoDPOTrainer
 from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer
@@ -37,7 +38,7 @@ class Part:
         self.device = next(model.parameters()).device
         self.half = half
         folder = Path(tempfile.gettempdir())
-        encoder = stages.make_encoder(model, processor, stages.DataArguments(prompt_template="tiny"))
+        encoder = make_encoder(model, processor, DataArguments(prompt_template="tiny"))
         dataset = rows_to_dataset([question("text", folder)])  # which is not trained on
         options = {
             "output_dir": str(folder / "unused"), "per_device_train_batch_size": 2, "report_to": "none",

@@ -92,12 +92,13 @@ def mixed_rows(media_root):
 def load(model_paths):
     """`load(kind) -> (model, encoder)`: a fresh model and an encoder for it."""
     from veripo_trl.model.policy import load_policy
-    from veripo_trl.recipe import stages
+    from veripo_trl.recipe.arguments import DataArguments
+    from veripo_trl.recipe.build import make_encoder
 
     def fresh(kind: str = "qwen2_5_vl", **options):
         settings = {"prompt_template": "tiny", "fps": 2.0, "min_frames": 2, "max_frames": 24, "min_pixels": 56 * 56}
-        data_args = stages.DataArguments(**{**settings, "max_pixels": 112 * 56, **options})
+        data_args = DataArguments(**{**settings, "max_pixels": 112 * 56, **options})
         model, processor = load_policy(str(model_paths[kind]))
-        return model, stages.make_encoder(model, processor, data_args)
+        return model, make_encoder(model, processor, data_args)
 
     return fresh

@@ -12,7 +12,8 @@ from test_sft import changed, state
 from trl import ModelConfig
 
 from veripo_trl.model.policy import load_policy
-from veripo_trl.recipe import stages
+from veripo_trl.recipe.arguments import DataArguments
+from veripo_trl.recipe.build import make_encoder, make_policy
 
 QUANTIZED = {"load_in_4bit": True}
 EMBEDDINGS = {"lora_target_modules": ["q_proj", "v_proj", "embed_tokens"]}
@@ -22,10 +23,10 @@ def make(path, **changes):
     """(policy, encoder) as a recipe makes them."""
     model_args = ModelConfig(model_name_or_path=str(path), **{"use_peft": True, "lora_r": 4, **changes})
     sizes = {"min_frames": 2, "max_frames": 6, "min_pixels": 56 * 56, "max_pixels": 112 * 56}
-    data_args = stages.DataArguments(prompt_template="tiny", **sizes)
+    data_args = DataArguments(prompt_template="tiny", **sizes)
     torch.manual_seed(0)
-    model, processor = stages.make_policy(model_args, data_args)
-    return model, stages.make_encoder(model, processor, data_args)
+    model, processor = make_policy(model_args, data_args)
+    return model, make_encoder(model, processor, data_args)
 
 
 @pytest.fixture

@@ -21,10 +21,10 @@ from veripo_trl.data.prompts import PromptError
 from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.data.rows import COLUMNS, RowError
 from veripo_trl.errors import ConfigError
+from veripo_trl.files.run_folder import RESULTS
 from veripo_trl.media.process import DecoderError
 from veripo_trl.media.video import MediaError, VideoError
 from veripo_trl.model.encoding import PromptTooLongError
-from veripo_trl.recipe import stages
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "grpo_video.py"
 ROLLOUT = {"rollout_id": "old", "question_id": "q", "step": 0, "rewards": {"accuracy_reward": 1.0}}
@@ -158,13 +158,13 @@ def run(tmp_path, model_paths):
 
 
 @pytest.fixture
-def no_model(monkeypatch):
+def no_model(monkeypatch, recipe):
     """Loading a model fails the test: the error has to come before."""
 
     def loaded(*args, **kwargs):
         pytest.fail("the model was loaded before the rows were refused")
 
-    monkeypatch.setattr(stages, "make_policy", loaded)
+    monkeypatch.setattr(recipe, "make_policy", loaded)
 
 
 def assert_clear(error, *parts):
@@ -267,12 +267,12 @@ def test_a_prompt_over_the_limit(workers, run, recipe):
 def test_a_finished_run_outlives_a_run_that_fails(run, recipe):
     """Its folder is moved aside, whole."""
     truncated(run.media / "bad.mp4")
-    (run.output / stages.RESULTS).write_text('{"steps": 1}')
+    (run.output / RESULTS).write_text('{"steps": 1}')
     before = run.written()
     with pytest.raises(VideoError):
         run.start(recipe, [run.good_row(), run.bad_row()])
     run.assert_nothing_ran(before)
-    assert (run.folder / "run.previous-1" / stages.RESULTS).is_file()
+    assert (run.folder / "run.previous-1" / RESULTS).is_file()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from veripo_trl.errors import ConfigError
 from veripo_trl.loop.plan import plan, read_loop
 from veripo_trl.media.sampling import VideoSettings
 from veripo_trl.model.policy import SEEING
-from veripo_trl.recipe import stages
+from veripo_trl.recipe.arguments import DataArguments, PushArguments, ReportArguments
+from veripo_trl.recipe.arguments import parse as parse_arguments
 from veripo_trl.trainers.dpo import VideoDPOConfig
 from veripo_trl.trainers.grpo import VideoGRPOConfig
 from veripo_trl.trainers.sft import VideoSFTConfig
@@ -79,15 +80,15 @@ def parse(file: Path, recipe: Path) -> dict:
     if recipe.name == "verify_rollouts.py":
         module = recipe_module(recipe)
         kinds = (module.VerifyArguments, module.PairOptions)
-        parsed = stages.parse(kinds, default_config=module.DEFAULT_CONFIG, argv=["--config", str(file)])
+        parsed = parse_arguments(kinds, default_config=module.DEFAULT_CONFIG, argv=["--config", str(file)])
         return {key: value for item in parsed for key, value in vars(item).items()}
     own, training = PARSED_BY[recipe.name]
     module = recipe_module(recipe)
-    shared = (stages.DataArguments, stages.ReportArguments, stages.PushArguments)
+    shared = (DataArguments, ReportArguments, PushArguments)
     kinds = (*shared, getattr(module, own), training, ModelConfig)
     argv = ["--config", str(file), "--bf16", "false", "--use_cpu", "true"]
     values = {}
-    for item in stages.parse(kinds, default_config=module.DEFAULT_CONFIG, argv=argv):
+    for item in parse_arguments(kinds, default_config=module.DEFAULT_CONFIG, argv=argv):
         values |= vars(item)
     return values
 

@@ -11,7 +11,8 @@ from conftest import make_row
 from test_dpo import stored_pair, write_pairs
 
 from veripo_trl.errors import ConfigError
-from veripo_trl.recipe import stages
+from veripo_trl.recipe.arguments import DataArguments
+from veripo_trl.recipe.training_rows import load_eval_rows, load_training_rows
 from veripo_trl.verifier.curriculum import choose_solved
 
 
@@ -68,8 +69,8 @@ def rows_file(path, names) -> list[dict]:
 
 def sides(datasets, *, seed=0, **options) -> tuple[set, list]:
     """(ids trained on, ids held out) of a stage."""
-    data = stages.DataArguments(datasets=datasets, **{"holdout": 8, **options})
-    train, held = stages.load_training_rows(data, seed=seed)["question_id"], stages.load_eval_rows(data)["question_id"]
+    data = DataArguments(datasets=datasets, **{"holdout": 8, **options})
+    train, held = load_training_rows(data, seed=seed)["question_id"], load_eval_rows(data)["question_id"]
     return set(train), list(held)
 
 

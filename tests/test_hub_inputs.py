@@ -14,7 +14,8 @@ from veripo_trl.hub import runs as hub_runs
 from veripo_trl.hub.cards import TAG
 from veripo_trl.hub.push import push_folder
 from veripo_trl.hub.runs import local_pairs
-from veripo_trl.recipe import stages
+from veripo_trl.recipe.arguments import DataArguments
+from veripo_trl.recipe.training_rows import hub_inputs, load_training_rows, pin_data
 
 ROW = {"problem": "Which?", "options": ["red", "blue"], "problem_type": "multiple choice", "solution": "B"}
 
@@ -28,10 +29,10 @@ def hub(monkeypatch, tmp_path):
         yield server
 
 
-def arguments(tmp_path, leave_out: list[str]) -> stages.DataArguments:
+def arguments(tmp_path, leave_out: list[str]) -> DataArguments:
     rows = [{**ROW, "question_id": f"q{number}"} for number in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return stages.DataArguments(datasets=[{"path": "rows.jsonl"}], leave_out=leave_out)
+    return DataArguments(datasets=[{"path": "rows.jsonl"}], leave_out=leave_out)
 
 
 def push_solved(tmp_path, dropped: list[str]) -> str:
@@ -49,13 +50,15 @@ def test_solved_questions_of_a_dataset_at_its_revisions(hub, tmp_path, capsys):
         (f"tester/pairs@{first}", {"q0"}, first),
         ("tester/pairs@main", {"q1", "q2"}, second),
     ):
-        data = arguments(tmp_path, [entry])
-        rows = stages.load_training_rows(data, seed=0)
+        given = arguments(tmp_path, [entry])
+        data = pin_data(given)
+        assert given.leave_out == [entry]
+        rows = load_training_rows(data, seed=0)
         assert {f"q{number}" for number in range(8)} - set(rows["question_id"]) == gone
         assert f"left out {len(gone)} rows of solved questions, {8 - len(gone)} rows stay" in capsys.readouterr().out
         assert data.leave_out == [f"tester/pairs@{sha}"]  # what _arguments.json then says
         model = SimpleNamespace(model_name_or_path="outputs/sft", model_revision="main")
-        assert stages.hub_inputs(data, model) == {
+        assert hub_inputs(data, model) == {
             "left out by tester/pairs": {"repo_id": "tester/pairs", "revision": sha}
         }  # fmt: skip
 
@@ -67,17 +70,17 @@ def test_solved_questions_of_other_data_are_refused(tmp_path, monkeypatch):
         (tmp_path / "solved.json").write_text(json.dumps({"dropped": ["q1"], "contents": [content_of(solved)]}))
         data = arguments(tmp_path, ["solved.json"])
         if gone:
-            assert {f"q{n}" for n in range(8)} - set(stages.load_training_rows(data, seed=0)["question_id"]) == gone
+            assert {f"q{n}" for n in range(8)} - set(load_training_rows(data, seed=0)["question_id"]) == gone
         else:
             with pytest.raises(VeripoError, match="'q1' is another question in `datasets`.*id_prefix"):
-                stages.load_training_rows(data, seed=0)
+                load_training_rows(data, seed=0)
 
 
 @pytest.mark.parametrize("entry", ["verify/solved.json", "outputs/verify", "tester/pairs", "./pairs", "../pairs"])
 def test_a_path_of_this_machine_is_not_asked_for_on_the_hub(hub, tmp_path, entry):
     (tmp_path / "tester" / "pairs").mkdir(parents=True)  # exists here: no dataset
     with pytest.raises(VeripoError, match=f"leave_out: {entry}: expected a solved.json"):
-        stages.load_training_rows(arguments(tmp_path, [entry]), seed=0)
+        load_training_rows(arguments(tmp_path, [entry]), seed=0)
     assert hub.log == []
 
 
@@ -94,21 +97,21 @@ def test_what_the_hub_does_not_have_is_said(hub, tmp_path, entry, message):
     (tmp_path / "pushed" / "other.json").write_text("{}")
     push_folder(tmp_path / "pushed", "tester/empty", repo_type="dataset", card="# x\n", patterns=["other.json"])
     with pytest.raises(VeripoError, match=message):
-        stages.load_training_rows(arguments(tmp_path, [entry]), seed=0)
+        load_training_rows(arguments(tmp_path, [entry]), seed=0)
 
 
 def test_rows_left_out_are_counted_as_rows_and_strange_ids_are_told(tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "solved.json").write_text(json.dumps({"dropped": ["q1", "other-1", "other-2"]}))
-    everything = stages.load_training_rows(arguments(tmp_path, []), seed=3)["question_id"]
+    everything = load_training_rows(arguments(tmp_path, []), seed=3)["question_id"]
     assert "left out" not in capsys.readouterr().out
-    rows = stages.load_training_rows(arguments(tmp_path, ["solved.json", "solved.json"]), seed=3)
+    rows = load_training_rows(arguments(tmp_path, ["solved.json", "solved.json"]), seed=3)
     assert "left out 1 rows of solved questions, 7 rows stay" in capsys.readouterr().out
     assert "2 of 3 solved questions are not among the rows of `datasets` ('other-1', 'other-2')" in caplog.text
     assert list(rows["question_id"]) == [question for question in everything if question != "q1"]
     (tmp_path / "solved.json").write_text(json.dumps({"dropped": list(everything)}))
     with pytest.raises(VeripoError, match="all 8 rows are of solved questions"):
-        stages.load_training_rows(arguments(tmp_path, ["solved.json"]), seed=3)
+        load_training_rows(arguments(tmp_path, ["solved.json"]), seed=3)
 
 
 PUSHED = {"repo_id": "tester/pairs", "revision": "c" * 40}
@@ -121,7 +124,7 @@ PUSHED = {"repo_id": "tester/pairs", "revision": "c" * 40}
         (["outputs/verify/pairs/a.parquet"], {"hub": {"pairs": PUSHED}}, "| pairs | tester/pairs at `ccc"),
         (["outputs/verify/pairs"], {"hub": None}, "| pairs | outputs/verify/pairs (a local folder, not on the Hub) |"),
         (["outputs/verify/pairs"], None, "| pairs | outputs/verify/pairs (a local folder, not on the Hub) |"),
-        (["{here}/outputs/verify/pairs"], None, "| pairs | pairs (a local folder, not on the Hub) |"),
+        (["{here}/outputs/verify/pairs"], None, "| pairs | outputs/verify/pairs (a local folder, not on the Hub) |"),
         (["tester/pairs"], None, "| tester/pairs | tester/pairs at `ccc"),
         (["outputs/verify/pairs", "tester/pairs"], {"hub": {"pairs": {**PUSHED, "repo_id": "tester/other"}}},
          "| pairs of outputs/verify/pairs | tester/other at `ccc"),
@@ -149,7 +152,7 @@ def test_a_dpo_card_names_its_pairs(pairs, results, shown, tmp_path, monkeypatch
     inputs = {path: PUSHED for path in pairs if path == "tester/pairs"}
     result = {"stage": "DPO", "model": "org/base", "steps": 2, "pairs": {"penalty": 3}, "inputs": inputs}
     args = SimpleNamespace(hub_model_id="tester/dpo", hub_private_repo=None, hub_revision=None)
-    hub_runs.push_run(run, args, result, rollouts_id=None, license="mit")
+    hub_runs.push_run(run, args, result, license="mit")
     card = cards["tester/dpo"]
     assert shown in card and "| penalty pairs | 3 |" in card and str(tmp_path) not in card
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "org/base"

@@ -444,10 +444,10 @@ def test_what_is_no_secret_is_left_alone():
 def test_recorded_arguments_hold_no_secret(tmp_path):
     from trl import SFTConfig
 
-    from veripo_trl.recipe import stages
+    from veripo_trl.recipe.prepare import save_arguments
 
     arguments = SFTConfig(hub_token="hf_x", model_init_kwargs={"token": "t0p"}, eos_token="<|im_end|>", use_cpu=True)
-    stages.save_arguments(str(tmp_path), arguments)
+    save_arguments(str(tmp_path), arguments)
     record = (tmp_path / "_arguments.json").read_text()
     assert "hf_x" not in record and "t0p" not in record and json.loads(record)["SFTConfig"]["eos_token"] == "<|im_end|>"
 

@@ -28,7 +28,10 @@ from veripo_trl.model.policy import (
     read_settings,
     weights_hash,
 )  # fmt: skip
-from veripo_trl.recipe import stages
+from veripo_trl.recipe.arguments import DataArguments, PushArguments, ReportArguments
+from veripo_trl.recipe.build import make_encoder, make_policy, see_as_trained
+from veripo_trl.recipe.finish import finish
+from veripo_trl.recipe.held_out import HeldOutEvaluation
 
 EVALUATION = Path(__file__).resolve().parent.parent / "evaluation" / "evaluation_vllm.py"
 
@@ -142,7 +145,7 @@ def test_a_vision_tower_that_would_not_be_saved_is_refused(with_adapter, model_p
 def test_quantized_weights_without_an_adapter_are_refused(model_paths):
     model_args = ModelConfig(model_name_or_path=str(model_paths["qwen2_5_vl"]), load_in_4bit=True)
     with pytest.raises(ValueError, match="use_peft: true"):
-        stages.make_policy(model_args, stages.DataArguments())
+        make_policy(model_args, DataArguments())
 
 
 def test_a_reference_has_the_policys_revision(model_paths, tmp_path, monkeypatch):
@@ -156,8 +159,8 @@ def test_a_reference_has_the_policys_revision(model_paths, tmp_path, monkeypatch
 
     base = str(model_paths["qwen2_5_vl"])
     model_args = ModelConfig(model_name_or_path=base, model_revision="first")
-    model, processor = stages.make_policy(model_args, stages.DataArguments())
-    encoder = stages.make_encoder(model, processor, stages.DataArguments())
+    model, processor = make_policy(model_args, DataArguments())
+    encoder = make_encoder(model, processor, DataArguments())
     monkeypatch.setattr(PreTrainedConfig, "get_config_dict", classmethod(record))
     trainer = test_grpo_parity.make_trainer(model, encoder, [make_row("text", tmp_path)], tmp_path, beta=0.1)
     assert type(trainer.ref_model) is type(model)
@@ -177,7 +180,7 @@ def test_revisions_reach_what_they_belong_to(model_paths, tmp_path, monkeypatch)
     monkeypatch.setattr(PreTrainedConfig, "get_config_dict", classmethod(record))
     options = {"use_peft": True, "lora_r": 4}
     model_args = ModelConfig(model_name_or_path=base, model_revision="first", **options)
-    model, _ = stages.make_policy(model_args, stages.DataArguments())
+    model, _ = make_policy(model_args, DataArguments())
     assert asked[0] == (base, "first")
     model.save_pretrained(tmp_path / "adapter")
     assert adapter_config(str(tmp_path / "adapter"))["revision"] == "first"
@@ -185,7 +188,7 @@ def test_revisions_reach_what_they_belong_to(model_paths, tmp_path, monkeypatch)
     load_policy(str(tmp_path / "adapter"), revision="second")
     assert asked[0] == (base, "first")
     asked.clear()
-    stages.make_policy(ModelConfig(model_name_or_path=base), stages.DataArguments())
+    make_policy(ModelConfig(model_name_or_path=base), DataArguments())
     assert asked[0] == (base, None)  # "main", TRL's default, is left to the Hub
 
 
@@ -196,14 +199,15 @@ SEEN = {"fps": 1.0, "min_frames": 2, "max_frames": 6, "min_pixels": 3136, "max_p
 
 def trained(base, folder, media_root, *, own_words: Path | None = None, **options):
     """A policy after one step of SFT with a checkpoint, as a recipe ends: its trainer."""
-    seen = stages.DataArguments(prompt_template=str(own_words or "tiny"), **SEEN)
+    seen = DataArguments(prompt_template=str(own_words or "tiny"), **SEEN)
     model, processor = load_policy(str(base), **options)
     rows = [make_row("one", media_root, videos=["wide.mp4"])]
     changes = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None, "learning_rate": 1e-2}
-    trainer = make_trainer(model, stages.make_encoder(model, processor, seen), rows, folder, **changes)
+    trainer = make_trainer(model, make_encoder(model, processor, seen), rows, folder, **changes)
     trainer.train()
     assert not (Path(folder) / "README.md").exists()  # TRL's, as a killed run would leave it
-    stages.finish(trainer, None, title="", extra={}, push=stages.PushArguments(hub_license="mit"))
+    evaluation = HeldOutEvaluation(trainer, None, ReportArguments(), before=False)
+    finish(trainer, evaluation, title="", push=PushArguments(hub_license="mit"))
     return trainer
 
 
@@ -228,9 +232,8 @@ def test_a_policy_carries_how_it_was_trained_to_see(adapter, model_paths, media_
         assert settings.pop("prompt_template")["layout"] == template.layout
         assert settings == {**SEEN, "base_weights": weights_hash(str(base)) if adapter else None}
         capfd.readouterr()
-        data = stages.DataArguments()
-        stages.see_as_trained(data, str(folder))
-        taken = [data, evaluation.data_arguments(evaluation.parse_arguments(["--model_path", str(folder), *given]))]
+        parsed = evaluation.parse_arguments(["--model_path", str(folder), *given])
+        taken = [see_as_trained(DataArguments(), str(folder)), evaluation.data_arguments(parsed)]
         if adapter:
             argv = ["--model_path", str(base), "--adapter", str(folder), *given]
             taken.append(evaluation.data_arguments(evaluation.parse_arguments(argv)))
@@ -247,19 +250,17 @@ def test_a_policy_carries_how_it_was_trained_to_see(adapter, model_paths, media_
 def test_settings_that_differ_from_the_trained_ones_are_warned_of(model_paths, media_root, tmp_path, caplog, capsys):
     trained(model_paths["qwen2_5_vl"], tmp_path, media_root)
     capsys.readouterr()
-    data = stages.DataArguments(prompt_template="default", **{**SEEN, "max_frames": 8})
-    stages.see_as_trained(data, str(tmp_path))
+    data = see_as_trained(DataArguments(prompt_template="default", **{**SEEN, "max_frames": 8}), str(tmp_path))
     assert "was trained with prompt_template tiny (here default), max_frames 6 (here 8)" in caplog.text
     assert data.max_frames == 8 and data.prompt_template == "default" and not capsys.readouterr().err
     caplog.clear()
-    stages.see_as_trained(stages.DataArguments(prompt_template="tiny", **SEEN), str(tmp_path))
+    see_as_trained(DataArguments(prompt_template="tiny", **SEEN), str(tmp_path))
     assert not caplog.text and not capsys.readouterr().err
 
 
 def test_a_model_that_says_nothing_gets_the_defaults(model_paths, adapter_path, caplog, capsys):
     for folder in (model_paths["qwen2_5_vl"], adapter_path):
-        data = stages.DataArguments(fps=3.0)
-        stages.see_as_trained(data, str(folder))
+        data = see_as_trained(DataArguments(fps=3.0), str(folder))
         assert {name: getattr(data, name) for name in SEEING} == {**SEEING, "fps": 3.0}
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"{folder} has no veripo_trl.json of how it was trained; by default: prompt_template def")

@@ -18,7 +18,9 @@ from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.data.rows import rows_to_dataset
 from veripo_trl.errors import ConfigError, VeripoError, run
 from veripo_trl.files.run_folder import holder, only_process, write_results
-from veripo_trl.recipe import stages
+from veripo_trl.recipe import held_out
+from veripo_trl.recipe.arguments import ReportArguments, StopArguments
+from veripo_trl.recipe.prepare import open_run
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -102,22 +104,18 @@ def test_main_job_and_its_second_start(workplace):
 
 
 def test_a_finished_run_is_moved_aside_and_nothing_is_lost(tmp_path, capsys):
-    from accelerate import PartialState
-
     run = tmp_path / "run"
     for number in (1, 2):
         (run / "rollouts").mkdir(parents=True)
         (run / "results.json").write_text(str(number))
-        assert stages.open_run(str(run), accelerator=PartialState()) is None
-        assert not run.exists()
+        assert open_run(str(run)) is None
+        assert [path.name for path in run.iterdir()] == ["_arguments.json"]
         assert (tmp_path / f"run.previous-{number}" / "results.json").read_text() == str(number)
     assert "moved to" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path, capsys):
     """Half-written, short of a file, or with a cut one: the one before is taken, saying so."""
-    from accelerate import PartialState
-
     files = {"model.safetensors": 4, "optimizer.pt": 4, "rng_state.pth": 4}
     for step in (2, 4, 6, 8, 10):
         folder = tmp_path / f"checkpoint-{step}"
@@ -129,9 +127,10 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path, capsys):
     (tmp_path / "checkpoint-6" / "rng_state.pth").write_bytes(b"xx")
     (tmp_path / "checkpoint-8" / "trainer_state.json").write_text('{"global_step":')
     (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()
-    assert stages.open_run(str(tmp_path), accelerator=PartialState()) == str(tmp_path / "checkpoint-2")
+    assert open_run(str(tmp_path)) == str(tmp_path / "checkpoint-2")
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["checkpoint-2", "damaged-checkpoint-4", "damaged-checkpoint-6"]  # nothing whole is deleted
+    # nothing whole is deleted
+    assert names == ["_arguments.json", "checkpoint-2", "damaged-checkpoint-4", "damaged-checkpoint-6"]
     said = capsys.readouterr().out
     assert said.count("broken off while it was written") == 2
     assert "checkpoint-4 cannot be continued: optimizer.pt missing" in said
@@ -152,7 +151,6 @@ def test_one_process_works_on_a_run(tmp_path, monkeypatch, model_paths):
     monkeypatch.chdir(tmp_path)
     other = subprocess.Popen([sys.executable, "-c", HOLD, "outputs/run.jsonl"], stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"held\n" and holder("outputs/run.jsonl") == other.pid
-    monkeypatch.syspath_prepend(str(RECIPES))  # check_rows takes arguments of the others
     for name, option in (
         ("sft_video", "--output_dir"), ("grpo_video", "--output_dir"), ("dpo_video", "--output_dir"),
         ("verify_rollouts", "--output_dir"), ("check_rows", "--output"), ("veripo", "--output_dir"),
@@ -169,16 +167,15 @@ def test_one_process_works_on_a_run(tmp_path, monkeypatch, model_paths):
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == [".run.jsonl.lock"]
 
 
-def test_a_cold_start_that_was_stopped_on_purpose_is_not_trained_further(load, mixed_rows, tmp_path):
+def test_a_cold_start_that_was_stopped_on_purpose_is_not_trained_further(load, mixed_rows, tmp_path, monkeypatch):
     """Killed after its last checkpoint, it finishes; with a higher threshold it goes on."""
-    recipe, rows = recipe_module("sft_video"), rows_to_dataset(mixed_rows)
+    monkeypatch.setattr(held_out, "load_rows", lambda *args, **kwargs: rows_to_dataset(mixed_rows))
 
     def run(threshold, resume=None):
         model, encoder = load()
         trainer = make_sft_trainer(model, encoder, mixed_rows, tmp_path, max_steps=6, save_strategy="steps", save_steps=4)
-        report = stages.ReportArguments(report_max_new_tokens=2)
-        stopper = recipe.StopAtAccuracy(trainer, rows, report, threshold=threshold, every=1)
-        trainer.add_callback(stopper)
+        stop = StopArguments(stop_at_accuracy=threshold, stop_check_steps=1)
+        stopper = held_out.StopAtAccuracy(trainer, ReportArguments(report_max_new_tokens=2), stop)
         trainer.train(resume_from_checkpoint=resume)
         return trainer.state.global_step, stopper.history
 
@@ -226,11 +223,11 @@ def test_configurations_are_found_and_mistyped_options_refused(capsys):
     assert "configs/tiny/grpo.yaml" in capsys.readouterr().out
 
 
-def test_help_names_every_group_of_options():
-    result = subprocess.run(
-        [sys.executable, str(RECIPES / "grpo_video.py"), "--help"], capture_output=True, text=True, timeout=200
-    )
-    assert result.returncode == 0
+def test_help_names_every_group_of_options(capsys):
+    with pytest.raises(SystemExit) as ended:
+        recipe_module("grpo_video").main(["--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
     options = ("--datasets", "--max_pixels", "--rollout_batch_size", "--cold_start", "--lora_r", "--report_samples")
     for option in options:
-        assert option in result.stdout
+        assert option in shown

@@ -3,6 +3,7 @@ import json
 import logging
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import datasets
@@ -13,6 +14,7 @@ from hub_server import HubServer
 
 from veripo_trl.data import rows as rows_module
 from veripo_trl.data.rows import COLUMNS, DatasetSource, RowError, check_media, load_rows, read_rows, resolve_media
+from veripo_trl.errors import ConfigError
 from veripo_trl.hub.push import push_folder
 
 CHOICE = {
@@ -207,6 +209,28 @@ def test_rows_left_out_are_not_checked(tmp_path):
     path = write(tmp_path / "a.json", [CHOICE, NUMBER | {"solution": "many"}])
     assert ids(load(path, where={"problem_type": "multiple choice"})) == ["q1"]
     assert ids(load(path, limit=1)) == ["q1"]
+
+
+def test_a_function_of_the_users_own(tmp_path, monkeypatch):
+    (tmp_path / "my_rows.py").write_text(
+        "def colours():\n    for n in range(3):\n        yield {'question_id': n, 'problem': 'Why?', "
+        "'problem_type': 'free-form', 'solution': 'so', 'videos': ['a.mp4']}\n\n"
+        "def none():\n    yield {'problem': 'Why?'}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    source = {"path": "my_rows:colours", "media_root": str(tmp_path), "limit": 2}
+    rows, problems = read_rows([source])
+    assert [row["question_id"] for row in rows] == ["0", "1"] and not problems
+    assert {row["media_root"] for row in rows} == {str(tmp_path)} and rows[0]["videos"] == ["a.mp4"]
+    for changes, error, says in (
+        ({"media_root": None}, RowError, "my_rows:colours: its rows have media: give the `media_root`"),
+        ({"revision": "main"}, RowError, "my_rows:colours is local: `name` and `revision`"),
+        ({"path": "my_rows:none"}, RowError, "my_rows:none: no column question_id"),
+        ({"path": "my_rows:colors"}, ConfigError, "my_rows:colors cannot be imported .*no attribute"),
+    ):
+        with pytest.raises(error, match=says):
+            read_rows([{**source, **changes}])
 
 
 def test_sources_are_mixed_and_shuffled_by_seed(tmp_path):

@@ -11,7 +11,8 @@ from veripo_trl.data.rows import RowError, rows_to_dataset
 from veripo_trl.errors import VeripoError
 from veripo_trl.model.encoding import PromptTooLongError
 from veripo_trl.model.policy import load_policy
-from veripo_trl.recipe import stages
+from veripo_trl.recipe.arguments import DataArguments
+from veripo_trl.recipe.build import make_encoder, make_policy
 from veripo_trl.trainers.sft import SFTCollator, VideoSFTConfig, VideoSFTTrainer
 
 KINDS = ["qwen2_5_vl", "qwen3_vl"]
@@ -108,11 +109,11 @@ def test_a_few_steps_lower_the_loss_and_leave_the_vision_tower_as_it_was(load, m
 
 def test_a_vision_tower_that_is_to_be_trained_is(model_paths, media_root, tmp_path):
     sizes = {"min_frames": 2, "max_frames": 4, "min_pixels": 56 * 56, "max_pixels": 112 * 56}
-    data_args = stages.DataArguments(prompt_template="tiny", train_vision_tower=True, **sizes)
-    model, processor = stages.make_policy(ModelConfig(model_name_or_path=str(model_paths["qwen2_5_vl"])), data_args)
+    data_args = DataArguments(prompt_template="tiny", train_vision_tower=True, **sizes)
+    model, processor = make_policy(ModelConfig(model_name_or_path=str(model_paths["qwen2_5_vl"])), data_args)
     before = state(model)
     rows = [make_row("video", media_root, videos=["wide.mp4"])]
-    make_trainer(model, stages.make_encoder(model, processor, data_args), rows, tmp_path).train()
+    make_trainer(model, make_encoder(model, processor, data_args), rows, tmp_path).train()
     visual = {name for name in before if ".visual." in name}
     assert visual and visual <= changed(before, model)
 
@@ -144,13 +145,16 @@ def test_rows_without_thinking_are_named_before_training(process, load, mixed_ro
 def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(kind, load, mixed_rows, tmp_path):
     options = {"max_steps": 4, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2}
     model, encoder = load(kind)
-    make_trainer(model, encoder, mixed_rows, tmp_path, **options).train()
+    unbroken = make_trainer(model, encoder, mixed_rows, tmp_path, **options)
+    unbroken.train()
     whole = state(model)
     resumed, encoder = load(kind)
-    make_trainer(resumed, encoder, mixed_rows, tmp_path, **options).train(
-        resume_from_checkpoint=str(tmp_path / "checkpoint-2")
-    )
+    trainer = make_trainer(resumed, encoder, mixed_rows, tmp_path, **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert changed(whole, resumed) == set()
+    for key in ("num_tokens", "train_loss"):  # of the whole run
+        logged = [[entry.get(key) for entry in t.state.log_history] for t in (trainer, unbroken)]
+        assert logged[0] == pytest.approx(logged[1])
     for rows, changes, what in (
         (mixed_rows[:-1], {}, "rows: 5 → 4, content of rows: "),
         ([*mixed_rows[:-1], {**mixed_rows[-1], "solution": "A"}], {}, "content of rows: "),

@@ -80,7 +80,8 @@ def test_the_engine_is_of_the_policys_revision(model_paths, tmp_path, monkeypatc
     from trl.generation import vllm_generation
 
     from veripo_trl.model.policy import load_policy
-    from veripo_trl.recipe import stages
+    from veripo_trl.recipe.arguments import DataArguments
+    from veripo_trl.recipe.build import make_encoder
     from veripo_trl.vllm.training import trl_engine
 
     files = {file.name: file.read_bytes() for file in model_paths["qwen2_5_vl"].iterdir()}
@@ -89,7 +90,7 @@ def test_the_engine_is_of_the_policys_revision(model_paths, tmp_path, monkeypatc
         hub.repos["models/tester/tiny"] = Repo(False)
         first, _ = [hub.repos["models/tester/tiny"].add("main", title, files) for title in ("first", "second")]
         model, processor = load_policy("tester/tiny", revision=first)
-        encoder = stages.make_encoder(model, processor, stages.DataArguments(prompt_template="tiny"))
+        encoder = make_encoder(model, processor, DataArguments(prompt_template="tiny"))
         made = type("LLM", (), {"__init__": lambda self, **options: vars(self).update(options)})
         monkeypatch.setattr(import_module("trl.import_utils"), "is_vllm_available", lambda: True)
         monkeypatch.setattr(vllm_generation, "LLM", made, raising=False)

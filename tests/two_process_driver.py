@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from veripo_trl.media.video import VideoLoader
+from veripo_trl.recipe import prepare
 from veripo_trl.tiny import world
 from veripo_trl.trainers.grpo import VideoGRPOTrainer
 
@@ -143,7 +144,7 @@ def main() -> None:
             (VideoGRPOTrainer, "_generate_single_turn"),
             (VideoGRPOTrainer, "_store_rollouts"),
             (world, "make_world"),
-            (recipe, "subprocess"),
+            (prepare, "subprocess"),
         )
     }
     for scenario in json.loads(Path(sys.argv[1]).read_text()):
@@ -160,7 +161,7 @@ def main() -> None:
         if "make_world" in scenario:
             world.make_world = make_world_slowly(record, scenario["make_world"])
         if "make_start" in scenario:
-            recipe.subprocess = start_by_copy(record, scenario["make_start"])
+            prepare.subprocess = start_by_copy(record, scenario["make_start"])
         started = time.monotonic()
         code = recipe.main(scenario["argv"])
         took_s = time.monotonic() - started

@@ -89,7 +89,8 @@ def test_a_video_of_more_tokens_than_one_batch_of_vllm(kind, tmp_path):
     from transformers import AutoConfig
 
     from veripo_trl.model.policy import load_policy
-    from veripo_trl.recipe import stages
+    from veripo_trl.recipe.arguments import DataArguments
+    from veripo_trl.recipe.build import make_encoder
     from veripo_trl.tiny.model import save_tiny_model
 
     path = save_tiny_model(tmp_path / kind, kind)
@@ -98,7 +99,7 @@ def test_a_video_of_more_tokens_than_one_batch_of_vllm(kind, tmp_path):
     config.save_pretrained(path)
     model, processor = load_policy(str(path))
     settings = {"prompt_template": "tiny", "fps": 2.0, "max_frames": 140, "min_pixels": 224 * 224}
-    encoder = stages.make_encoder(model, processor, stages.DataArguments(**settings, max_pixels=256 * 256))
+    encoder = make_encoder(model, processor, DataArguments(**settings, max_pixels=256 * 256))
     write_video(tmp_path / "long.mp4", frames=140, height=224, width=224, seed=5)
     prompt = encoder.encode(make_row("long", tmp_path, videos=["long.mp4"]))
     assert prompt.video_grid_thw.prod() // 4 > (4096 if kind == "qwen2_5_vl" else 3000)

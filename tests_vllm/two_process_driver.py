@@ -12,7 +12,8 @@ import torch
 from test_trainer import gaps, make_trainer
 
 from veripo_trl.model.policy import load_policy
-from veripo_trl.recipe import stages
+from veripo_trl.recipe.arguments import DataArguments
+from veripo_trl.recipe.build import make_encoder
 from veripo_trl.vllm import training as backend
 
 
@@ -21,10 +22,10 @@ def main(model_path: str, media: str, folder: str, size: str) -> None:
     backend.engine_options = lambda *a, **k: {**options(*a, **k), "enforce_eager": True}
     model, processor = load_policy(model_path)
     model.model.visual.requires_grad_(True)
-    encoder = stages.make_encoder(
+    encoder = make_encoder(
         model,
         processor,
-        stages.DataArguments(prompt_template="tiny", max_frames=24, min_pixels=56 * 56, max_pixels=112 * 56),
+        DataArguments(prompt_template="tiny", max_frames=24, min_pixels=56 * 56, max_pixels=112 * 56),
     )
     rows = [
         conftest.make_row("image", media, images=["square.png"]),

@@ -34,7 +34,8 @@ from veripo_trl.files.tables import CONTROL_CHARACTERS
 from veripo_trl.media.video import MediaError
 from veripo_trl.model.encoding import EncodedPrompt
 from veripo_trl.model.policy import SEEING, load_policy
-from veripo_trl.recipe import stages
+from veripo_trl.recipe.arguments import DataArguments
+from veripo_trl.recipe.build import make_encoder, see_as_trained
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -67,7 +68,7 @@ class Chat:
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1". dtype: "auto" is bfloat16 on a GPU, float32
             on a CPU.
         load_in_4bit: quantize the weights while loading (needs bitsandbytes).
-        encoding: fields of `stages.DataArguments` that say how prompts are made: `fps, min_frames, max_frames,
+        encoding: fields of `DataArguments` that say how prompts are made: `fps, min_frames, max_frames,
             min_pixels, max_pixels, max_image_pixels, prompt_template`, by default as the policy was trained;
             `max_prompt_tokens, frame_cache, …`.
 
@@ -93,8 +94,7 @@ class Chat:
         if dtype == "auto":
             dtype = "bfloat16" if device.startswith("cuda") else "float32"
         # Whoever asks names the media, so that a URL is meant.
-        arguments = stages.DataArguments(**{"allow_urls": True, **encoding})
-        stages.see_as_trained(arguments, model, revision)
+        arguments = see_as_trained(DataArguments(**{"allow_urls": True, **encoding}), model, revision)
         self.model, self.processor = load_policy(
             model,
             revision=revision,
@@ -107,7 +107,7 @@ class Chat:
             trainable=False,
         )  # fmt: skip
         self.model.eval()
-        self.encoder = stages.make_encoder(self.model, self.processor, arguments)
+        self.encoder = make_encoder(self.model, self.processor, arguments)
 
     def ask(
         self,
@@ -265,7 +265,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict, d
     kinds = {name: type(value) for name, value in SEEING.items()}
     kinds |= {"max_prompt_tokens": int, "video_backend": str, "decode_timeout_s": float}
     for name, kind in kinds.items():
-        field = stages.DataArguments.__dataclass_fields__[name]
+        field = DataArguments.__dataclass_fields__[name]
         loading.add_argument(f"--{name}", type=kind, default=field.default, help=field.metadata["help"])
     decoding = parser.add_argument_group("decoding")
     decoding.add_argument("--max_new_tokens", type=int, default=4096, help="(default: 4096)")

@@ -22,6 +22,7 @@ from veripo_trl.errors import VeripoError
 from veripo_trl.files.disk import FileError, read_parquet
 from veripo_trl.files.tables import printable
 from veripo_trl.hub.locate import is_local
+from veripo_trl.user_functions import is_user_function, user_function
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -91,7 +92,11 @@ class DatasetSource:
 
     path: a .json (list of objects), .jsonl or .parquet file, also .json.gz, .jsonl.zst and so on; a directory (saved by
         `datasets`, or with files named ``<split>.*`` or ``<split>-*``, also under ``data/``); or a Hub dataset id,
-        with `name` (its configuration) and `revision`.
+        with `name` (its configuration) and `revision`; or `module:function`, a generator of the user's own, of the
+        working directory or an installed package. It is called without arguments and yields a dict a row, with the
+        columns of ``COLUMNS`` that a row has (`question_id`, `problem`, `problem_type` and `solution` at least, media as
+        paths from `media_root`); the rows are checked as those of a file are, and must be the same, in the same order,
+        on every call and in every process.
     where: {raw column: value or list of values}; rows that equal none of the values are left out.
     limit: the first n rows in file order after `where`: the same rows under every seed. A file sorted by source
         gives a one-sided sample, so list such a file once per source, each with its own `limit`.
@@ -303,8 +308,12 @@ def _read(source: DatasetSource) -> tuple[list[tuple[str, int, Any]], str | None
     """(records, the directory that media are relative to by default)."""
     path = Path(source.path).expanduser()
     if is_local(source.path):
-        if not path.exists() and not is_data_file(path):
-            raise RowError(f"{source.path}: no such directory, no {'/'.join(SUFFIXES)} file, and not a Hub dataset id.")
+        own = is_user_function(source.path) and not path.exists()
+        if not (own or path.exists() or is_data_file(path)):
+            raise RowError(
+                f"{source.path}: no such directory, no {'/'.join(SUFFIXES)} file, not module:function, and not a Hub "
+                f"dataset id."
+            )
         if source.name or source.revision:
             raise RowError(f"{source.path} is local: `name` and `revision` are for Hub datasets; leave them out.")
         if path.is_dir():
@@ -313,6 +322,9 @@ def _read(source: DatasetSource) -> tuple[list[tuple[str, int, Any]], str | None
             raise RowError(
                 f"{source.path}: a file has no split {source.split!r}; leave `split` out or name a directory."
             )
+        if own:
+            records = user_function(source.path, setting="datasets")()
+            return [(source.path, number, record) for number, record in enumerate(records, start=1)], None
         return _read_file(path), str(path.parent)
 
     import datasets

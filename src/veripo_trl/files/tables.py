@@ -49,6 +49,8 @@ def print_table(title: str, rows: list[dict]) -> None:
 
 
 def _cell(value) -> str:
+    if (value := finite(value)) is None:
+        return "–"
     if isinstance(value, float):
-        return "–" if math.isnan(value) else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+        return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
     return printable(str(value))

@@ -62,9 +62,11 @@ def rollout_counts(files: Iterable[Path]) -> tuple[dict[str, object], str]:
 
 
 def shown_name(path: str) -> str:
-    """A Hub name or a folder below the working directory as it is; of any other path its last part: others read it."""
+    """A Hub name as it is, a folder below the working directory relative to that; of any other path its last part:
+    others read it."""
+    path = os.path.relpath(path) if os.path.isabs(path) else path
     first = os.path.normpath(path).split(os.sep)[0]
-    leaves = os.path.isabs(path) or first == os.pardir or first.startswith("~")
+    leaves = first == os.pardir or first.startswith("~")
     return os.path.basename(os.path.abspath(path)) if leaves else path
 
 

@@ -17,12 +17,13 @@ STAGES = {
 }
 
 
-def push_run(folder: str | Path, args, results: dict, *, rollouts_id: str | None, license: str) -> dict[str, dict]:
+def push_run(folder: str | Path, args, results: dict, *, license: str) -> dict[str, dict]:
     """Push what lies in a finished run's folder.
 
     Args:
         args: its `TrainingArguments`; the `hub_…` ones are read. results: what its `results.json` is to say.
-        rollouts_id: dataset for the rollouts, by default the model's name with "-rollouts".
+
+    The rollouts go to a dataset of the model's name with "-rollouts".
 
     Returns:
         {"model", "rollouts"}: each {"repo_id", "revision", "url"}, as the Hub says. Raises `HubError`.
@@ -31,7 +32,7 @@ def push_run(folder: str | Path, args, results: dict, *, rollouts_id: str | None
     model = push_model(folder, args, results, license=license, message=f"Model after {results['steps']} steps")
     pushed, rollouts = {"model": model}, folder / "rollouts"
     if files := [rollouts / name for name in find_files(rollouts, ["*.parquet"])]:
-        rollouts_id = rollouts_id or f"{model['repo_id']}-rollouts"
+        rollouts_id = f"{model['repo_id']}-rollouts"
         counts, policy = rollout_counts(files)
         trained = {"trained into": {key: model[key] for key in ("repo_id", "revision")}}
         card = dataset_card(

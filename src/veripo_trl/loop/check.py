@@ -35,12 +35,13 @@ def look_at_inputs(stage: dict, made: list[str]) -> None:
     """Raise what would stop a training stage at its start: rows and their media, held-out rows, pairs, the policy; of
     those what is not below `made`, the folders that the stages before it write."""
     from veripo_trl.model.policy import find_base
-    from veripo_trl.recipe import stages as shared
+    from veripo_trl.recipe.arguments import DataArguments
+    from veripo_trl.recipe.training_rows import load_eval_rows, load_training_rows
     from veripo_trl.verifier.preferences import PairSource, pair_files
 
     settings = stage["settings"]
-    names = {item.name for item in fields(shared.DataArguments)}
-    data = shared.DataArguments(**{name: value for name, value in settings.items() if name in names})
+    names = {item.name for item in fields(DataArguments)}
+    data = DataArguments(**{name: value for name, value in settings.items() if name in names})
     if data.tiny_world and not Path(data.tiny_world).exists():
         made = [*made, data.tiny_world]
 
@@ -51,8 +52,8 @@ def look_at_inputs(stage: dict, made: list[str]) -> None:
     data.eval_datasets = [source for source in data.eval_datasets or [] if to_find(source["path"])]
     data.leave_out = [entry for entry in data.leave_out or [] if to_find(entry)]
     if data.datasets and stage["kind"] != "dpo":
-        shared.load_training_rows(data, seed=0)
-    shared.load_eval_rows(data)
+        load_training_rows(data, seed=0)
+    load_eval_rows(data)
     for source in settings.get("pairs") or []:
         source = PairSource(**(json.loads(source) if isinstance(source, str) else source))
         if to_find(source.path):

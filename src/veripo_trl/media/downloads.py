@@ -15,6 +15,12 @@ from veripo_trl.media.video import MediaError
 
 DEFAULT_FOLDER = Path.home() / ".cache" / "veripo_trl" / "downloads"
 MAX_BYTES = 4 * 1024**3
+# What the network is to blame for, or a server that is down: not the row.
+_NETWORK = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError)
+
+
+class NetworkError(MediaError):
+    """A download that may go well another time: the row is no worse for it."""
 
 
 def fetch(
@@ -34,7 +40,7 @@ def fetch(
         timeout_s: of the whole transfer.
 
     Raises:
-        MediaError: names `row_id` and the URL.
+        MediaError: names `row_id` and the URL. NetworkError, of these: its server was not reached, or was not up to it.
     """
     folder = Path(folder)
     path = folder / hashlib.sha256(url.encode()).hexdigest()
@@ -54,9 +60,12 @@ def fetch(
         raise MediaError(f"row {row_id!r}, {kind} {url!r}: {error}") from None
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
         reason = f"not done in {timeout_s:g} s" if isinstance(error, TimeoutError) else str(error) or repr(error)
-        raise MediaError(
-            f"row {row_id!r}, {kind} {url!r}: cannot be downloaded ({reason}). Download it yourself and name the file, "
-            "or leave the row out."
+        status = error.status if isinstance(error, aiohttp.ClientResponseError) else 0
+        later = isinstance(error, _NETWORK) or status == 429 or status >= 500
+        raise (NetworkError if later else MediaError)(
+            f"row {row_id!r}, {kind} {url!r}: cannot be downloaded ({reason}). "
+            f"{'Try again when the network is up; else download' if later else 'Download'} it yourself and name the "
+            "file, or leave the row out."
         ) from None
     finally:
         temporary.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import os
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from veripo_trl.data.prompts import PromptError, read_template
 from veripo_trl.files.tables import write_json
 from veripo_trl.hub.locate import is_local
+from veripo_trl.media.video import VideoSettings
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +29,7 @@ SETTINGS_FILE = "veripo_trl.json"  # in a policy's folder
 # What it says of how the policy was trained to see, and the defaults where a policy says nothing. Pixels are per frame.
 SEEING = {
     "prompt_template": "default",
-    "fps": 2.0,
-    "min_frames": 4,
-    "max_frames": 128,
-    "min_pixels": 16 * 28 * 28,
-    "max_pixels": 128 * 28 * 28,
+    **{setting.name: setting.default for setting in fields(VideoSettings) if setting.name != "size_factor"},
     "max_image_pixels": 1280 * 28 * 28,
 }
 

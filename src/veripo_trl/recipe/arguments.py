@@ -1,0 +1,233 @@
+"""The options of the training recipes beside TRL's own, and the parser of their YAML and command line."""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+
+import yaml
+from trl import TrlParser
+
+from veripo_trl.answers.rewards import REWARDS, reward_function
+from veripo_trl.errors import ConfigError, settings_checked
+from veripo_trl.model.policy import SEEING
+from veripo_trl.recipe.console import silence
+
+REPORT_JUDGES = ("rules", "tiny")
+
+
+def option(help: str, default=None):
+    """A field of a dataclass of options."""
+    return field(default=default, metadata={"help": help})
+
+
+def _as_trained(name: str, text: str):
+    return option(f"{text} Default: as the policy was trained, else {SEEING[name]}.")
+
+
+@dataclass
+class DataArguments:
+    """Which rows a stage reads, and how their media are read. `build.see_as_trained` fills in what `SEEING` names."""
+
+    datasets: list[str] | None = option(
+        "List of {path, split, where, limit, media_root, name, revision, id_prefix}; JSON on the command line."
+    )
+    eval_datasets: list[str] | None = option("Held-out rows, in the same form, for the table at the end.")
+    holdout: int = option(
+        "Hold this many rows of `datasets` out of training, for that table: chosen by a hash of their ids, so that they "
+        "are the same under every seed, on resume, and in every stage with the same `datasets`.",
+        default=0,
+    )
+    manifest: str | None = option("Written by recipes/check_rows.py: rows it marks bad are left out.")
+    leave_out: list[str] | None = option(
+        "Files solved.json of verify_rollouts.py, or datasets of its pairs on the Hub, org/name or org/name@revision: "
+        "the questions that they drop are left out."
+    )
+    allow_urls: bool = option(
+        "Let rows name videos and images by http(s) URL; each is downloaded once, to ~/.cache/veripo_trl.", default=False
+    )
+    prompt_template: str | None = _as_trained("prompt_template", "A template of the package or a YAML file.")
+    fps: float | None = _as_trained("fps", "Frames sampled per second of video.")
+    min_frames: int | None = _as_trained("min_frames", "Fewest frames per video.")
+    max_frames: int | None = _as_trained("max_frames", "Most frames per video.")
+    min_pixels: int | None = _as_trained("min_pixels", "Smallest area of one frame, in pixels.")
+    max_pixels: int | None = _as_trained("max_pixels", "Largest area of one frame, in pixels.")
+    max_image_pixels: int | None = _as_trained("max_image_pixels", "Largest area of one image, in pixels.")
+    max_prompt_tokens: int | None = option("A longer prompt, vision tokens included, is refused. Never cut.")
+    video_backend: str = option(
+        "decord (PyAV where decord cannot), or pyav alone, for files on which decord is slow.", default="decord"
+    )
+    decode_threads: int = option("Threads of a video's decoder; 0 for its own choice.", default=0)
+    decode_timeout_s: float = option(
+        "Seconds before one video's decoding is given up, with the row's id. Raise it for videos of hours.", default=60.0
+    )
+    frame_cache: str | None = option("Folder for sampled frames, on a fast disk; none by default.")
+    frame_cache_gb: float = option("Largest size of that folder.", default=20.0)
+    train_vision_tower: bool = option("Train the vision tower too.", default=False)
+    tiny_world: str | None = option("Make the embedded world in this folder first, unless it is there.")
+
+    def __post_init__(self):
+        for name in ("datasets", "eval_datasets"):
+            setattr(self, name, read_sources(name, getattr(self, name)))
+        if self.holdout < 0 or (self.holdout and (self.eval_datasets or not self.datasets)):
+            raise ConfigError(
+                f"holdout: expected a number of rows to hold out of `datasets`, or 0 with eval_datasets; came "
+                f"{self.holdout}, datasets {self.datasets} and eval_datasets {self.eval_datasets}."
+            )
+
+
+@dataclass
+class ReportArguments:
+    """The held-out evaluation behind the table at the end of a stage."""
+
+    report_batch_size: int = option("Questions per batch and process.", default=8)
+    report_samples: int = option(
+        "Answers per question sampled at temperature 1, beside the greedy one.", default=2
+    )
+    report_max_new_tokens: int = option("Longest answer, in tokens.", default=1024)
+    report_judge: str = option(
+        "Who judges consistency here: rules, or tiny (reads the embedded world's own templates).", default="rules"
+    )
+    report_before: bool = option(
+        "Evaluate before training too; the loop has that from the stage before.", default=True
+    )
+
+    def __post_init__(self):
+        if self.report_judge not in REPORT_JUDGES:
+            raise ConfigError(f"report_judge: expected one of {REPORT_JUDGES}, got {self.report_judge!r}.")
+
+
+@dataclass
+class PushArguments:
+    """What the cards of `push_to_hub` say. Where a stage's results go are TRL's `hub_…` options; a GRPO run's rollouts
+    go beside its model, to `hub_model_id` with -rollouts."""
+
+    hub_license: str = option("Licence in the cards, by the Hub's identifier.", default="unknown")
+
+
+@dataclass
+class StopArguments:
+    """Stop a cold start early, to leave room for reinforcement learning."""
+
+    stop_datasets: list[str] | None = option("Development rows for the early stop, in the form of `datasets`.")
+    stop_at_accuracy: float | None = option("Stop once greedy accuracy on the development rows reaches this.")
+    stop_check_steps: int = option("Steps between two looks.", default=50)
+
+    def __post_init__(self):
+        self.stop_datasets = read_sources("stop_datasets", self.stop_datasets)
+
+
+@dataclass
+class GRPOArguments:
+    """What the GRPO recipe adds to TRL's arguments."""
+
+    rewards: list[str] = field(
+        default_factory=lambda: ["accuracy", "format"],
+        metadata={
+            "help": f"Reward functions: {', '.join(REWARDS)}, or module:function of the working directory or a package. "
+            "`reward_weights` weighs them."
+        },
+    )
+    cold_start: str | None = option(
+        "A config of sft_video.py that makes `model_name_or_path`, run first if that is missing."
+    )
+
+    def __post_init__(self):
+        names = [reward_function(name).__name__ for name in self.rewards]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"rewards: expected functions of different names, they are logged by them; got {names}.")
+
+
+@dataclass
+class PairArguments:
+    """Where DPO's preference pairs are."""
+
+    pairs: list[str] | None = option("List of {path, media_root, revision, kinds, limit}; JSON on the command line.")
+
+    def __post_init__(self):
+        if not self.pairs:
+            raise ConfigError("Expected `pairs:`, a list of {path: …} that verify_rollouts.py wrote; none was given.")
+        self.pairs = read_sources("pairs", self.pairs)
+
+
+SHARED = (DataArguments, ReportArguments, PushArguments)  # by every training recipe
+
+
+def read_sources(name: str, sources: list | None) -> list | None:
+    """The entries of a list of sources: mappings from a YAML, JSON from the command line."""
+    try:
+        return sources and [json.loads(item) if isinstance(item, str) else item for item in sources]
+    except ValueError as error:
+        raise ConfigError(f'{name}: expected entries like {{"path": "rows.jsonl"}}, as JSON; got {sources!r}: {error}')
+
+
+def parse(dataclasses: tuple, *, default_config: Path, argv: list[str] | None = None, ignored: tuple = ()) -> tuple:
+    """Parse a recipe's YAML and command line; unknown keys are refused.
+
+    Keys of the dataclasses in `ignored` are known, but not read: a check takes a training recipe's YAML, and can do
+    without what that asks of the machine.
+
+    `--config` names a file as seen from the working directory or from `recipes/configs/`. Without it, and without a
+    model, the recipe's default configuration is used.
+    """
+    silence()
+    config, argv = _find_config(list(sys.argv[1:] if argv is None else argv), default_config)
+    known = sorted({f.name for kind in (*dataclasses, *ignored) for f in fields(kind)})
+    if config is not None:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"config: {config}", flush=True)
+        # before the dataclasses are made: one of them may stumble over the value that a mistyped key did not set
+        _refuse_unknown(str(config), [key for key in _read_yaml(config) if key != "env"], known)
+        argv = ["--config", str(config), *argv]
+    with settings_checked():
+        *parsed, _, rest = _Parser(dataclasses).parse_args_and_config(
+            args=argv, return_remaining_strings=True, separate_remaining_strings=True
+        )
+    for item, setting in ((item, setting) for item in parsed for setting in fields(item)):
+        value, choices = getattr(item, setting.name), setting.metadata.get("choices")
+        if choices and value is not None and value not in choices:  # argparse does not look at a YAML's
+            raise ConfigError(f"{setting.name}: expected one of {', '.join(choices)}; got {value!r}.")
+    if rest:
+        given = [word[2:].split("=")[0] for word in rest if word.startswith("--")]
+        _refuse_unknown("command line", given or rest, known)
+    return tuple(parsed)
+
+
+def _find_config(argv: list[str], default: Path) -> tuple[Path | None, list[str]]:
+    """(the configuration file, the other arguments)."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--config", type=Path)
+    try:
+        found, rest = finder.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ConfigError("--config expects a YAML file.") from error
+    if found.config is None:
+        own_model = any(word.split("=")[0] == "--model_name_or_path" for word in argv)
+        return (None if own_model else default), rest
+    configs = default.parent.parent
+    for file in (found.config, configs / found.config):
+        if file.is_file():
+            return file, rest
+    raise ConfigError(f"--config {found.config}: no such file here or in {configs}.")
+
+
+def _read_yaml(file: Path) -> dict:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: expected YAML: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+class _Parser(TrlParser):
+    def error(self, message: str):
+        raise ConfigError(message)  # without argparse's usage of some hundred lines
+
+
+def _refuse_unknown(place: str, keys: list, known: list[str]) -> None:
+    if unknown := [key for key in map(str, keys) if key not in known]:
+        hints = [f"{key!r} (close: {', '.join(get_close_matches(key, known)) or 'none'})" for key in unknown]
+        raise ConfigError(f"{place}: unknown key {'; '.join(hints)}. Correct or remove it. Nothing was run.")

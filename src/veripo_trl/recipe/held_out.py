@@ -1,0 +1,154 @@
+"""Evaluation in a training run: before and after on held-out questions, and the early stop of a cold start."""
+
+import json
+import logging
+from pathlib import Path
+
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+from trl.models import unwrap_model_for_generation
+
+from veripo_trl.data.rows import load_rows
+from veripo_trl.evaluate.generate import generate, summarize
+from veripo_trl.files.tables import write_json
+from veripo_trl.recipe.arguments import ReportArguments, StopArguments
+from veripo_trl.tiny.parser import judge as judge_by_templates
+from veripo_trl.verifier.judges import judge_by_rules
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_policy(
+    trainer, dataset, report: ReportArguments, *, decoding: str, progress: str | None = None
+) -> dict[str, float | int]:
+    """The trainer's policy on rows, shared out over the processes; consistency judged by `report_judge`.
+
+    Args:
+        decoding: "greedy", or "sampled": `report_samples` answers per row at temperature 1.
+        progress: title of a progress bar on the main process.
+
+    Returns:
+        What `evaluate.summarize` gives, the same on every process.
+    """
+    accelerator = trainer.accelerator
+    own = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
+    sampled = decoding == "sampled"
+    with unwrap_model_for_generation(
+        trainer.model_wrapped,
+        accelerator,
+        gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+    ) as model:
+        answers = generate(
+            model,
+            trainer.encoder,
+            dataset.select(own),
+            samples=report.report_samples if sampled else 1,
+            temperature=1.0 if sampled else 0.0,
+            max_new_tokens=report.report_max_new_tokens,
+            batch_size=report.report_batch_size,
+            num_workers=trainer.args.dataloader_num_workers,
+            seed=trainer.args.seed + accelerator.process_index,
+            progress=progress if accelerator.is_main_process else None,
+        )
+    answers = gather_object([{**answer, "row": own[answer["row"]]} for answer in answers])
+    if report.report_judge == "tiny":
+        return summarize(answers, dataset, judge=judge_by_templates, second_judge=judge_by_rules)
+    return summarize(answers, dataset, judge=judge_by_rules)
+
+
+class HeldOutEvaluation(TrainerCallback):
+    """Evaluates a trainer's policy on held-out rows: before the first step, and after, when `finish` asks for it.
+
+    `before` runs inside training on purpose: only there is the model wrapped for its backend. It survives a restart in
+    `<output_dir>/before.json`. Without rows (None) it does nothing.
+
+    Attributes:
+        before, after: {"greedy", "sampled"}: what `evaluate.summarize` gives; None where there is no such evaluation.
+    """
+
+    def __init__(self, trainer, dataset, report: ReportArguments, *, before: bool):
+        self.trainer, self.dataset, self.report, self.evaluate_before = trainer, dataset, report, before
+        self.file = Path(trainer.args.output_dir) / "before.json"
+        self.before: dict | None = None
+        self.after: dict | None = None
+        trainer.add_callback(self)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not self.evaluate_before or self.dataset is None:
+            return
+        if state.global_step == 0:
+            self.before = self._evaluate("before")
+            if state.is_world_process_zero:
+                write_json(self.file, self.before)
+        elif self.file.exists():
+            self.before = json.loads(self.file.read_text(encoding="utf-8"))
+        else:
+            logger.warning("%s is missing: a resumed run cannot tell what its policy was before.", self.file)
+
+    def run_after(self) -> None:
+        if self.dataset is not None:
+            self.after = self._evaluate("after")
+
+    def _evaluate(self, when: str) -> dict[str, dict]:
+        return {
+            decoding: evaluate_policy(
+                self.trainer, self.dataset, self.report, decoding=decoding, progress=f"held-out, {when} ({decoding})"
+            )
+            for decoding in ("greedy", "sampled")
+        }
+
+    def table(self) -> list[dict]:
+        """The rows of the table at the end."""
+        summaries = {"before": self.before or {}, "after": self.after or {}}
+        return [
+            {
+                "policy": when,
+                "decoding": decoding,
+                "accuracy": summary["accuracy"],
+                "95% interval": f"{summary['accuracy_low']:.3f}–{summary['accuracy_high']:.3f}",
+                "format": summary["format"],
+                "inconsistent": summary["inconsistency"],
+                "unknown": summary["unknown"],
+                "accurate+consistent": summary["accurate_and_consistent"],
+                "think tokens": summary["think_tokens"],
+            }
+            for when in summaries
+            for decoding, summary in summaries[when].items()
+        ]
+
+
+class StopAtAccuracy(TrainerCallback):
+    """Ends training once greedy accuracy on development rows is reached.
+
+    What it saw, and so why training ended, is in the checkpoints: a run that is resumed from the end is at its end.
+    """
+
+    STATE = "stop_at_accuracy"
+
+    def __init__(self, trainer, report: ReportArguments, stop: StopArguments, *, allow_urls: bool = False):
+        self.trainer, self.report, self.stop = trainer, report, stop
+        self.dataset = load_rows(stop.stop_datasets, shuffle=False, allow_urls=allow_urls, unique_ids=False)
+        self.history: list[dict] = []
+        trainer.add_callback(self)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.history = state.stateful_callbacks.setdefault(self.STATE, [])
+        control.should_training_stop = bool(self.history) and self._reached(self.history[-1])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.stop.stop_check_steps:
+            return
+        summary = evaluate_policy(self.trainer, self.dataset, self.report, decoding="greedy")
+        self.history.append({"step": state.global_step, **summary})
+        if state.is_world_process_zero:
+            parts = ", ".join(f"{key.removeprefix('accuracy: ')} {summary[key]:.2f}" for key in summary if ": " in key)
+            print(
+                f"step {state.global_step}: development accuracy {summary['accuracy']:.3f} ({parts}), "
+                f"format {summary['format']:.2f}; stops at {self.stop.stop_at_accuracy}",
+                flush=True,
+            )
+        if self._reached(summary):
+            control.should_training_stop = control.should_save = True
+
+    def _reached(self, summary: dict) -> bool:
+        return summary["accuracy"] >= self.stop.stop_at_accuracy

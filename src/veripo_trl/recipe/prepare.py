@@ -1,0 +1,96 @@
+"""What comes before training: the machine, the folder and its last checkpoint, the record of settings, a cold start."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from veripo_trl.errors import VeripoError
+from veripo_trl.files.disk import read_json
+from veripo_trl.files.run_folder import RESULTS, changed_keys, last_checkpoint, move_finished_aside
+from veripo_trl.files.secrets import without_secrets
+from veripo_trl.files.tables import write_json
+
+# Named so that the trainer's push leaves it out: it may hold paths of this machine.
+ARGUMENTS_FILE = "_arguments.json"
+
+
+def prepare_machine(training_args, *, tiny_world: str | None) -> None:
+    """Limits and threads of this process; the embedded world, where a configuration asks for it."""
+    allow_many_open_files()
+    if training_args.use_cpu:  # `accelerate launch` gives each process a single thread
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // training_args.world_size))
+    if tiny_world is not None:
+        from veripo_trl.tiny.world import make_world
+
+        with training_args.main_process_first(desc="tiny world"):
+            make_world(tiny_world)
+
+
+def allow_many_open_files() -> None:
+    """Raise the soft limit of open files to the hard one: every tensor from a loader's worker holds a descriptor."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def open_run(output_dir: str, *arguments) -> str | None:
+    """Prepare a run's folder, record the arguments in it, and find the checkpoint to go on from.
+
+    A finished run of the same name is moved aside, never written over; an unfinished one is continued.
+
+    Returns:
+        The last checkpoint of an unfinished run, or None for a fresh start.
+    """
+    folder, checkpoint = Path(output_dir), None
+    if PartialState().is_main_process:
+        move_finished_aside(folder)
+        checkpoint = last_checkpoint(folder)
+        if checkpoint is not None:
+            print(f"{folder} holds an unfinished run: going on from {checkpoint}", flush=True)
+        save_arguments(output_dir, *arguments, resumed=checkpoint is not None)
+    return broadcast_object_list([checkpoint])[0]
+
+
+def save_arguments(output_dir: str, *arguments, resumed: bool = False) -> None:
+    """Record what a run was started with, secrets left out; say what is not as in the start that it goes on from."""
+    record = {type(item).__name__: asdict(item) for item in arguments}
+    record = without_secrets(json.loads(json.dumps(record, default=str)), [])
+    file = Path(output_dir) / ARGUMENTS_FILE
+    if resumed and file.exists():
+        before = read_json(file, remedy="Remove it: the run goes on without knowing its settings before.")
+        changed = filter(None, (changed_keys(before.get(kind, {}), values) for kind, values in record.items()))
+        if changed := ", ".join(changed):
+            print(f"{output_dir} goes on with changed settings: {changed}", flush=True)
+    write_json(file, record)
+
+
+def cold_start(script: Path, config: str, model_path: str, *, seed: int) -> None:
+    """Make the starting policy with the SFT recipe, in a process of its own, unless it is there already."""
+    state, folder = PartialState(), Path(model_path)
+    saved = any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
+    # One that was killed while it saved has a config.json too; what was finished has its results.
+    if (folder / ARGUMENTS_FILE).exists() and not (folder / RESULTS).exists():
+        saved = False
+    if state.is_main_process and not saved:
+        command = [sys.executable, str(script), "--config", config]
+        command += ["--output_dir", model_path, "--seed", str(seed)]
+        print(f"{model_path} is not there yet. Cold start: {' '.join(command)}", flush=True)
+        # A process of its own, not a member of this one's group.
+        launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        kept = ("ACCELERATE_", "TORCHELASTIC_", "GROUP_", "ROLE_")
+        env = {k: v for k, v in os.environ.items() if k not in launcher and not k.startswith(kept)}
+        process = subprocess.Popen(command, env=env)
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # it writes a checkpoint
+        code = process.wait()
+        signal.signal(signal.SIGTERM, before)
+        if code:
+            raise VeripoError(f"the cold start ended with exit code {code}, see above. The same command goes on with it.")
+    state.wait_for_everyone()

@@ -1,0 +1,142 @@
+"""The check of a run's rows before training: each is encoded once, and a manifest says which are good, and why not."""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import AutoConfig, AutoProcessor
+from trl import ModelConfig
+
+from veripo_trl.data.rows import RowError, content_of, read_rows, rows_to_dataset
+from veripo_trl.errors import settings_checked
+from veripo_trl.files.journal import Journal
+from veripo_trl.files.tables import printable
+from veripo_trl.media.downloads import NetworkError
+from veripo_trl.media.video import MediaError
+from veripo_trl.model.encoding import PromptEncoder, PromptTooLongError
+from veripo_trl.model.policy import find_base
+from veripo_trl.recipe.arguments import DataArguments
+from veripo_trl.recipe.build import encoder_from_config, revision_of
+
+# What a verdict does not depend on: a broken check may go on with others of these.
+NO_SETTINGS = ("eval_datasets", "holdout", "manifest", "train_vision_tower", "tiny_world", "frame_cache",
+               "frame_cache_gb")  # fmt: skip
+
+
+class CheckedRows(Dataset):
+    """A dataset's rows as lines of the manifest, each made when it is asked for."""
+
+    def __init__(self, dataset, encoder: PromptEncoder):
+        self.dataset, self.encoder = dataset, encoder
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        return check_row(self.encoder, self.dataset[index])
+
+
+def check_row(encoder: PromptEncoder, row: dict) -> dict:
+    """Encode one row: {"question_id", "ok", "reason", "detail", "prompt_tokens"}, `content` of good ones. Reasons are
+    few, to be counted.
+
+    Raises:
+        NetworkError: nothing is known of the row.
+    """
+    try:
+        prompt = encoder.encode(row)
+    except NetworkError:
+        raise
+    except RowError as error:
+        return bad(row["question_id"], reason_of(error.problems[0]), str(error))
+    except MediaError as error:
+        # "row …, video …: is a truncated mp4: its moov …" -> "video: is a truncated mp4"
+        kind, text = re.match(r"row .+?, (video|image) .+?['\"]: (.+)", str(error), re.DOTALL).groups()
+        return bad(row["question_id"], f"{kind}: {re.split('[:;,(]', text)[0].strip()}", str(error))
+    except PromptTooLongError as error:
+        return bad(row["question_id"], "prompt longer than max_prompt_tokens", str(error))
+    line = {"question_id": row["question_id"], "ok": True, "reason": None, "detail": None}
+    return {**line, "prompt_tokens": len(prompt), "content": content_of(row)}
+
+
+def bad(question_id: str, reason: str, detail: str) -> dict:
+    return {"question_id": question_id, "ok": False, "reason": reason, "detail": detail, "prompt_tokens": None}
+
+
+def reason_of(problem: dict) -> str:
+    """The kind of a problem of `data.rows`, without the parts that differ from row to row."""
+    name, expected = problem["field"], problem["expected"]
+    if expected == "an id used once":
+        return f"{name}: used twice"
+    if name not in ("videos", "images") or expected == "a list of paths":
+        return f"{name}: malformed"
+    kinds = {"a file": "missing", "a regular file": "no file", "a media file": "empty"}
+    return f"{name}: {kinds.get(expected, 'outside of media_root')}"
+
+
+def describe(problem: dict) -> str:
+    place = f"{problem['file']} row {problem['row']}, {problem['field']}"
+    return printable(f"{place}: expected {problem['expected']}; came {problem['came']}. {problem['remedy']}")
+
+
+def read_checkable(data_args: DataArguments) -> tuple[list[dict], list[dict], list[dict]]:
+    """(rows to encode; the manifest's lines of malformed ones; problems of rows that no manifest can name)."""
+    rows, problems = read_rows(data_args.datasets, allow_urls=data_args.allow_urls)
+    nameless = [problem for problem in problems if problem["question_id"] is None]
+    malformed = [bad(p["question_id"], reason_of(p), describe(p)) for p in problems if p["question_id"] is not None]
+    # Training drops rows by id, so the first of two rows with one id goes with the second.
+    refused = {line["question_id"]: line for line in malformed}
+    malformed += [refused[row["question_id"]] for row in rows if row["question_id"] in refused]
+    return [row for row in rows if row["question_id"] not in refused], malformed, nameless
+
+
+@settings_checked()
+def encoder_without_weights(model_args: ModelConfig, data_args: DataArguments) -> PromptEncoder:
+    """The training stage's encoder, of the config and processor of a model, or of an adapter's base, alone."""
+    _, name, revision, _ = find_base(model_args.model_name_or_path, revision_of(model_args))
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    processor = AutoProcessor.from_pretrained(name, revision=revision, padding_side="left")
+    return encoder_from_config(config, processor, data_args)
+
+
+def settings_of(data_args: DataArguments, model_args: ModelConfig, encoder: PromptEncoder, rows: list) -> dict:
+    """What verdicts depend on: the first line of the manifest, and of the journal while it grows."""
+    text = json.dumps([sorted(row.items()) for row in rows])
+    header = {"manifest": 1, "model": model_args.model_name_or_path, "revision": model_args.model_revision}
+    header |= {key: value for key, value in asdict(data_args).items() if key not in NO_SETTINGS}
+    header |= {"prompt_template_hash": encoder.template.hash, "rows_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return json.loads(json.dumps(header, default=str))
+
+
+def check_rows(rows: list[dict], encoder: PromptEncoder, file: Path, settings: dict, *, num_workers: int) -> list[dict]:
+    """A line of the manifest for each row, in their order.
+
+    Args:
+        file: a journal of the lines so far: a check that was broken off goes on from it.
+
+    Raises:
+        JournalError: it is of other settings. NetworkError: a URL was not reached.
+    """
+    journal = Journal(file, settings, key="question_id")
+    if journal.lines:
+        print(f"{file}: going on, {len(journal.lines)} rows are checked already", flush=True)
+    todo = [row for row in rows if row["question_id"] not in journal.lines]
+    num_workers = min(num_workers, len(todo))
+    if num_workers:
+        encoder.loader.decode_threads = 1  # a decoder per worker, and a worker per core
+    failed = sum(not line["ok"] for line in journal.lines.values())
+    if todo:
+        # Unordered, so that one slow video holds up no other row's line.
+        dataset = CheckedRows(rows_to_dataset(todo), encoder)
+        loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, in_order=not num_workers)
+        with tqdm(loader, total=len(rows), initial=len(rows) - len(todo), desc="rows", unit="row") as bar:
+            for line in bar:
+                journal.append([line])
+                failed += not line["ok"]
+                bar.set_postfix(bad=failed, refresh=False)
+        encoder.loader.close()
+    return [journal.lines[row["question_id"]] for row in rows]
