@@ -19,7 +19,7 @@ from benchmarks import BENCHMARKS
 from tqdm import tqdm
 
 from veripo_trl.answers.math_process import MATH_LIMIT_S, math_timeouts
-from veripo_trl.data.rows import RowError
+from veripo_trl.data.schema import RowError
 from veripo_trl.errors import run
 from veripo_trl.evaluate.questions import content_hash, task_of
 from veripo_trl.evaluate.scores import (

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from veripo_trl.data.rows import RowError
+from veripo_trl.data.schema import RowError
 from veripo_trl.errors import ConfigError, VeripoError, print_under_any_locale, settings_checked
 from veripo_trl.evaluate.generate import Decoding, TransformersEngine
 from veripo_trl.evaluate.questions import read_questions

@@ -20,8 +20,8 @@ from peft import PeftModel
 from transformers import set_seed
 from trl import ModelConfig
 
+from veripo_trl.data.media_paths import check_media
 from veripo_trl.data.prompts import load_template
-from veripo_trl.data.rows import check_media
 from veripo_trl.errors import run
 from veripo_trl.files.run_folder import only_process
 from veripo_trl.recipe.arguments import SHARED, PairArguments, parse

@@ -33,7 +33,7 @@ from models import random_model, video_questions
 from peft import get_peft_model
 from transformers import TrainerCallback, set_seed
 
-from veripo_trl.data.rows import rows_to_dataset
+from veripo_trl.data.schema import rows_to_dataset
 from veripo_trl.files.tables import print_table, write_json
 from veripo_trl.media.frame_cache import FrameCache
 from veripo_trl.recipe.arguments import DataArguments

@@ -25,7 +25,7 @@ from transformers import TrainingArguments
 from trl import ModelConfig
 
 from veripo_trl.answers.rewards import reward_function
-from veripo_trl.data.rows import rows_to_dataset
+from veripo_trl.data.schema import rows_to_dataset
 from veripo_trl.model.policy import SEEING
 from veripo_trl.recipe.arguments import DataArguments
 from veripo_trl.recipe.arguments import parse as parse_arguments

@@ -12,7 +12,7 @@ import torch
 from models import question
 from timing import wait_for_device
 
-from veripo_trl.data.rows import rows_to_dataset
+from veripo_trl.data.schema import rows_to_dataset
 from veripo_trl.model import inputs
 from veripo_trl.recipe.arguments import DataArguments
 from veripo_trl.recipe.build import make_encoder

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from veripo_trl.answers.score import SolutionError
 from veripo_trl.data.prompts import PromptError
 from veripo_trl.data.rollouts import RolloutStore
-from veripo_trl.data.rows import COLUMNS, RowError
+from veripo_trl.data.schema import COLUMNS, RowError
 from veripo_trl.errors import ConfigError
 from veripo_trl.files.run_folder import RESULTS
 from veripo_trl.media.process import DecoderError

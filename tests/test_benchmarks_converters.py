@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from veripo_trl.data.rows import RowError
+from veripo_trl.data.schema import RowError
 from veripo_trl.evaluate.questions import ground_truths, is_number, read_options, read_questions
 
 EVALUATION = Path(__file__).resolve().parent.parent / "evaluation"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from veripo_trl.data.rows import RowError
+from veripo_trl.data.schema import RowError
 from veripo_trl.evaluate import scores as scoring
 from veripo_trl.evaluate.questions import key_of
 from veripo_trl.evaluate.scores import (

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 from conftest import make_row, write_video
 
-from veripo_trl.data.rows import COLUMNS, RowError, load_rows, read_manifest
+from veripo_trl.data.manifest import read_manifest
+from veripo_trl.data.rows import load_rows
+from veripo_trl.data.schema import COLUMNS, RowError
 from veripo_trl.errors import ConfigError
 from veripo_trl.files.journal import JournalError
 from veripo_trl.media import downloads

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 from conftest import make_row
 
-from veripo_trl.data.rows import RowError
+from veripo_trl.data.schema import RowError
 from veripo_trl.media import downloads
 from veripo_trl.media.video import MediaError
 

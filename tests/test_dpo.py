@@ -16,7 +16,7 @@ from test_grpo_parity import plain_log_probs
 from trl import DPOConfig, DPOTrainer
 
 from veripo_trl.data.prompts import build_messages, load_template
-from veripo_trl.data.rows import RowError, rows_to_dataset
+from veripo_trl.data.schema import RowError, rows_to_dataset
 from veripo_trl.model.encoding import PromptTooLongError
 from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR
 from veripo_trl.trainers.dpo import DPOCollator, VideoDPOConfig, VideoDPOTrainer

@@ -9,7 +9,7 @@ import pytest
 from conftest import make_row
 from torch.utils.data import get_worker_info
 
-from veripo_trl.data.rows import rows_to_dataset
+from veripo_trl.data.schema import rows_to_dataset
 from veripo_trl.evaluate.generate import bootstrap_interval, generate, summarize
 from veripo_trl.verifier.judges import judge_by_rules
 

@@ -21,7 +21,7 @@ from conftest import make_row
 from hub_server import HubServer, Repo
 
 from veripo_trl.data.prompts import load_template
-from veripo_trl.data.rows import rows_to_dataset
+from veripo_trl.data.schema import rows_to_dataset
 from veripo_trl.errors import ConfigError, VeripoError
 from veripo_trl.evaluate import generate as evaluate
 from veripo_trl.evaluate.generate import Decoding, TransformersEngine, encoded_batches

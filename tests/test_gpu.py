@@ -9,7 +9,7 @@ from test_shared_prefix import masked_attention, random_pieces
 from torch.utils.data import DataLoader
 
 from veripo_trl.answers.rewards import REWARDS
-from veripo_trl.data.rows import rows_to_dataset
+from veripo_trl.data.schema import rows_to_dataset
 from veripo_trl.model.inputs import media_inputs, vision_inputs
 from veripo_trl.shared_prompt import attention as prefix_attention
 from veripo_trl.shared_prompt.attention import PackedLayout, attend

@@ -11,7 +11,7 @@ from test_grpo_parity import make_trainer
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 
 from veripo_trl.data.rollouts import RolloutStore
-from veripo_trl.data.rows import RowError
+from veripo_trl.data.schema import RowError
 from veripo_trl.files.run_folder import last_checkpoint
 from veripo_trl.media.video import VideoLoader
 from veripo_trl.trainers.dpo import VideoDPOConfig

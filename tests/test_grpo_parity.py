@@ -8,7 +8,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from veripo_trl.answers.rewards import REWARDS
 from veripo_trl.data.prompts import build_messages
-from veripo_trl.data.rows import rows_to_dataset
+from veripo_trl.data.schema import rows_to_dataset
 from veripo_trl.model.inputs import model_inputs
 from veripo_trl.shared_prompt.rollout import left_pad, sample_completions
 from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer

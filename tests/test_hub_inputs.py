@@ -7,7 +7,7 @@ import pytest
 import yaml
 from hub_server import HubServer
 
-from veripo_trl.data.rows import content_of
+from veripo_trl.data.schema import content_of
 from veripo_trl.errors import VeripoError
 from veripo_trl.hub import ask
 from veripo_trl.hub import runs as hub_runs

@@ -15,7 +15,7 @@ import yaml
 from test_sft import make_trainer as make_sft_trainer
 
 from veripo_trl.data.rollouts import RolloutStore
-from veripo_trl.data.rows import rows_to_dataset
+from veripo_trl.data.schema import rows_to_dataset
 from veripo_trl.errors import ConfigError, VeripoError, run
 from veripo_trl.files.run_folder import holder, only_process, write_results
 from veripo_trl.recipe import held_out

@@ -12,8 +12,12 @@ import pyarrow.parquet
 import pytest
 from hub_server import HubServer
 
+from veripo_trl.data import media_paths
 from veripo_trl.data import rows as rows_module
-from veripo_trl.data.rows import COLUMNS, DatasetSource, RowError, check_media, load_rows, read_rows, resolve_media
+from veripo_trl.data.files import COMPRESSED
+from veripo_trl.data.media_paths import check_media, resolve_media
+from veripo_trl.data.rows import DatasetSource, load_rows, read_rows
+from veripo_trl.data.schema import COLUMNS, RowError, rows_to_dataset
 from veripo_trl.errors import ConfigError
 from veripo_trl.hub.push import push_folder
 
@@ -47,9 +51,9 @@ def numbers(count, first=0):
 
 def write(file, rows):
     file.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix in rows_module.COMPRESSED:
+    if file.suffix in COMPRESSED:
         plain = Path(write(file.with_suffix(""), rows))
-        with pyarrow.output_stream(file, compression=rows_module.COMPRESSED[file.suffix]) as stream:
+        with pyarrow.output_stream(file, compression=COMPRESSED[file.suffix]) as stream:
             stream.write(plain.read_bytes())
         plain.unlink()
     elif file.suffix == ".jsonl":
@@ -251,8 +255,8 @@ def test_sources_are_mixed_and_shuffled_by_seed(tmp_path):
 
 def test_a_file_listed_twice_is_parsed_once(tmp_path, monkeypatch):
     path = write(tmp_path / "a.json", [CHOICE, NUMBER])
-    read, calls = rows_module._read_file, []
-    monkeypatch.setattr(rows_module, "_read_file", lambda file: calls.append(file) or read(file))
+    read, calls = rows_module.read_file, []
+    monkeypatch.setattr(rows_module, "read_file", lambda file: calls.append(file) or read(file))
     assert len(load_rows([{"path": path, "where": {"question_id": q}} for q in ("q1", "q2")])) == 2
     assert len(calls) == 1
 
@@ -532,7 +536,7 @@ def test_bad_media_are_refused_with_the_row_and_file(media, path, message, field
         resolve_media(row)
     assert "'q1'" in str(caught.value) and "unit" in str(caught.value)
     with pytest.raises(RowError, match=message) as caught:
-        check_media(rows_module.rows_to_dataset([row]))
+        check_media(rows_to_dataset([row]))
     assert "'q1'" in str(caught.value) and field in str(caught.value)
 
 
@@ -564,16 +568,16 @@ def test_urls_pass_when_allowed_and_only_http(tmp_path):
 
 def test_check_media_looks_at_each_file_once_and_names_every_row(media, monkeypatch):
     rows = [media_row(media, question_id=f"q{i}", videos=["v/1.mp4", "none.mp4"]) for i in range(30)]
-    resolve, calls = rows_module._resolve, []
+    resolve, calls = media_paths.resolve, []
     monkeypatch.setattr(
-        rows_module, "_resolve", lambda root, path, *rest: calls.append(path) or resolve(root, path, *rest)
+        media_paths, "resolve", lambda root, path, *rest: calls.append(path) or resolve(root, path, *rest)
     )
     with pytest.raises(RowError) as caught:
-        check_media(rows_module.rows_to_dataset(rows))
+        check_media(rows_to_dataset(rows))
     assert calls == ["v/1.mp4", "none.mp4"]
     assert [problem["question_id"] for problem in caught.value.problems] == [f"q{i}" for i in range(30)]
     assert "30 rows cannot be used" in str(caught.value) and "… and 20 more." in str(caught.value)
-    check_media(rows_module.rows_to_dataset([media_row(media), media_row("", videos=[])]))
+    check_media(rows_to_dataset([media_row(media), media_row("", videos=[])]))
 
 
 # ---- manifest

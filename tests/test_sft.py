@@ -7,7 +7,7 @@ from test_grpo_parity import plain_log_probs
 from trl import ModelConfig
 
 from veripo_trl.data.prompts import build_target
-from veripo_trl.data.rows import RowError, rows_to_dataset
+from veripo_trl.data.schema import RowError, rows_to_dataset
 from veripo_trl.errors import VeripoError
 from veripo_trl.model.encoding import PromptTooLongError
 from veripo_trl.model.policy import load_policy

@@ -22,7 +22,7 @@ from test_disk import files_of_at_most
 
 from veripo_trl.data.prompts import load_template
 from veripo_trl.data.rollouts import RolloutStore
-from veripo_trl.data.rows import RowError, content_of
+from veripo_trl.data.schema import RowError, content_of
 from veripo_trl.errors import VeripoError
 from veripo_trl.hub.cards import dataset_card
 from veripo_trl.hub.push import push_folder

@@ -12,7 +12,7 @@ import torch
 from conftest import make_row
 
 from veripo_trl.answers.rewards import REWARDS
-from veripo_trl.data.rows import rows_to_dataset
+from veripo_trl.data.schema import rows_to_dataset
 from veripo_trl.errors import ConfigError
 from veripo_trl.model.encoding import vision_token_ids
 from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer

@@ -5,7 +5,7 @@ import torch
 from conftest import make_row
 from vllm import LLM
 
-from veripo_trl.data.rows import rows_to_dataset
+from veripo_trl.data.schema import rows_to_dataset
 from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR, load_policy
 from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer
 from veripo_trl.vllm import training as backend

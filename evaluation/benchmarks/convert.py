@@ -12,7 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import BENCHMARKS  # found only after the line above
-from veripo_trl.data.rows import SUFFIXES, RowError, is_data_file, read_json, uncompressed
+from veripo_trl.data.files import SUFFIXES, is_data_file, read_json, uncompressed
+from veripo_trl.data.schema import RowError
 from veripo_trl.errors import run
 from veripo_trl.evaluate.questions import read_questions, read_records
 from veripo_trl.files.tables import write_json

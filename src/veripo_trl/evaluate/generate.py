@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from veripo_trl.answers.score import extract_answer, is_well_formed, score_answer, split_completion
 from veripo_trl.data.prompts import PromptError
-from veripo_trl.data.rows import RowError
+from veripo_trl.data.schema import RowError
 from veripo_trl.files.run_folder import outlive_sigterm
 from veripo_trl.media.video import MediaError
 from veripo_trl.model.encoding import JOINT_BYTES, EncodedPrompt, PromptEncoder, PromptTooLongError, vision_token_ids

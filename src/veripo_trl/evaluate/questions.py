@@ -14,7 +14,9 @@ from typing import Any
 
 from veripo_trl.answers.numbers import read_number
 from veripo_trl.answers.score import SolutionError, check_solution
-from veripo_trl.data.rows import RowError, _FieldError, _message, _read_file, _row, _show, uncompressed
+from veripo_trl.data.fields import checked_row
+from veripo_trl.data.files import read_file, uncompressed
+from veripo_trl.data.schema import FieldError, RowError, row_error, show
 
 RELEASED_TAIL = "\nAnswer with the option's letter from the given choices directly."
 RELEASED_COLUMNS = ("question_id", "video_path", "answer", "processed_question")
@@ -48,7 +50,7 @@ def read_questions(path: str | Path, *, video_dir: str | Path | None = None, lim
     def read(position: int, raw: dict) -> None:
         ours = from_released(raw, stem=uncompressed(path).stem) if released else raw
         question_id = None if ours.get("question_id") in (None, "") else str(ours["question_id"])
-        row = _row(ours, question_id, "question_id", file=str(path), allow_urls=False)
+        row = checked_row(ours, question_id, "question_id", file=str(path), allow_urls=False)
         check_truths(raw)
         row["media_root"] = str(root.resolve())
         questions.append({"position": position, "key": key_of(position, raw), "raw": raw, "row": row})
@@ -74,37 +76,37 @@ def _each(records: list[dict], path: str | Path, check, what: str, *, question) 
     for position, record in enumerate(records):
         try:
             check(position, record)
-        except _FieldError as error:
+        except FieldError as error:
             raw = question(record)
             question_id = raw.get("question_id") if isinstance(raw, dict) else None
             problems.append({"file": str(path), "row": position + 1, "question_id": question_id, **error.problem})
     if problems:
-        raise RowError(_message(problems, what), problems)
+        raise row_error(problems, what)
 
 
 def _check_prediction(position: int, prediction: dict) -> None:
     if not {"question", "ground_truth", "model_output"} <= prediction.keys():
         came, remedy = ", ".join(prediction), "Give the output of an evaluation."
-        raise _FieldError("(row)", "question, ground_truth and model_output", came, remedy)
+        raise FieldError("(row)", "question, ground_truth and model_output", came, remedy)
     question, output = prediction["question"], prediction["model_output"]
     if not isinstance(output, str):
-        raise _FieldError("model_output", "a text", _show(output), 'Write "" where there is no answer.')
+        raise FieldError("model_output", "a text", show(output), 'Write "" where there is no answer.')
     if not isinstance(question, dict):
-        raise _FieldError("question", "an object with the row's columns", _show(question), "Correct or remove it.")
+        raise FieldError("question", "an object with the row's columns", show(question), "Correct or remove it.")
     _check_columns(question, RELEASED_COLUMNS if "processed_question" in question else ("problem_type", "solution"))
     if not isinstance(question.get("options") or [], (list, dict)):
-        raise _FieldError("options", "a list like ['A. red', …]", _show(question["options"]), "Write it so.")
+        raise FieldError("options", "a list like ['A. red', …]", show(question["options"]), "Write it so.")
     check_truths(question)
 
 
 def _check_columns(raw: dict, columns: tuple[str, ...]) -> None:
     if missing := [column for column in columns if raw.get(column) is None]:
-        raise _FieldError("question", f"a row with {', '.join(columns)}", f"none in {missing}", "Correct or remove it.")
+        raise FieldError("question", f"a row with {', '.join(columns)}", f"none in {missing}", "Correct or remove it.")
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
     """The objects of a file. Raises RowError for anything else."""
-    records = [record for _, _, record in _read_file(Path(path))]
+    records = [record for _, _, record in read_file(Path(path))]
     if not all(isinstance(record, dict) for record in records):
         raise RowError(f"{path}: expected rows, each an object with columns.")
     return records
@@ -121,11 +123,11 @@ def content_hash(raw: dict) -> str:
 
 
 def from_released(raw: dict, *, stem: str = "") -> dict:
-    """A released row in the columns of `rows`. Raises _FieldError for one that lacks columns, or has an image."""
+    """A released row in the columns of `rows`. Raises FieldError for one that lacks columns, or has an image."""
     _check_columns(raw, RELEASED_COLUMNS)
     if raw.get("image"):
         remedy = "Write rows of this project's form, with the image's path in `images`."
-        raise _FieldError("image", "no base64 image, which none of the released rows carries", "one", remedy)
+        raise FieldError("image", "no base64 image, which none of the released rows carries", "one", remedy)
     problem = str(raw["processed_question"]).removesuffix(RELEASED_TAIL)
     path = str(raw["video_path"])
     return {
@@ -179,17 +181,17 @@ def truths_of(raw: dict) -> list[str]:
 
 
 def check_truths(raw: dict) -> None:
-    """Raise _FieldError for a truth of a row, of either form, that no answer could be compared with."""
+    """Raise FieldError for a truth of a row, of either form, that no answer could be compared with."""
     field = "answer" if "processed_question" in raw else "alternatives" if raw.get("alternatives") else "solution"
     if not isinstance(raw.get("alternatives") or [], list):
-        raise _FieldError(field, "a list of answers", _show(raw["alternatives"]), "Write it so, or take it out.")
+        raise FieldError(field, "a list of answers", show(raw["alternatives"]), "Write it so, or take it out.")
     task = task_of(raw)
     for truth in truths_of(raw):
         try:
             check_solution(problem_type=task["problem_type"], solution=truth, options=task["options"])
         except SolutionError as error:
             remedy = "Correct the row's truth, its options or its problem_type, or remove the row."
-            raise _FieldError(field, "answers that others can be compared with", str(error), remedy) from error
+            raise FieldError(field, "answers that others can be compared with", str(error), remedy) from error
 
 
 def is_number(solution: str) -> bool:
@@ -199,14 +201,14 @@ def is_number(solution: str) -> bool:
 
 def ground_truths(answer: Any) -> list[str]:
     """The answers that count as right: one, or those of a list written as text, `"['24/7', '3.429']"`, in which
-    VideoMMMU once forgets the last quote. Raises _FieldError for what begins as a list and is none."""
+    VideoMMMU once forgets the last quote. Raises FieldError for what begins as a list and is none."""
     text = str(answer).strip()
     if text.startswith("['"):
         try:
             return [str(item) for item in ast.literal_eval(re.sub(r"(?<!')\]$", "']", text))]
         except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
             remedy = "Write it as a list of texts, ['24/7', '3.429']."
-            raise _FieldError("answer", "answers that others can be compared with", _show(text), remedy) from error
+            raise FieldError("answer", "answers that others can be compared with", show(text), remedy) from error
     return [text]
 
 

@@ -18,7 +18,8 @@ from veripo_trl.answers.choice import read_choice
 from veripo_trl.answers.math_process import call_math, math_timeouts
 from veripo_trl.answers.numbers import read_number
 from veripo_trl.answers.score import extract_answer, score_answer, split_completion
-from veripo_trl.data.rows import RowError, read_json
+from veripo_trl.data.files import read_json
+from veripo_trl.data.schema import RowError
 from veripo_trl.evaluate.generate import RESAMPLES, bootstrap_interval
 from veripo_trl.evaluate.questions import content_hash, read_predictions, task_of, truths_of
 from veripo_trl.verifier.checks import inconsistency

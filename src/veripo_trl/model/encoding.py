@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, ProcessorMixin
 
+from veripo_trl.data.media_paths import resolve_media
 from veripo_trl.data.prompts import PromptTemplate, build_messages
-from veripo_trl.data.rows import content_of, resolve_media
+from veripo_trl.data.schema import content_of
 from veripo_trl.errors import VeripoError
 from veripo_trl.files.tables import printable
 from veripo_trl.media.downloads import fetch

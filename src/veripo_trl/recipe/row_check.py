@@ -11,7 +11,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor
 from trl import ModelConfig
 
-from veripo_trl.data.rows import RowError, content_of, read_rows, rows_to_dataset
+from veripo_trl.data.rows import read_rows
+from veripo_trl.data.schema import RowError, content_of, rows_to_dataset
 from veripo_trl.errors import settings_checked
 from veripo_trl.files.journal import Journal
 from veripo_trl.files.tables import printable

@@ -12,7 +12,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from trl import ModelConfig
 
-from veripo_trl.data.rows import check_media, content_of, load_rows
+from veripo_trl.data.media_paths import check_media
+from veripo_trl.data.rows import load_rows
+from veripo_trl.data.schema import content_of
 from veripo_trl.errors import ConfigError
 from veripo_trl.hub.ask import HubError
 from veripo_trl.hub.locate import SHA, fetch, is_local, locate

@@ -11,7 +11,8 @@ from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from tqdm import tqdm
 
-from veripo_trl.data.rows import RowError, resolve_media
+from veripo_trl.data.media_paths import resolve_media
+from veripo_trl.data.schema import RowError
 from veripo_trl.media.images import load_image
 from veripo_trl.media.sampling import VideoSettings
 from veripo_trl.media.video import MediaError, VideoLoader

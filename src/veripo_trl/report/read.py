@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from veripo_trl.data.rollouts import SCHEMA_FIELDS
-from veripo_trl.data.rows import content_of
+from veripo_trl.data.schema import content_of
 from veripo_trl.errors import VeripoError
 from veripo_trl.files.disk import FileError, read_json, read_parquet
 from veripo_trl.verifier.files import PAIR_SCHEMA, VERDICT_SCHEMA

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from veripo_trl.data.rows import RowError
+from veripo_trl.data.schema import RowError
 from veripo_trl.errors import VeripoError
 from veripo_trl.files.run_folder import RECORD, outlive_sigterm, sync_folder
 from veripo_trl.hub.ask import HubError

@@ -6,7 +6,7 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 from veripo_trl.data.prompts import build_target
-from veripo_trl.data.rows import RowError
+from veripo_trl.data.schema import RowError
 from veripo_trl.errors import settings_checked
 from veripo_trl.model.encoding import PromptEncoder
 from veripo_trl.model.inputs import model_inputs

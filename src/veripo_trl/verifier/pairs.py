@@ -30,7 +30,7 @@ from pathlib import Path
 
 from veripo_trl.answers.score import split_completion
 from veripo_trl.data.prompts import PromptTemplate, build_messages
-from veripo_trl.data.rows import QUESTION
+from veripo_trl.data.schema import QUESTION
 from veripo_trl.errors import ConfigError, VeripoError
 from veripo_trl.files.disk import room_for
 from veripo_trl.verifier.checks import repetition_share

@@ -7,7 +7,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from veripo_trl.data.prompts import PromptTemplate
-from veripo_trl.data.rows import RowError, read_rows, rows_to_dataset
+from veripo_trl.data.rows import read_rows
+from veripo_trl.data.schema import RowError, rows_to_dataset
 from veripo_trl.files.disk import read_parquet
 from veripo_trl.hub.locate import fetch, locate
 from veripo_trl.verifier.files import PAIR_COLUMNS

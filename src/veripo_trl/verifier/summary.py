@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from veripo_trl.data.rows import content_of
+from veripo_trl.data.schema import content_of
 from veripo_trl.files.disk import write_whole
 from veripo_trl.files.tables import print_table
 from veripo_trl.hub.cards import shown_name

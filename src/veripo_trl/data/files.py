@@ -1,0 +1,117 @@
+"""Files of rows: JSON, JSONL and Parquet, and folders of them, as lists of (file, row number counted from 1, raw row)."""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from veripo_trl.data.schema import RowError, show
+from veripo_trl.files.disk import FileError, read_parquet
+
+SUFFIXES = (".parquet", ".jsonl", ".json")
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # JSON and JSONL may be
+# What JSON allows and Python does not read: numbers of over 4,300 digits, and values nested hundreds deep.
+_TOO_MUCH = re.compile(rb"\d{4301,}|(?:[\[{][^\[\]{}]*){500}")
+
+
+def uncompressed(path: str | Path) -> Path:
+    """The name that a file would have without its compression."""
+    path = Path(path)
+    return path.with_suffix("") if path.suffix in COMPRESSED else path
+
+
+def is_data_file(path: str | Path) -> bool:
+    """Whether rows are read from files of such a name."""
+    return Path(path).suffix in SUFFIXES or uncompressed(path).suffix in (".jsonl", ".json")
+
+
+def read_directory(directory: Path, split: str) -> list[tuple[str, int, Any]]:
+    if (directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file():
+        from datasets import DatasetDict, load_from_disk
+
+        with _named_where_damaged(directory, "dataset saved by `datasets`"):
+            saved = load_from_disk(str(directory))
+            splits = saved if isinstance(saved, DatasetDict) else {str(saved.split or "train"): saved}
+            if split not in splits:
+                raise RowError(f"{directory}: no split {split!r}; it has {', '.join(splits)}.")
+            table = splits[split].with_format("arrow")[:]
+            table.validate(full=True)  # a damaged offset would point outside of the file
+        return numbered(str(directory), table.to_pylist())
+    folders = [folder for folder in (directory, directory / "data") if folder.is_dir()]
+    files = sorted(file for folder in folders for file in folder.iterdir() if is_data_file(file))
+    chosen = [file for file in files if uncompressed(file).stem == split or file.name.startswith(split + "-")]
+    if not chosen and split == "train" and len(files) == 1:
+        chosen = files
+    if len({uncompressed(file).suffix for file in chosen}) != 1:
+        names = ", ".join(file.name for file in files) or "none"
+        raise RowError(
+            f"{directory}: expected files of one kind named {split}.* or {split}-*; data files here: {names}."
+        )
+    return [record for file in chosen for record in read_file(file)]
+
+
+def read_file(file: Path) -> list[tuple[str, int, Any]]:
+    if not file.is_file():
+        raise RowError(f"{file}: no such file. Check `path` (working directory: {os.getcwd()}).")
+    if not is_data_file(file):
+        raise RowError(f"{file}: expected a {', '.join(SUFFIXES)} file (JSON also as {' or '.join(COMPRESSED)}).")
+    if file.suffix == ".parquet":
+        try:
+            return numbered(str(file), read_parquet(file).to_pylist())
+        except FileError as error:
+            raise RowError(str(error)) from error
+    if uncompressed(file).suffix == ".jsonl":
+        lines = [line for line in numbered(str(file), _content(file).splitlines()) if line[2].strip()]
+        return [(name, number, _parse(line, file, number)) for name, number, line in lines] or numbered(str(file), [])
+    content = read_json(file)
+    if not isinstance(content, list):
+        raise RowError(f"{file}: expected a JSON list of rows, came {show(content)}. One row a line is .jsonl.")
+    return numbered(str(file), content)
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file holds. Raises RowError with the line."""
+    return _parse(_content(file), file, 1)
+
+
+def _content(file: Path) -> bytes:
+    import pyarrow
+
+    with _named_where_damaged(file, "file"):
+        return pyarrow.input_stream(str(file), compression=COMPRESSED.get(file.suffix)).read()
+
+
+def _parse(content: bytes, file: Path, line: int) -> Any:
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        line, reason = line + error.lineno - 1, f"not JSON: {error.msg}."
+    except UnicodeDecodeError as error:
+        line, reason = line + content.count(b"\n", 0, error.start), f"not UTF-8 text: {error}."
+    except (RecursionError, ValueError):
+        found = _TOO_MUCH.search(content)
+        line += content.count(b"\n", 0, found.end() if found else 0)
+        reason = "a number of over 4,300 digits, or a value nested hundreds deep. Correct or remove it."
+    raise RowError(f"{file}, line {line}: {reason}")
+
+
+@contextlib.contextmanager
+def _named_where_damaged(file: str | Path, kind: str) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0].rstrip('.')}"
+        raise RowError(f"{file}: not a readable {kind} ({reason}). Copy it again, or make it anew.") from error
+
+
+def numbered(file: str, rows: Iterable) -> list[tuple[str, int, Any]]:
+    """Rows with their file and number. Raises RowError where there are none."""
+    records = [(file, number, row) for number, row in enumerate(rows, start=1)]
+    if not records:
+        raise RowError(f"{file}: no rows in it.")
+    return records
