@@ -32,7 +32,7 @@ from veripo_trl.recipe.held_out import HeldOutEvaluation
 from veripo_trl.recipe.prepare import open_run, prepare_machine
 from veripo_trl.recipe.training_rows import count_kinds, hub_inputs, load_eval_rows, pin_data, refuse_trained
 from veripo_trl.trainers.dpo import VideoDPOConfig, VideoDPOTrainer
-from veripo_trl.verifier.preferences import load_pairs
+from veripo_trl.verifier.pair_dataset import load_pairs
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "tiny" / "dpo.yaml"
 ARGUMENTS = (*SHARED, PairArguments, VideoDPOConfig, ModelConfig)

@@ -28,7 +28,7 @@ from veripo_trl.files.tables import write_json
 from veripo_trl.recipe import verification as recipe
 from veripo_trl.recipe.arguments import parse
 from veripo_trl.recipe.prepare import save_arguments
-from veripo_trl.recipe.verification import VerifyArguments
+from veripo_trl.recipe.verify_stage import VerifyArguments
 from veripo_trl.verifier.curriculum import choose_solved
 from veripo_trl.verifier.files import PAIR_SCHEMA, VERDICT_SCHEMA, judged_questions, write_files
 from veripo_trl.verifier.pairs import PairOptions, build_pairs

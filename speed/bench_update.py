@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from machine import cores, describe_machine
 from models import SIDE, made_up_prompt, random_model
-from part import LIMITS, PAIRS, Part, differences, over_limits, peak_bytes, resident_bytes
+from update_step import LIMITS, PAIRS, Part, differences, over_limits, peak_bytes, resident_bytes
 
 from veripo_trl.files.tables import print_table, write_json
 

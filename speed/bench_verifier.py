@@ -184,9 +184,9 @@ async def judge_all(judge, cache, rollouts: list[dict]) -> list[dict]:
 
 
 def run_server(kind: str, count: int, *, delay_s: float, concurrency: int, tokenizer) -> dict:
-    from veripo_trl.verifier.cache import VerdictCache
     from veripo_trl.verifier.judge_prompts import load_judge_prompt
-    from veripo_trl.verifier.server import ServerJudge
+    from veripo_trl.verifier.reply_cache import VerdictCache
+    from veripo_trl.verifier.server_judge import ServerJudge
     from veripo_trl.verifier.verify import verify_stream
 
     rollouts = list(make_rollouts(count))

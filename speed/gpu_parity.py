@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from gpu_update import kernel_name, with_adapter
 from models import made_up_prompt, question, random_model, striped_clip
-from part import EVERYTHING, Part, differences, over_limits
 from trl.trainer.utils import add_fused_lm_head
+from update_step import EVERYTHING, Part, differences, over_limits
 
 from veripo_trl.model import inputs
 from veripo_trl.model.encoding import EncodedPrompt

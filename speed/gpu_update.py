@@ -8,9 +8,9 @@ from statistics import median
 import torch
 from models import SIDE, lora, made_up_prompt, random_model
 from on_gpu import too_large
-from part import EVERYTHING, GIVEN, Part, differences, over_limits, peak_bytes, resident_bytes
 from peft import get_peft_model
 from timing import alternate
+from update_step import EVERYTHING, GIVEN, Part, differences, over_limits, peak_bytes, resident_bytes
 
 from veripo_trl.model.policy import load_policy
 from veripo_trl.shared_prompt.attention import PackedLayout, attend, kernel_for

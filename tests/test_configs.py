@@ -21,7 +21,7 @@ from veripo_trl.recipe.arguments import parse as parse_arguments
 from veripo_trl.trainers.dpo import VideoDPOConfig
 from veripo_trl.trainers.grpo import VideoGRPOConfig
 from veripo_trl.trainers.sft import VideoSFTConfig
-from veripo_trl.verifier.preferences import PairSource
+from veripo_trl.verifier.pair_dataset import PairSource
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "recipes" / "configs"

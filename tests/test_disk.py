@@ -20,7 +20,7 @@ from veripo_trl.files.disk import FileError, open_parquet, read_json, read_parqu
 from veripo_trl.files.journal import Journal
 from veripo_trl.files.tables import write_json
 from veripo_trl.report.write import write_report
-from veripo_trl.verifier.cache import CacheError, VerdictCache
+from veripo_trl.verifier.reply_cache import CacheError, VerdictCache
 
 ROWS = [{"id": f"q{number}", "text": " ".join(random.Random(number).choices("abcdefgh", k=40))} for number in range(200)]
 

@@ -20,7 +20,7 @@ from veripo_trl.data.schema import RowError, rows_to_dataset
 from veripo_trl.model.encoding import PromptTooLongError
 from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR
 from veripo_trl.trainers.dpo import DPOCollator, VideoDPOConfig, VideoDPOTrainer
-from veripo_trl.verifier.preferences import load_pairs
+from veripo_trl.verifier.pair_dataset import load_pairs
 
 CHOSEN = "<think>I see blue then red, first is blue: B.</think><answer>B</answer>"
 REJECTED = "<think>I see red, first is red: A.</think><answer>B</answer>"

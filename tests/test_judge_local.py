@@ -17,10 +17,10 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from veripo_trl.tiny.model import build_tokenizer
-from veripo_trl.verifier.cache import VerdictCache
 from veripo_trl.verifier.judge_prompts import judge_messages, load_judge_prompt
-from veripo_trl.verifier.local import LocalJudge
-from veripo_trl.verifier.server import ServerJudge
+from veripo_trl.verifier.local_judge import LocalJudge
+from veripo_trl.verifier.reply_cache import VerdictCache
+from veripo_trl.verifier.server_judge import ServerJudge
 from veripo_trl.verifier.verify import verify_stream
 
 ROOT = Path(__file__).resolve().parent.parent

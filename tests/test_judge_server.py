@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 from judge_server import JudgeServer, Reply
 
-from veripo_trl.verifier.cache import VerdictCache
 from veripo_trl.verifier.judge_prompts import REPLY_SCHEMA, load_judge_prompt
 from veripo_trl.verifier.judges import JudgeError
-from veripo_trl.verifier.server import ServerJudge
+from veripo_trl.verifier.reply_cache import VerdictCache
+from veripo_trl.verifier.server_judge import ServerJudge
 from veripo_trl.verifier.verify import verify_stream
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from veripo_trl.tiny.parser import judge as judge_by_templates
+from veripo_trl.tiny.judge import judge as judge_by_templates
 from veripo_trl.tiny.questions import SplitSize, make_split
 from veripo_trl.verifier.judges import conclude_by_rules, judge_by_rules
 

@@ -18,8 +18,8 @@ ROOMS = ["start", "errors", "user_functions", "files", "answers", "media", "hub"
          "verifier", "evaluate", "vllm", "trainers", "report", "tiny", "recipe", "loop", "chat"]  # fmt: skip
 # Light enough for every start: torch is not loaded with them.
 PURE = ["answers.score", "answers.rewards", "data.rows", "data.prompts", "evaluate.questions", "media.worker",
-        "verifier.judges", "verifier.checks", "verifier.cache", "verifier.server", "verifier.verify", "verifier.pairs",
-        "verifier.curriculum", "verifier.files", "tiny.parser"]  # fmt: skip
+        "verifier.judges", "verifier.checks", "verifier.reply_cache", "verifier.server_judge", "verifier.verify",
+        "verifier.pairs", "verifier.curriculum", "verifier.files", "tiny.judge"]  # fmt: skip
 MODULES = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in sorted(SOURCE.rglob("*.py"))}
 
 

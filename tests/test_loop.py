@@ -25,7 +25,7 @@ from veripo_trl.loop.check import check_settings
 from veripo_trl.loop.judge_server import answers, judge_server
 from veripo_trl.loop.plan import STAGE, LoopError, plan, read_loop
 from veripo_trl.loop.state import MARKER, end_leftovers
-from veripo_trl.tiny.parser import conclude
+from veripo_trl.tiny.judge import conclude
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"

@@ -22,7 +22,7 @@ import gpu_parity  # noqa: E402
 import gpu_runs  # noqa: E402
 import gpu_update  # noqa: E402
 import on_gpu  # noqa: E402
-import part  # noqa: E402
+import update_step as part  # noqa: E402
 
 from veripo_trl.errors import VeripoError  # noqa: E402
 

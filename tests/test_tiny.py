@@ -25,7 +25,7 @@ from veripo_trl.tiny.clips import (
     make_clip,
     write_clip,
 )
-from veripo_trl.tiny.parser import conclude, judge
+from veripo_trl.tiny.judge import conclude, judge
 from veripo_trl.tiny.questions import PLANTED_SHARE, SPLITS, SplitSize, make_split, plan_split
 from veripo_trl.tiny.world import WorldError, make_world
 

@@ -9,7 +9,6 @@ import pytest
 from judge_server import honest_verdict
 
 from veripo_trl.tiny.model import build_tokenizer
-from veripo_trl.verifier.cache import CacheError, VerdictCache
 from veripo_trl.verifier.files import VERDICT_SCHEMA, write_files
 from veripo_trl.verifier.judge_prompts import (
     MAX_REASON_CHARS,
@@ -24,6 +23,7 @@ from veripo_trl.verifier.judge_prompts import (
     settle,
 )
 from veripo_trl.verifier.judges import Judge, RulesJudge, judge_by_rules
+from veripo_trl.verifier.reply_cache import CacheError, VerdictCache
 from veripo_trl.verifier.verify import BATCH, MAX_OPEN, verify_stream
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -26,9 +26,10 @@ from veripo_trl.data.schema import RowError, content_of
 from veripo_trl.errors import VeripoError
 from veripo_trl.hub.cards import dataset_card
 from veripo_trl.hub.push import push_folder
-from veripo_trl.recipe.verification import VerifyArguments, make_judge
-from veripo_trl.verifier import files, preferences
-from veripo_trl.verifier.preferences import load_pairs
+from veripo_trl.recipe.verify_stage import VerifyArguments, make_judge
+from veripo_trl.verifier import files
+from veripo_trl.verifier import pair_dataset as preferences
+from veripo_trl.verifier.pair_dataset import load_pairs
 from veripo_trl.verifier.summary import card_facts, shown
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "verify_rollouts.py"
@@ -349,7 +350,7 @@ def test_options_of_a_local_judge_arrive(monkeypatch):
         def __init__(self, model, prompt, **options):
             given[model] = options
 
-    monkeypatch.setattr("veripo_trl.verifier.local.LocalJudge", Judge)
+    monkeypatch.setattr("veripo_trl.verifier.local_judge.LocalJudge", Judge)
     for options in (None, '{"batch_size": 2, "dtype": "bfloat16"}'):
         make_judge(VerifyArguments(output_dir="x", rollouts=["x"], judge="local", judge_model=str(options),
                                    judge_request_options=options), RECIPE.parent.parent / "verifier_prompts")  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a command does before it imports torch and what comes with it. A library changes none of this by its import."""
+"""Environment and warnings that a command sets before torch is imported. Importing the library sets nothing."""
 
 import logging
 import os

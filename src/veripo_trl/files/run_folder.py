@@ -1,4 +1,4 @@
-"""A run's folder: who works in it, what says that it is finished, and which of its checkpoints is whole."""
+"""A run's folder: its lock, what says that it is finished, and which of its checkpoints is whole."""
 
 import contextlib
 import errno

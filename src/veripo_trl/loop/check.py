@@ -37,7 +37,7 @@ def look_at_inputs(stage: dict, made: list[str]) -> None:
     from veripo_trl.model.policy import find_base
     from veripo_trl.recipe.arguments import DataArguments
     from veripo_trl.recipe.training_rows import load_eval_rows, load_training_rows
-    from veripo_trl.verifier.preferences import PairSource, pair_files
+    from veripo_trl.verifier.pair_dataset import PairSource, pair_files
 
     settings = stage["settings"]
     names = {item.name for item in fields(DataArguments)}

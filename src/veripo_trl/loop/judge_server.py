@@ -1,4 +1,4 @@
-"""A judge's server, up for as long as a stage needs it."""
+"""Starts and stops a judge's server for the stages that need it."""
 
 import contextlib
 import os

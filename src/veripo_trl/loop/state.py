@@ -1,4 +1,4 @@
-"""The state of a run on the disk: `run.json`, what a finished stage has left, and the processes that are at work."""
+"""The state of a run on the disk: `run.json`, what stages have left, what a killed loop left running."""
 
 import contextlib
 import os

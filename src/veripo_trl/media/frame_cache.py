@@ -1,4 +1,4 @@
-"""Decoded frames on disk: one file per clip and sampling, no pickle, for any number of processes at once.
+"""Decoded frames on disk, the oldest evicted: one file per clip and sampling, no pickle, for any number of processes.
 
 A file is a fixed prefix (magic, CRC-32 of all that follows, lengths), a JSON header and the raw uint8 frames.
 Files are written under another name and renamed, so that a reader sees a whole entry or none.

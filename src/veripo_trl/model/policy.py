@@ -1,5 +1,5 @@
-"""Load the model that a stage trains: full weights, a new LoRA adapter, or the adapter of the stage before; and what a
-saved policy says of itself: how it was trained to see, and on which base."""
+"""Which models are supported, and loading the one that a stage trains: full weights, a new LoRA adapter, or the adapter
+of the stage before; and what a saved policy says of itself: how it was trained to see, and on which base."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""M-RoPE positions by the rule that Qwen2.5-VL and Qwen3-VL were trained with.
+"""Computes M-RoPE positions, by the rule that Qwen2.5-VL and Qwen3-VL were trained with.
 
 transformers 5.3 and later start the text after a video at the block's start + max(height, width), so a clip longer
 than its grid is wide gets text positions inside its own temporal range. The models were trained, and vLLM runs them,

@@ -1,4 +1,4 @@
-"""The options of the training recipes beside TRL's own, and the parser of their YAML and command line."""
+"""The options of the training recipes beside TRL's own, with their defaults; the parser of YAML and command line."""
 
 import argparse
 import json

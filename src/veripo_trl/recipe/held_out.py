@@ -1,4 +1,4 @@
-"""Evaluation in a training run: before and after on held-out questions, and the early stop of a cold start."""
+"""Held-out tables before and after training, with the judge that reports in them; the early stop of a cold start."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ from veripo_trl.data.rows import load_rows
 from veripo_trl.evaluate.generate import generate, summarize
 from veripo_trl.files.tables import write_json
 from veripo_trl.recipe.arguments import ReportArguments, StopArguments
-from veripo_trl.tiny.parser import judge as judge_by_templates
+from veripo_trl.tiny.judge import judge as judge_by_templates
 from veripo_trl.verifier.judges import judge_by_rules
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""What comes before training: the machine, the folder and its last checkpoint, the record of settings, a cold start."""
+"""Before training: the machine, whether and from which checkpoint to resume, the record of settings, a cold start."""
 
 import json
 import os

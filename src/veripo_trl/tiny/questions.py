@@ -3,7 +3,7 @@
 Three families: **count** (numerical), **order** (multiple choice: the first, second or last colour) and **list**
 (free-form: every colour in order). Only the `train` split carries thoughts. In a planted share of them the conclusion
 contradicts the answer, which stays right: something for the verifier to find. No field of a row says which they are;
-`veripo_trl.tiny.parser` reads it out of the text.
+`veripo_trl.tiny.judge` reads it out of the text.
 """
 
 import dataclasses

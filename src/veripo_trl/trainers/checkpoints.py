@@ -1,4 +1,4 @@
-"""Checkpoints: at a termination too, resumed as if nothing had happened, pushed while training goes on."""
+"""Checkpoints: written (at a termination too), loaded again with all of a trainer's state, pushed during training."""
 
 import copy
 import hashlib

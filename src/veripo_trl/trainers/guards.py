@@ -1,4 +1,4 @@
-"""Checks made once, when training starts."""
+"""Checks made once, when training starts: does the model see the video, is every token counted?"""
 
 import logging
 

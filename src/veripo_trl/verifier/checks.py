@@ -1,4 +1,4 @@
-"""The checks that need no judge: accuracy, format, repetition and length of the thinking; what inconsistency is."""
+"""The checks that need no judge (accuracy, format, repetition, length), and the share of inconsistent verdicts."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""The consistency judges: does the thinking conclude the answer that is given?
+"""What a judge is, and the one by rules: does the thinking conclude the answer that is given?
 
 `rules` compares what `conclusions.py` reads, without a model. It prefers "unknown" to a guess; how often it is right, by
 labelled chains: tests/test_judges_rules.py.

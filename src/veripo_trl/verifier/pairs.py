@@ -1,4 +1,4 @@
-"""Judged rollouts to preference pairs (arXiv 2505.19000; the three kinds as we read its figure and its reviews).
+"""Which pairs are made of judged rollouts, and why: penalty, consistency, reflection (arXiv 2505.19000, as we read it).
 
 A group is a question's rollouts, of the whole run or of one generation. In it a rollout is
 

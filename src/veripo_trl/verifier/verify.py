@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from veripo_trl.answers.rewards import accuracy_reward
-from veripo_trl.verifier.cache import VerdictCache
 from veripo_trl.verifier.checks import check_rollouts
 from veripo_trl.verifier.judge_prompts import MAX_ANSWER_CHARS, ReplyError, check_reply, judged_text, settle
+from veripo_trl.verifier.reply_cache import VerdictCache
 
 BATCH = 16  # rollouts that are checked at once; a judge's server waits meanwhile, so not many
 MAX_OPEN = 8192  # rollouts read whose verdict was not yielded yet: one slow request holds up the order, not the rest

@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible endpoint, such as vLLM's, asked by many requests at once.
+"""The judge that asks a model behind an OpenAI-compatible endpoint, such as vLLM's, by many requests at once.
 
 By aiohttp, which `datasets` brings: the openai client takes eight times as long for a request, which is half of what 64
 requests in flight allow.

@@ -17,11 +17,11 @@ from veripo_trl.hub.locate import fetch, is_local, locate
 from veripo_trl.hub.push import prepare_repo, push_folder
 from veripo_trl.user_functions import is_user_function
 from veripo_trl.verifier import files
-from veripo_trl.verifier.cache import VerdictCache
 from veripo_trl.verifier.judge_prompts import load_judge_prompt
 from veripo_trl.verifier.judges import Judge, RulesJudge, UserJudge
 from veripo_trl.verifier.pairs import option
-from veripo_trl.verifier.server import ServerJudge
+from veripo_trl.verifier.reply_cache import VerdictCache
+from veripo_trl.verifier.server_judge import ServerJudge
 from veripo_trl.verifier.summary import card_facts
 
 JUDGES = ("rules", "server", "local")
@@ -179,7 +179,7 @@ def make_judge(arguments: VerifyArguments, prompts: Path) -> Judge:
     prompt = load_judge_prompt(path if path.is_file() else prompts / f"{path.name.removesuffix('.yaml')}.yaml")
     options = arguments.judge_request_options or {}
     if arguments.judge == "local":
-        from veripo_trl.verifier.local import LocalJudge
+        from veripo_trl.verifier.local_judge import LocalJudge
 
         try:
             return LocalJudge(arguments.judge_model, prompt, **options)

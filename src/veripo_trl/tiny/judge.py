@@ -1,4 +1,4 @@
-"""The judge that reports on the tiny world: it reads the world's own thought templates, and nothing else.
+"""The tiny world's own judge, for its tables: it reads the world's thought templates, and nothing else.
 
 It shares no code with the project's `rules` judge, which curates the training pairs: the judge that reports is not the
 judge that curates.

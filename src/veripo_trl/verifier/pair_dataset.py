@@ -1,4 +1,4 @@
-"""Preference pairs, as recipes/verify_rollouts.py writes them, to a dataset that DPO trains on."""
+"""Reads preference pairs, as recipes/verify_rollouts.py wrote them, into the dataset that DPO trains on."""
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
