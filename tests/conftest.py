@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the recipes set it before torch is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DELAY", "0")  # progress bars as on a terminal
 
 from pathlib import Path
 
@@ -102,3 +103,43 @@ def load(model_paths):
         return model, make_encoder(model, processor, data_args)
 
     return fresh
+
+
+@pytest.fixture
+def counted(monkeypatch, tmp_path):
+    """A file with a line per decode and per processor call, in whatever process it happens."""
+    import json
+
+    from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+
+    from veripo_trl.media.video import VideoLoader
+
+    log = tmp_path / "calls.log"
+
+    def line(kind, what):
+        with open(log, "a") as file:
+            file.write(json.dumps([kind, what, os.getpid()]) + "\n")
+
+    load, call = VideoLoader.load, Qwen2_5_VLProcessor.__call__
+
+    def counting_load(self, path, **kwargs):
+        line("decode", os.path.basename(path))
+        return load(self, path, **kwargs)
+
+    def counting_call(self, *args, **kwargs):
+        line("process", len(kwargs.get("videos") or []))
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(VideoLoader, "load", counting_load)
+    monkeypatch.setattr(Qwen2_5_VLProcessor, "__call__", counting_call)
+    return lambda: [json.loads(text) for text in log.read_text().splitlines()] if log.exists() else []
+
+
+# Two workers take whole files: those that last are begun first.
+LONG = ["test_loop.py", "test_on_gpu.py", "test_two_processes.py", "test_speed.py", "test_hub_training.py",
+        "test_bad_input.py", "test_shared_prefix.py", "test_recipes.py", "test_verify_rollouts.py"]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: index for index, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))

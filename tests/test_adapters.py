@@ -3,30 +3,23 @@
 import re
 
 import pytest
-import test_grpo_parity
-import test_sft
 import torch
 from conftest import make_row
-from test_grpo_parity import fixed_completions, give_completions, plain_log_probs
-from test_sft import changed, state
-from trl import ModelConfig
+from helpers import (
+    EMBEDDINGS,
+    changed,
+    fixed_completions,
+    give_completions,
+    make_grpo_trainer,
+    make_sft_trainer,
+    make_tiny_policy,
+    plain_log_probs,
+    state,
+)
 
 from veripo_trl.model.policy import load_policy
-from veripo_trl.recipe.arguments import DataArguments
-from veripo_trl.recipe.build import make_encoder, make_policy
 
 QUANTIZED = {"load_in_4bit": True}
-EMBEDDINGS = {"lora_target_modules": ["q_proj", "v_proj", "embed_tokens"]}
-
-
-def make(path, **changes):
-    """(policy, encoder) as a recipe makes them."""
-    model_args = ModelConfig(model_name_or_path=str(path), **{"use_peft": True, "lora_r": 4, **changes})
-    sizes = {"min_frames": 2, "max_frames": 6, "min_pixels": 56 * 56, "max_pixels": 112 * 56}
-    data_args = DataArguments(prompt_template="tiny", **sizes)
-    torch.manual_seed(0)
-    model, processor = make_policy(model_args, data_args)
-    return model, make_encoder(model, processor, data_args)
 
 
 @pytest.fixture
@@ -39,13 +32,13 @@ def rows(media_root):
 
 
 def sft(model, encoder, rows, path, **changes):
-    trainer = test_sft.make_trainer(model, encoder, rows, path, **{"max_steps": 2, "learning_rate": 1e-2, **changes})
+    trainer = make_sft_trainer(model, encoder, rows, path, **{"max_steps": 2, "learning_rate": 1e-2, **changes})
     return trainer
 
 
 def grpo(model, encoder, rows, path, **changes):
     """A trainer whose rewards differ within each group, whatever an untrained model says."""
-    trainer = test_grpo_parity.make_trainer(model, encoder, rows, path, **{"learning_rate": 1e-2, **changes})
+    trainer = make_grpo_trainer(model, encoder, rows, path, **{"learning_rate": 1e-2, **changes})
 
     def reward(completions, **kwargs):
         return [float(place % 2) for place in range(len(completions))]
@@ -65,7 +58,7 @@ def assert_only_the_adapter_changed(before: dict, model) -> None:
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
 def test_adapters_sit_on_the_language_models_linear_layers(kind, model_paths):
-    model, _ = make(model_paths[kind])
+    model, _ = make_tiny_policy(model_paths[kind])
     places = {name.split(".lora_")[0] for name in adapter(model)}
     assert places == {
         name
@@ -88,7 +81,7 @@ def test_one_adapter_goes_through_the_stages(options, packs, model_paths, rows, 
         modules = pytest.importorskip("bitsandbytes.nn.modules")
         monkeypatch.setattr(modules, "has_avx512bf16", lambda: packs)
     switches = {"gradient_checkpointing": True}  # TRL's default; the other tests train without
-    model, encoder = make(model_paths["qwen2_5_vl"], **options)
+    model, encoder = make_tiny_policy(model_paths["qwen2_5_vl"], **options)
     before = state(model)
     trainer = sft(model, encoder, rows, tmp_path / "sft", **switches)
     before |= adapter(model)  # TRL casts a quantized model's adapter to bfloat16
@@ -100,7 +93,7 @@ def test_one_adapter_goes_through_the_stages(options, packs, model_paths, rows, 
     assert not list((tmp_path / "sft").glob("model*.safetensors"))
     learned = adapter(model)
 
-    model, encoder = make(tmp_path / "sft", **options)
+    model, encoder = make_tiny_policy(tmp_path / "sft", **options)
     assert list(model.peft_config) == ["default"]
     for name, value in adapter(model).items():
         torch.testing.assert_close(value.float(), learned[name].float(), atol=0, rtol=0)
@@ -112,21 +105,21 @@ def test_one_adapter_goes_through_the_stages(options, packs, model_paths, rows, 
     assert set(adapter(model)) <= changed(before, model)
     trainer.save_model()
 
-    again, _ = make(tmp_path / "grpo", **options)
+    again, _ = make_tiny_policy(tmp_path / "grpo", **options)
     for name, value in adapter(again).items():
         torch.testing.assert_close(value.float(), adapter(model)[name].float(), atol=0, rtol=0)
     assert_only_the_adapter_changed(before, again)
 
 
 def test_a_merged_adapter_scores_as_the_adapter_does(model_paths, rows, tmp_path):
-    model, encoder = make(model_paths["qwen2_5_vl"])
+    model, encoder = make_tiny_policy(model_paths["qwen2_5_vl"])
     bare = [plain_log_probs(model, encoder, row, [150, 160, 170]) for row in rows]
     trainer = sft(model, encoder, rows, tmp_path / "sft")
     trainer.train()
     trainer.save_model()
     model.eval()
     expected = [plain_log_probs(model, encoder, row, [150, 160, 170]) for row in rows]
-    loaded, encoder = make(tmp_path / "sft")
+    loaded, encoder = make_tiny_policy(tmp_path / "sft")
     loaded.eval()
     merged = load_policy(str(tmp_path / "sft"))[0].merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
@@ -141,11 +134,11 @@ def test_a_merged_adapter_scores_as_the_adapter_does(model_paths, rows, tmp_path
 def test_a_qlora_adapter_merges_into_the_whole_weights(model_paths, rows, tmp_path):
     """The adapter alone is saved, so it is merged into weights that were never quantized."""
     pytest.importorskip("bitsandbytes")
-    model, encoder = make(model_paths["qwen2_5_vl"], **QUANTIZED)
+    model, encoder = make_tiny_policy(model_paths["qwen2_5_vl"], **QUANTIZED)
     trainer = sft(model, encoder, rows, tmp_path)
     trainer.train()
     trainer.save_model()
-    whole, encoder = make(tmp_path)
+    whole, encoder = make_tiny_policy(tmp_path)
     whole.eval()
     expected = [plain_log_probs(whole, encoder, row, [150, 160]) for row in rows]
     merged = whole.merge_and_unload()
@@ -159,9 +152,9 @@ def test_a_resumed_run_ends_with_the_adapter_of_an_unbroken_one(stage, options, 
         pytest.importorskip("bitsandbytes")
     switches = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     switches |= {"beta": 0.1} if stage is grpo else {}
-    model, encoder = make(model_paths["qwen2_5_vl"], **options)
+    model, encoder = make_tiny_policy(model_paths["qwen2_5_vl"], **options)
     stage(model, encoder, rows, tmp_path, **switches).train()
-    resumed, encoder = make(model_paths["qwen2_5_vl"], **options)
+    resumed, encoder = make_tiny_policy(model_paths["qwen2_5_vl"], **options)
     start = adapter(resumed)
     trainer = stage(resumed, encoder, rows, tmp_path, **switches)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
@@ -175,11 +168,11 @@ def test_the_reference_is_the_continued_adapter(options, model_paths, rows, tmp_
     """With `beta`, TRL keeps a frozen copy of the adapter as it came: the first KL is 0, later ones are not."""
     if options is QUANTIZED:
         pytest.importorskip("bitsandbytes")
-    model, encoder = make(model_paths["qwen2_5_vl"], **options)
+    model, encoder = make_tiny_policy(model_paths["qwen2_5_vl"], **options)
     trainer = sft(model, encoder, rows, tmp_path / "sft")
     trainer.train()
     trainer.save_model()
-    model, encoder = make(tmp_path / "sft", **options)
+    model, encoder = make_tiny_policy(tmp_path / "sft", **options)
     start = adapter(model)
     assert options is not EMBEDDINGS or any("lora_embedding_B" in name for name in start)
     assert model.peft_config["default"].lora_dropout > 0  # which would make two scorings of one policy differ
@@ -194,7 +187,7 @@ def test_the_reference_is_the_continued_adapter(options, model_paths, rows, tmp_
         assert not torch.equal(trained, reference)
     trainer.save_model()
     # The next stage goes on with the policy and has a reference of its own.
-    again, encoder = make(tmp_path / "grpo", **options)
+    again, encoder = make_tiny_policy(tmp_path / "grpo", **options)
     assert list(again.peft_config) == ["default"]
     assert all(torch.equal(value, adapter(model)[name]) for name, value in adapter(again).items())
     grpo(again, encoder, rows, tmp_path / "next", beta=0.1)
@@ -204,7 +197,7 @@ def test_the_reference_is_the_continued_adapter(options, model_paths, rows, tmp_
 
 def test_the_update_sees_the_adapter(model_paths, rows, tmp_path, monkeypatch):
     """Log-probabilities of the update equal a plain forward through the adapter, in training mode."""
-    model, encoder = make(model_paths["qwen2_5_vl"])
+    model, encoder = make_tiny_policy(model_paths["qwen2_5_vl"])
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.1)

@@ -7,10 +7,8 @@ import time
 from collections import Counter
 
 import pytest
-from test_dpo import make_trainer as make_dpo_trainer
-from test_dpo import pair_dataset
-from test_grpo_loading import counted, video_rows  # noqa: F401  (a fixture)
-from test_grpo_parity import make_trainer
+from helpers import make_dpo_trainer, pair_dataset, video_rows
+from helpers import make_grpo_trainer as make_trainer
 from transformers import set_seed
 
 from veripo_trl.media.video import VideoLoader
@@ -79,7 +77,7 @@ def watch(trainer):
 
 
 @pytest.mark.parametrize("beta,workers", [(0.0, 0), (0.1, 2)])
-def test_grpo_with_a_frozen_tower(beta, workers, load, media_root, tmp_path, counted):  # noqa: F811
+def test_grpo_with_a_frozen_tower(beta, workers, load, media_root, tmp_path, counted):
     model, encoder = load()  # the vision tower is frozen
     trainer = make_trainer(
         model, encoder, video_rows(media_root, 8), tmp_path / "run", beta=beta, dataloader_num_workers=workers, **TWICE
@@ -125,7 +123,7 @@ def test_grpo_with_a_trained_tower(load, media_root, tmp_path):
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_dpo(adapter, load, model_paths, media_root, tmp_path, counted):  # noqa: F811
+def test_dpo(adapter, load, model_paths, media_root, tmp_path, counted):
     """Batches of four pairs, two pairs a question: policy and reference together."""
     from peft import LoraConfig
 
@@ -160,7 +158,7 @@ def test_dpo(adapter, load, model_paths, media_root, tmp_path, counted):  # noqa
     assert len(videos) == 2 * len(batches) and sum(videos) == 2 * unique  # a policy's and a reference's forward each
 
 
-def test_the_second_epoch_decodes_nothing(load, media_root, tmp_path, counted):  # noqa: F811
+def test_the_second_epoch_decodes_nothing(load, media_root, tmp_path, counted):
     model, encoder = load(frame_cache=str(tmp_path / "frames"))
     encoder.loader.log_path = tmp_path / "decoded.jsonl"
     trainer = make_trainer(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import make_row
-from test_dpo import stored_pair, write_pairs
+from helpers import stored_pair, write_pairs
 
 from veripo_trl.errors import ConfigError
 from veripo_trl.recipe.arguments import DataArguments

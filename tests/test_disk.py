@@ -1,17 +1,16 @@
 """Files on full disks, damaged files, and what is synced: written whole or not at all, read as they were written."""
 
-import contextlib
 import json
 import os
 import random
 import re
-import resource
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import files_of_at_most
 from safetensors.torch import save_file
 
 from veripo_trl import errors
@@ -23,17 +22,6 @@ from veripo_trl.report.write import write_report
 from veripo_trl.verifier.reply_cache import CacheError, VerdictCache
 
 ROWS = [{"id": f"q{number}", "text": " ".join(random.Random(number).choices("abcdefgh", k=40))} for number in range(200)]
-
-
-@contextlib.contextmanager
-def files_of_at_most(size: int):
-    """As on a full disk, for every file: the system ends a write there."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

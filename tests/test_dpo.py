@@ -1,7 +1,6 @@
 """DPO: its log-probabilities are a plain forward's, its loss stock DPO's, its reference the policy it starts from."""
 
 import copy
-import json
 import math
 
 import pyarrow as pa
@@ -9,58 +8,27 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_row
+from helpers import (
+    CHOSEN,
+    EMBEDDINGS,
+    REJECTED,
+    make_tiny_policy,
+    pair_dataset,
+    plain_log_probs,
+    settings,
+    stored_pair,
+    write_pairs,
+)
+from helpers import make_dpo_trainer as make_trainer
 from peft import LoraConfig, get_peft_model
-from test_adapters import EMBEDDINGS
-from test_adapters import make as make_policy
-from test_grpo_parity import plain_log_probs
 from trl import DPOConfig, DPOTrainer
 
 from veripo_trl.data.prompts import build_messages, load_template
-from veripo_trl.data.schema import RowError, rows_to_dataset
+from veripo_trl.data.schema import RowError
 from veripo_trl.model.encoding import PromptTooLongError
 from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR
 from veripo_trl.trainers.dpo import DPOCollator, VideoDPOConfig, VideoDPOTrainer
 from veripo_trl.verifier.pair_dataset import load_pairs
-
-CHOSEN = "<think>I see blue then red, first is blue: B.</think><answer>B</answer>"
-REJECTED = "<think>I see red, first is red: A.</think><answer>B</answer>"
-
-
-def pair_dataset(rows, *, finished=True, texts=None):
-    """Two pairs a row, of different lengths."""
-    texts = texts or [(CHOSEN, REJECTED), (CHOSEN, "<think>I count two, so 2.</think><answer>2</answer>")]
-    dataset = rows_to_dataset([row for row in rows for _ in texts])
-    dataset = dataset.add_column("chosen", [chosen for _ in rows for chosen, _ in texts])
-    dataset = dataset.add_column("rejected", [rejected for _ in rows for _, rejected in texts])
-    return dataset.add_column("rejected_finished", [finished] * len(dataset))
-
-
-def settings(tmp_path, **changes) -> dict:
-    return {
-        "output_dir": str(tmp_path),
-        "per_device_train_batch_size": 4,
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "max_steps": 1,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        **changes,
-    }
-
-
-def make_trainer(model, encoder, dataset, tmp_path, *, ref_model=None, **changes):
-    adapter = hasattr(model, "peft_config")
-    return VideoDPOTrainer(
-        model=model,
-        ref_model=None if adapter else ref_model or copy.deepcopy(model),
-        args=VideoDPOConfig(**settings(tmp_path, **changes)),
-        train_dataset=dataset,
-        processing_class=encoder.processor,
-        encoder=encoder,
-    )
 
 
 def perturb(model, scale=0.02):
@@ -202,10 +170,10 @@ def test_first_loss_is_ln_2_with_full_weights(load, mixed_rows, tmp_path):
 )
 def test_the_adapter_of_the_stage_before_is_the_reference(options, model_paths, mixed_rows, tmp_path):
     """A trained adapter goes on; the reference is its frozen copy, not the bare base model."""
-    model, encoder = make_policy(model_paths["qwen2_5_vl"], **options)
+    model, encoder = make_tiny_policy(model_paths["qwen2_5_vl"], **options)
     perturb(model, 0.1)
     model.save_pretrained(tmp_path / "grpo")
-    policy, encoder = make_policy(tmp_path / "grpo", **options)
+    policy, encoder = make_tiny_policy(tmp_path / "grpo", **options)
     trainer = make_trainer(policy, encoder, pair_dataset(mixed_rows), tmp_path / "dpo", max_steps=2)
     log = first_log(trainer)
     assert log["loss"] == pytest.approx(math.log(2), abs=1e-5) and abs(log["rewards/margins"]) < 1e-5
@@ -228,12 +196,12 @@ def test_the_adapter_of_the_stage_before_is_the_reference(options, model_paths, 
 def test_a_resumed_run_ends_like_an_unbroken_one(adapter, model_paths, load, mixed_rows, tmp_path):
     """Policy from the checkpoint, reference from the start."""
     if adapter:
-        model, _ = make_policy(model_paths["qwen2_5_vl"])
+        model, _ = make_tiny_policy(model_paths["qwen2_5_vl"])
         perturb(model, 0.1)
         model.save_pretrained(tmp_path / "start")
     final = []
     for resume in (None, str(tmp_path / "run" / "checkpoint-1")):
-        model, encoder = make_policy(tmp_path / "start") if adapter else load()
+        model, encoder = make_tiny_policy(tmp_path / "start") if adapter else load()
         trainer = make_trainer(
             model, encoder, pair_dataset(mixed_rows), tmp_path / "run", max_steps=3, save_strategy="steps", save_steps=1
         )
@@ -341,32 +309,6 @@ def test_a_reference_is_asked_for(load, mixed_rows, tmp_path):
 def test_options_that_would_be_wrong_are_refused(option, tmp_path):
     with pytest.raises(ValueError, match=option):
         VideoDPOConfig(**settings(tmp_path), **{option: True})
-
-
-def stored_pair(row, **changes) -> dict:
-    template = load_template("tiny")
-    pair = {key: value for key, value in row.items() if key not in ("process", "media_root")}
-    verdict = {"rollout_id": "r", "consistency": "consistent"}
-    return {
-        **pair,
-        "prompt": json.loads(json.dumps(build_messages(row, template))),
-        "chosen": [{"role": "assistant", "content": CHOSEN}],
-        "rejected": [{"role": "assistant", "content": REJECTED}],
-        "kind": "consistency",
-        "chosen_ids": ["a"],
-        "rejected_id": "b",
-        "rejected_finished": True,
-        "verdicts": {"chosen": [verdict], "rejected": verdict},
-        "prompt_template": template.hash,
-        "policy": "p",
-        **changes,
-    }
-
-
-def write_pairs(folder, pairs) -> str:
-    folder.mkdir(exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(pairs), folder / "train-00000.parquet")
-    return str(folder)
 
 
 def test_stored_pairs_load_as_rows(mixed_rows, media_root, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_row
-from test_video import make_clip
+from helpers import make_clip
 
 from veripo_trl.data.prompts import build_messages
 from veripo_trl.model.encoding import PromptTooLongError, encode_unique

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_shared_prefix import masked_attention, random_pieces
+from helpers import masked_attention, random_pieces
 from torch.utils.data import DataLoader
 
 from veripo_trl.answers.rewards import REWARDS

@@ -7,50 +7,15 @@ import signal
 import pytest
 import torch
 from conftest import make_row
-from test_grpo_parity import make_trainer
-from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+from helpers import make_grpo_trainer as make_trainer
+from helpers import video_rows
 
 from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.data.schema import RowError
 from veripo_trl.files.run_folder import last_checkpoint
-from veripo_trl.media.video import VideoLoader
 from veripo_trl.trainers.dpo import VideoDPOConfig
 from veripo_trl.trainers.grpo import VideoGRPOConfig
 from veripo_trl.trainers.sft import VideoSFTConfig
-
-
-@pytest.fixture
-def counted(monkeypatch, tmp_path):
-    """A file with a line per decode and per processor call, in whatever process it happens."""
-    log = tmp_path / "calls.log"
-
-    def line(kind, what):
-        with open(log, "a") as file:
-            file.write(json.dumps([kind, what, os.getpid()]) + "\n")
-
-    load, call = VideoLoader.load, Qwen2_5_VLProcessor.__call__
-
-    def counting_load(self, path, **kwargs):
-        line("decode", os.path.basename(path))
-        return load(self, path, **kwargs)
-
-    def counting_call(self, *args, **kwargs):
-        line("process", len(kwargs.get("videos") or []))
-        return call(self, *args, **kwargs)
-
-    monkeypatch.setattr(VideoLoader, "load", counting_load)
-    monkeypatch.setattr(Qwen2_5_VLProcessor, "__call__", counting_call)
-    return lambda: [json.loads(text) for text in log.read_text().splitlines()] if log.exists() else []
-
-
-def video_rows(media_root, count):
-    from conftest import write_video
-
-    for place in range(count):
-        path = media_root / f"clip{place}.mp4"
-        if not path.exists():
-            write_video(path, frames=4, height=56, width=56, seed=200 + place)
-    return [make_row(f"row{place}", media_root, videos=[f"clip{place}.mp4"]) for place in range(count)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

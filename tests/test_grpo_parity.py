@@ -1,12 +1,12 @@
 """What the trainer computes equals a plain transformers forward of the same prompt, row by row and unpadded."""
 
-import numpy as np
 import pytest
 import torch
 from conftest import make_row
+from helpers import fixed_completions, give_completions, plain_log_probs
+from helpers import make_grpo_trainer as make_trainer
 from trl import GRPOConfig, GRPOTrainer
 
-from veripo_trl.answers.rewards import REWARDS
 from veripo_trl.data.prompts import build_messages
 from veripo_trl.data.schema import rows_to_dataset
 from veripo_trl.model.inputs import model_inputs
@@ -15,111 +15,6 @@ from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer
 from veripo_trl.trainers.loading import regroup
 
 KINDS = ["qwen2_5_vl", "qwen3_vl"]
-
-
-def make_trainer(model, encoder, rows, tmp_path, **changes):
-    options = {
-        "output_dir": str(tmp_path),
-        "per_device_train_batch_size": len(rows) * 2,
-        "num_generations": 2,
-        "max_completion_length": 12,
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "shuffle_dataset": False,
-        "max_steps": 1,
-        "learning_rate": 1e-3,
-        **changes,
-    }
-    trainer = VideoGRPOTrainer(
-        model=model,
-        reward_funcs=[REWARDS["accuracy"]],
-        args=VideoGRPOConfig(**options),
-        train_dataset=rows_to_dataset(rows),
-        processing_class=encoder.processor,
-        encoder=encoder,
-    )
-    return trainer
-
-
-def plain_positions(ids, batch, config) -> torch.Tensor:
-    """The trained rule a second time: token by token, as transformers up to 5.2 states it."""
-    merge = config.vision_config.spatial_merge_size
-    per_second = getattr(config.vision_config, "tokens_per_second", None)
-    videos = [] if "video_grid_thw" not in batch else batch["video_grid_thw"].tolist()
-    if per_second is None:
-        videos = [[1, h, w] for t, h, w in videos for _ in range(t)]
-    images = [] if "image_grid_thw" not in batch else batch["image_grid_thw"].tolist()
-    seconds = list(batch.get("second_per_grid_ts", []))
-    result, highest, place, ids = [], -1, 0, ids.tolist()
-    while place < len(ids):
-        if ids[place] not in (config.image_token_id, config.video_token_id):
-            highest += 1
-            result.append((highest,) * 3)
-            place += 1
-            continue
-        is_video = ids[place] == config.video_token_id
-        t, h, w = (videos if is_video else images).pop(0)
-        step = float(seconds.pop(0)) * per_second if is_video and per_second else 0.0
-        start = highest + 1
-        block = [
-            (start + int(i * step), start + j, start + k)
-            for i in range(t)
-            for j in range(h // merge)
-            for k in range(w // merge)
-        ]
-        result += block
-        highest = max(max(cell) for cell in block)
-        place += len(block)
-    return torch.tensor(result).T
-
-
-def plain_log_probs(model, encoder, row, completion_ids) -> torch.Tensor:
-    """Log-probabilities of a completion by a plain forward, everything prepared without the encoder."""
-    processor = encoder.processor
-    text = processor.apply_chat_template(
-        build_messages(row, encoder.template), tokenize=False, add_generation_prompt=True
-    )
-    inputs = {"text": [text], "return_tensors": "pt"}
-    if row["images"]:
-        from PIL import Image
-
-        inputs["images"] = [Image.open(f"{row['media_root']}/{name}") for name in row["images"]]
-        inputs["images_kwargs"] = {"do_resize": encoder.config.vision_config.patch_size != 14}
-        if inputs["images_kwargs"]["do_resize"]:  # 56 and 112 are no multiples of 32
-            inputs["images_kwargs"]["size"] = {"shortest_edge": 1024, "longest_edge": encoder.max_image_pixels}
-    if row["videos"]:
-        clips = [encoder.loader.load(f"{row['media_root']}/{name}", row_id="plain") for name in row["videos"]]
-        inputs["videos"] = [clip.frames for clip in clips]
-        metadata = [
-            {"total_num_frames": c.total_num_frames, "fps": c.fps, "frames_indices": c.frames_indices} for c in clips
-        ]
-        inputs["videos_kwargs"] = {"video_metadata": metadata, "do_sample_frames": False, "do_resize": False}
-    batch = processor(**inputs)
-    prompt = batch["input_ids"][0]
-    ids = torch.cat([prompt, torch.tensor(completion_ids)])
-    positions = plain_positions(ids, batch, encoder.config)[:, None]
-    names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
-    media = {name: batch[name] for name in names if name in batch}
-    with torch.no_grad():
-        logits = model(input_ids=ids[None], position_ids=positions, **media).logits[0]
-    log_probs = logits[len(prompt) - 1 : -1].log_softmax(-1)
-    return log_probs.gather(1, torch.tensor(completion_ids)[:, None])[:, 0]
-
-
-def fixed_completions(tokenizer, count, seed=0) -> list[list[int]]:
-    """Text tokens of different lengths, each ended by the end of turn."""
-    rng = np.random.default_rng(seed)
-    text = [token for token in range(100, 250) if token not in tokenizer.all_special_ids]
-    return [
-        [*rng.choice(text, size=int(rng.integers(3, 12))).tolist(), tokenizer.eos_token_id] for _ in range(count)
-    ]
-
-
-def give_completions(trainer, completions, monkeypatch):
-    monkeypatch.setattr(trainer, "_generate_single_turn", lambda *args, **kwargs: (completions, None))
 
 
 @pytest.mark.parametrize("kind", KINDS)

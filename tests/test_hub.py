@@ -1,7 +1,6 @@
 """Pushing, verifying, fetching and cards, against a Hub on a socket with the real clients."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -9,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from helpers import make_rollouts, push_rollouts
 from hub_server import HubServer, Repo
 from peft import LoraConfig
 
@@ -30,37 +30,6 @@ def hub(monkeypatch, tmp_path):
         server.use_in_this_process(monkeypatch, tmp_path / "hf_home")
         monkeypatch.setattr(ask, "RETRY_WAITS_S", (0.01,) * 3)
         yield server
-
-
-def rollout(number: int, **changes) -> dict:
-    row = {
-        "rollout_id": f"run/step0-part0-rank0-{number}", "question_id": f"q{number // 2}", "problem": "Which?",
-        "options": ["A. red", "B. blue"], "problem_type": "multiple choice", "solution": "B", "videos": ["clips/1.mp4"],
-        "images": [], "data_source": "test", "step": 0, "completion": "<think>x</think><answer>B</answer>",
-        "completion_tokens": 9, "finish_reason": "stop" if number else "length", "advantage": 0.5,
-        "policy": "outputs/sft", "prompt_template": "abc", "seed": 0, "rewards": {"accuracy_reward": 1.0},
-    }  # fmt: skip
-    return {**row, **changes}
-
-
-def make_rollouts(folder: Path, *, files: int = 2, **changes) -> RolloutStore:
-    store = RolloutStore(folder / "rollouts")
-    for step in range(files):
-        rows = [rollout(4 * step + place, step=step, **changes) for place in range(4)]
-        store.write(rows, step=step, part=0, rank=0, reward_names=["accuracy_reward"])
-    return store
-
-
-def card_of(store: RolloutStore, repo_id: str, **options) -> str:
-    counts, policy = rollout_counts(store.files())
-    return dataset_card(
-        "rollouts", repo_id=repo_id, counts=counts, policy=policy, data_files="rollouts/*.parquet", **options
-    )
-
-
-def push_rollouts(store: RolloutStore, repo_id: str = "tester/rollouts", **options):
-    card = card_of(store, repo_id)
-    return push_folder(store.folder, repo_id, repo_type="dataset", card=card, path_in_repo="rollouts", **options)
 
 
 def arrived(hub, repo: str = "datasets/tester/rollouts", branch: str = "main") -> list[str]:

@@ -8,8 +8,8 @@ import sys
 import time
 
 import pytest
+from helpers import make_rollouts, push_rollouts
 from hub_server import HubServer
-from test_hub import make_rollouts, push_rollouts
 
 from veripo_trl.hub import ask
 from veripo_trl.hub.ask import HubError

@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-import test_grpo_parity
 import torch
 import yaml
 from conftest import make_row
+from helpers import make_grpo_trainer
+from helpers import make_sft_trainer as make_trainer
 from peft import LoraConfig, PeftModel
-from test_sft import make_trainer
 from transformers import PreTrainedConfig
 from trl import ModelConfig
 
@@ -162,7 +162,7 @@ def test_a_reference_has_the_policys_revision(model_paths, tmp_path, monkeypatch
     model, processor = make_policy(model_args, DataArguments())
     encoder = make_encoder(model, processor, DataArguments())
     monkeypatch.setattr(PreTrainedConfig, "get_config_dict", classmethod(record))
-    trainer = test_grpo_parity.make_trainer(model, encoder, [make_row("text", tmp_path)], tmp_path, beta=0.1)
+    trainer = make_grpo_trainer(model, encoder, [make_row("text", tmp_path)], tmp_path, beta=0.1)
     assert type(trainer.ref_model) is type(model)
     assert asked and set(asked) == {(base, "first")}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_sft import make_trainer as make_sft_trainer
+from helpers import make_sft_trainer
 
 from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.data.schema import rows_to_dataset

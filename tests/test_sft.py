@@ -3,54 +3,20 @@
 import pytest
 import torch
 from conftest import make_row
-from test_grpo_parity import plain_log_probs
+from helpers import changed, plain_log_probs, state
+from helpers import make_sft_trainer as make_trainer
 from trl import ModelConfig
 
 from veripo_trl.data.prompts import build_target
-from veripo_trl.data.schema import RowError, rows_to_dataset
+from veripo_trl.data.schema import RowError
 from veripo_trl.errors import VeripoError
 from veripo_trl.model.encoding import PromptTooLongError
 from veripo_trl.model.policy import load_policy
 from veripo_trl.recipe.arguments import DataArguments
 from veripo_trl.recipe.build import make_encoder, make_policy
-from veripo_trl.trainers.sft import SFTCollator, VideoSFTConfig, VideoSFTTrainer
+from veripo_trl.trainers.sft import SFTCollator, VideoSFTConfig
 
 KINDS = ["qwen2_5_vl", "qwen3_vl"]
-
-
-def make_trainer(model, encoder, rows, tmp_path, *, eval_rows=None, **changes):
-    options = {
-        "output_dir": str(tmp_path),
-        "per_device_train_batch_size": len(rows),
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "max_steps": 1,
-        "logging_steps": 1,
-        "learning_rate": 1e-3,
-        **changes,
-    }
-    return VideoSFTTrainer(
-        model=model,
-        args=VideoSFTConfig(**options),
-        train_dataset=rows_to_dataset(rows),
-        eval_dataset=eval_rows and rows_to_dataset(eval_rows),
-        processing_class=encoder.processor,
-        encoder=encoder,
-    )
-
-
-def state(model) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def changed(before: dict, model) -> set[str]:
-    """Names of the tensors that are not what they were, bit by bit."""
-    after = model.state_dict()
-    assert set(after) == set(before)
-    return {name for name in before if not torch.equal(before[name], after[name])}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,8 @@ import weakref
 import pytest
 import torch
 from accelerate import Accelerator
-from test_grpo_parity import fixed_completions, give_completions, make_trainer
+from helpers import fixed_completions, give_completions, masked_attention, random_pieces
+from helpers import make_grpo_trainer as make_trainer
 from trl.trainer.utils import add_fused_lm_head
 
 from veripo_trl.model import features
@@ -198,30 +199,6 @@ def test_qlora(model_paths, batches):
 
 
 # Attention by itself
-
-
-def random_pieces(layout, *, dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    tokens = int(layout.pieces[-1])
-    return [torch.randn(tokens, heads, 16, generator=generator).to(dtype).requires_grad_() for heads in (4, 2, 2)]
-
-
-def masked_attention(query, key, value, layout):
-    """One dense attention with the mask written out token by token."""
-    owner, group_of = [], []
-    for group, length in enumerate(layout.prefixes):
-        owner += [("prefix", group)] * length
-    for group, lengths in enumerate(layout.segments):
-        for place, length in enumerate(lengths):
-            owner += [(place, group)] * length
-    group_of = [group for _, group in owner]
-    seen = torch.zeros(len(owner), len(owner), dtype=torch.bool)
-    for i, own in enumerate(owner):
-        for j in range(i + 1):
-            seen[i, j] = own == owner[j] or (owner[j][0] == "prefix" and group_of[i] == group_of[j])
-    query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
-    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
-    return output[0].transpose(0, 1)
 
 
 def varlen_forward(query, key, value, pieces, causal, scale):

@@ -16,9 +16,9 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import files_of_at_most
 from hub_server import HubServer
 from judge_server import JudgeServer, Reply
-from test_disk import files_of_at_most
 
 from veripo_trl.data.prompts import load_template
 from veripo_trl.data.rollouts import RolloutStore

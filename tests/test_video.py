@@ -23,6 +23,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from helpers import X265, add_stream, make_clip, picture
 from PIL import Image
 
 from veripo_trl.media import worker as video_worker
@@ -34,49 +35,6 @@ from veripo_trl.media.sampling import VideoSettings, plan_frames
 from veripo_trl.media.video import Clip, MediaError, VideoError, VideoLoader
 
 SMALL = VideoSettings(fps=2.0, min_frames=4, max_frames=8, min_pixels=28 * 28, max_pixels=56 * 56)
-
-
-def brightness(number):
-    return 30 + 4 * number
-
-
-def add_stream(container, codec, *, width, height, fps, options):
-    stream = container.add_stream(codec, rate=fps)
-    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-    stream.options = options
-    return stream
-
-
-def picture(number, *, width, height, corner=True):
-    """Grey by its number, with a white upper left and a black lower left corner."""
-    frame = np.full((height, width, 3), brightness(number), dtype=np.uint8)
-    if corner:
-        frame[: height // 4, : width // 4] = 250
-        frame[-(height // 4) :, : width // 4] = 5
-    return av.VideoFrame.from_ndarray(frame, format="rgb24")
-
-
-X265 = "log-level=0:pools=none:frame-threads=1"
-OPTIONS = {"libx264": {"crf": "10"}, "libsvtav1": {"preset": "12", "crf": "20"}, "libx265": {"x265-params": X265}}
-
-
-def make_clip(
-    path, *, codec="libx264", frames=32, fps=8, width=56, height=56, options=None, flags=None, times_s=None, matrix=None
-):
-    """`times_s` are times of the frames, which come at a rate other than the header's."""
-    options, flags = options or OPTIONS.get(codec, {}), flags or {}
-    with av.open(str(path), "w", options=flags if isinstance(flags, dict) else {"movflags": flags}) as output:
-        stream = add_stream(output, codec, width=width, height=height, fps=fps, options=options)
-        stream.set_display_matrix(matrix)
-        if times_s is not None:
-            stream.codec_context.time_base = Fraction(1, 1000)
-        for number, time_s in enumerate(times_s if times_s is not None else [None] * frames):
-            frame = picture(number, width=width, height=height)
-            if time_s is not None:
-                frame.pts, frame.time_base = round(time_s * 1000), Fraction(1, 1000)
-            output.mux(stream.encode(frame))
-        output.mux(stream.encode())
-    return path
 
 
 def numbers(clip):
