@@ -25,7 +25,7 @@ from veripo_trl.answers.rewards import reward_function
 from veripo_trl.errors import run
 from veripo_trl.files.run_folder import only_process
 from veripo_trl.files.tables import write_json
-from veripo_trl.recipe import verification as recipe
+from veripo_trl.recipe import verify_stage as recipe
 from veripo_trl.recipe.arguments import parse
 from veripo_trl.recipe.prepare import save_arguments
 from veripo_trl.recipe.verify_stage import VerifyArguments

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import re
 import resource
 from fractions import Fraction
 from pathlib import Path
@@ -350,7 +351,17 @@ OPTIONS = {"libx264": {"crf": "10"}, "libsvtav1": {"preset": "12", "crf": "20"},
 
 
 def make_clip(
-    path, *, codec="libx264", frames=32, fps=8, width=56, height=56, options=None, flags=None, times_s=None, matrix=None
+    path,
+    *,
+    codec="libx264",
+    frames=32,
+    fps=8,
+    width=56,
+    height=56,
+    options=None,
+    flags=None,
+    times_s=None,
+    matrix=None,
 ):
     """`times_s` are times of the frames, which come at a rate other than the header's."""
     options, flags = options or OPTIONS.get(codec, {}), flags or {}
@@ -366,3 +377,12 @@ def make_clip(
             output.mux(stream.encode(frame))
         output.mux(stream.encode())
     return path
+
+
+def documented(name: str) -> str:
+    """The code block behind a marker in what people read."""
+    root = Path(__file__).resolve().parent.parent
+    found = [
+        re.search(rf"<!-- {name} -->\n```python\n(.+?)```", path.read_text(), re.S) for path in root.glob("docs/*.md")
+    ]
+    return next(match[1] for match in found if match)

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+from helpers import documented
 
 from veripo_trl.answers.rewards import (
     REWARDS,
@@ -92,13 +93,14 @@ def test_names_are_the_metrics_names():
 
 def test_a_reward_of_the_users_own(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(
-        "SCALE = 10\n\ndef brevity(completions, **kwargs):\n    return [1 - len(text) / SCALE for text in completions]\n"
+        documented("own reward") + "\nSCALE = 10\n"
     )
     (tmp_path / "json.py").write_text("raise RuntimeError('this file hides an installed module')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*sys.path])
     brevity = reward_function("my_rewards:brevity")
-    assert brevity(completions=["12345"], solution=["B"]) == [0.5] and brevity.__name__ == "brevity"
+    assert brevity(completions=["a", "b"], completion_ids=[[1], [1] * 256], solution=["B"] * 2) == [1.0, 0.0]
+    assert brevity.__name__ == "brevity"
     assert reward_function("json:dumps")([1]) == "[1]"
     assert reward_function("accuracy") is accuracy_reward
     for name, says in (

@@ -10,6 +10,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers import documented
 from hub_server import HubServer
 
 from veripo_trl.data import media_paths
@@ -217,16 +218,14 @@ def test_rows_left_out_are_not_checked(tmp_path):
 
 def test_a_function_of_the_users_own(tmp_path, monkeypatch):
     (tmp_path / "my_rows.py").write_text(
-        "def colours():\n    for n in range(3):\n        yield {'question_id': n, 'problem': 'Why?', "
-        "'problem_type': 'free-form', 'solution': 'so', 'videos': ['a.mp4']}\n\n"
-        "def none():\n    yield {'problem': 'Why?'}\n"
+        documented("own rows") + "\ndef none():\n    yield {'problem': 'Why?'}\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*sys.path])
     source = {"path": "my_rows:colours", "media_root": str(tmp_path), "limit": 2}
     rows, problems = read_rows([source])
-    assert [row["question_id"] for row in rows] == ["0", "1"] and not problems
-    assert {row["media_root"] for row in rows} == {str(tmp_path)} and rows[0]["videos"] == ["a.mp4"]
+    assert [row["question_id"] for row in rows] == ["colour-0", "colour-1"] and not problems
+    assert {row["media_root"] for row in rows} == {str(tmp_path)} and rows[1]["videos"] == ["001.mp4"]
     for changes, error, says in (
         ({"media_root": None}, RowError, "my_rows:colours: its rows have media: give the `media_root`"),
         ({"revision": "main"}, RowError, "my_rows:colours is local: `name` and `revision`"),

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import files_of_at_most
+from helpers import documented, files_of_at_most
 from hub_server import HubServer
 from judge_server import JudgeServer, Reply
 
@@ -28,7 +27,7 @@ from veripo_trl.hub.cards import dataset_card
 from veripo_trl.hub.push import push_folder
 from veripo_trl.recipe.verify_stage import VerifyArguments, make_judge
 from veripo_trl.verifier import files
-from veripo_trl.verifier import pair_dataset as preferences
+from veripo_trl.verifier import pair_dataset
 from veripo_trl.verifier.pair_dataset import load_pairs
 from veripo_trl.verifier.summary import card_facts, shown
 
@@ -358,13 +357,6 @@ def test_options_of_a_local_judge_arrive(monkeypatch):
 
 
 # ---- of the user's own ------------------------------------------------------------------------------------------
-
-
-def documented(name: str) -> str:
-    """The code block behind a marker in what people read."""
-    files = [RECIPE.parent.parent / "README.md", *RECIPE.parent.parent.glob("docs/*.md")]
-    found = [re.search(rf"<!-- {name} -->\n```python\n(.+?)```", file.read_text(), re.S) for file in files]
-    return next(match[1] for match in found if match)
 
 
 def test_a_judge_and_a_reward_of_the_users_own(recipe, tmp_path, policy, monkeypatch, capsys):
