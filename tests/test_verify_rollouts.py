@@ -569,13 +569,13 @@ def test_every_process_reads_the_pairs_of_one_commit(recipe, tmp_path, policy, m
         hub.use_in_this_process(monkeypatch, tmp_path / "hf_home")
         push_folder(folder, "tester/pairs", repo_type="dataset", card="---\ntags: veripo_trl\n---\n")
         said = []
-        monkeypatch.setattr(preferences, "broadcast_object_list", lambda found: said.append(*found) or found)
+        monkeypatch.setattr(pair_dataset, "broadcast_object_list", lambda found: said.append(*found) or found)
         main = load_pairs(sources, template=TEMPLATE)
         rows = read(folder)
         files.write_files(rows[:1], folder, files.PAIR_SCHEMA)
         push_folder(folder, "tester/pairs", repo_type="dataset", card="---\ntags: veripo_trl\n---\n")
-        monkeypatch.setattr(preferences, "PartialState", lambda: SimpleNamespace(is_main_process=False))
-        monkeypatch.setattr(preferences, "broadcast_object_list", lambda found: said[:] if found == [None] else found)
+        monkeypatch.setattr(pair_dataset, "PartialState", lambda: SimpleNamespace(is_main_process=False))
+        monkeypatch.setattr(pair_dataset, "broadcast_object_list", lambda found: said[:] if found == [None] else found)
         other = load_pairs(sources, template=TEMPLATE)
     assert len(main.dataset) == len(other.dataset) == len(rows) > 1
     assert main.inputs == other.inputs == {"tester/pairs": said[0]}
