@@ -2,8 +2,10 @@
 
 import locale
 import os
+import signal
 
 locale.setlocale(locale.LC_CTYPE, "C.UTF-8")  # the tests' own reading and writing, whatever the machine's language
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the recipes set it before torch is imported
