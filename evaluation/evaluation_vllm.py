@@ -34,7 +34,7 @@ from veripo_trl.evaluate.generate import Decoding, TransformersEngine
 from veripo_trl.evaluate.questions import read_questions
 from veripo_trl.evaluate.run import OutputFiles, answer_questions, answered, write_outputs
 from veripo_trl.files.journal import Journal
-from veripo_trl.files.run_folder import only_process
+from veripo_trl.files.run_folder import holder, only_process
 from veripo_trl.files.tables import printable
 from veripo_trl.hub.locate import locate
 from veripo_trl.hub.push import PATTERNS
@@ -324,6 +324,9 @@ def main(argv: list[str] | None = None) -> int:
     files = OutputFiles(args.output_path)
     # an engine of its own name: one that outlives a killed run keeps the next one's from starting
     name = files.output if rank is None else files.output.with_name(f"{files.output.name}.engine{rank}")
+    for lock in [] if rank is not None else name.parent.glob(f".{name.name}.engine*.lock"):
+        if pid := holder(lock.with_name(lock.name[1:].removesuffix(".lock"))):
+            raise ConfigError(f"{name}: process {pid} of a run that was killed still ends its batch. Wait until it ends.")
     with only_process(name):
         return evaluate(args, argv, files, rank)
 

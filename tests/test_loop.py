@@ -97,6 +97,7 @@ def write_loop(folder: Path, name: str, output_dir: str, **stages) -> None:
 
 def start(folder, *arguments, env: dict | None = None, script: tuple = (LOOP,)) -> subprocess.Popen:
     command, env = [sys.executable, *script, *arguments], {**os.environ, **(env or {})}
+    del env["TQDM_DELAY"]  # of conftest.py: here the output is captured as a user's
     return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -552,6 +553,18 @@ def test_without_pairs_the_policy_before_goes_on(quick):
     settings = yaml.safe_load(Path("outputs/veripo/configs/search-2.yaml").read_text())
     assert settings["model_name_or_path"] == "outputs/veripo/search-1"
     assert quick() == []
+
+
+def test_a_skipped_dpo_hands_on_the_policy_that_it_starts_from(tmp_path):
+    (tmp_path / "own.yaml").write_text("model_name_or_path: their/base\ncold_start: sft.yaml\n")
+    stages = [
+        {"name": "v", "recipe": "verify_rollouts.py", "config": "tiny/verify.yaml", "overrides": {"rollouts": ["r"]}},
+        {"name": "d", "recipe": "dpo_video.py", "config": "tiny/dpo.yaml", "overrides": {"model_name_or_path": "mine"}},
+        {"name": "g", "recipe": "grpo_video.py", "config": str(tmp_path / "own.yaml")},
+    ]
+    (tmp_path / "loop.yaml").write_text(yaml.safe_dump({"output_dir": "run", "iterations": 1, "iteration": stages}))
+    settings = plan(read_loop(str(tmp_path / "loop.yaml")), {"d-1"})[2]["settings"]
+    assert settings["model_name_or_path"] == "mine" and "cold_start" not in settings
 
 
 def test_a_key_that_a_later_stage_does_not_know_is_found_before_the_first():

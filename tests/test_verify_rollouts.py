@@ -26,8 +26,7 @@ from veripo_trl.errors import VeripoError
 from veripo_trl.hub.cards import dataset_card
 from veripo_trl.hub.push import push_folder
 from veripo_trl.recipe.verify_stage import VerifyArguments, make_judge
-from veripo_trl.verifier import files
-from veripo_trl.verifier import pair_dataset
+from veripo_trl.verifier import files, pair_dataset
 from veripo_trl.verifier.pair_dataset import load_pairs
 from veripo_trl.verifier.summary import card_facts, shown
 
@@ -320,7 +319,10 @@ REFUSED = [
     (settings(limit=0), r"limit: expected 1 or more"),
     (settings(rollouts=[]), r"rollouts: expected a list of folders"),
     (settings(rollouts_revision="main"), r"rollouts_revision is for one Hub dataset; of .* 0 are such"),
-    (settings(accuracy_reward="mse"), r"rewards: expected some of accuracy, .*or module:function; got 'mse'"),
+    (settings(accuracy_reward="mse"), r"accuracy_reward: expected one of accuracy, .*or module:function; got 'mse'"),
+    (settings(accuracy_reward="format"), r"accuracy_reward: expected one of accuracy, .*; got 'format'"),
+    (settings(judge_concurrency=0), r"judge_concurrency: expected 1 or more; got 0"),
+    (settings(judge="local", judge_model="x", judge_prompt="my/consistency.yaml"), r"my/consistency.yaml.*No such"),
 ]  # fmt: skip
 
 

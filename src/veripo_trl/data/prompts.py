@@ -5,7 +5,7 @@ A template is YAML:
 
     layout: the text of the user's message. {problem} and {options} stand in it once each, {instruction} once (or not
         at all if every instruction is empty). A line whose placeholders are all empty is left out.
-    instructions: one text for each of `answers.PROBLEM_TYPES`.
+    instructions: one text for each of `score.PROBLEM_TYPES`.
     option_separator: between two options; a newline by default.
     target_joiner: between </think> and <answer> of an SFT target; a newline by default.
 """

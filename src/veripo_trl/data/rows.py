@@ -176,7 +176,7 @@ def _read(source: DatasetSource) -> tuple[list[tuple[str, int, Any]], str | None
         if not (own or path.exists() or is_data_file(path)):
             raise RowError(
                 f"{source.path}: no such directory, no {'/'.join(SUFFIXES)} file, not module:function, and not a Hub "
-                f"dataset id."
+                f"dataset id (owner/name)."
             )
         if source.name or source.revision:
             raise RowError(f"{source.path} is local: `name` and `revision` are for Hub datasets; leave them out.")

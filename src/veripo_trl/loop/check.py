@@ -58,8 +58,8 @@ def look_at_inputs(stage: dict, made: list[str]) -> None:
         source = PairSource(**(json.loads(source) if isinstance(source, str) else source))
         if to_find(source.path):
             pair_files(source)
-    model, revision = settings["model_name_or_path"], settings.get("model_revision", "main")
-    if to_find(model) and (Path(model).exists() or not settings.get("cold_start")):
+    model, revision = settings.get("model_name_or_path"), settings.get("model_revision", "main")
+    if model and to_find(model) and (Path(model).exists() or not settings.get("cold_start")):
         find_base(model, None if revision == "main" else revision)
 
 
@@ -68,6 +68,8 @@ def dry_run(loop: dict, *, first: str | None = None, last: str | None = None) ->
     run = Run(Path(loop["output_dir"]), loop)
     stages = plan(loop, run.skipped)
     begin, end = select(stages, first, last)
+    if first is not None:  # what is redone is no longer skipped
+        stages = plan(loop, run.skipped - {stage["name"] for stage in stages[begin:]})
     problems: dict[str, str] = {}  # each with the first stage that has it
     try:
         check_settings(stages)
@@ -80,7 +82,7 @@ def dry_run(loop: dict, *, first: str | None = None, last: str | None = None) ->
         print(f"{stage['name']} ({state}): {shown(command)}")
         for key, value in stage["settings"].items():
             print(f"    {key}: {json.dumps(value, ensure_ascii=False)}")
-        if stage["kind"] != "verify" and state not in ("done", "skipped"):
+        if stage["recipe"] in KINDS and stage["kind"] != "verify" and state not in ("done", "skipped"):
             try:
                 look_at_inputs(stage, [earlier["output_dir"] for earlier in stages[:index]])
             except (VeripoError, RuntimeError, ValueError, OSError, TypeError) as error:

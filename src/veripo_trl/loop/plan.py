@@ -10,6 +10,8 @@ from veripo_trl.errors import VeripoError
 from veripo_trl.files.secrets import without_secrets
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
+if not RECIPES.is_dir():  # installed without -e: those beside the script that was started
+    RECIPES = Path(sys.argv[0]).resolve().parent
 CONFIGS = RECIPES / "configs"
 # `python -m` would let a file of the working directory, like a yaml.py, stand in for the launcher's own imports.
 LAUNCH = (
@@ -125,11 +127,14 @@ def read_stage(stage: dict, file: Path) -> dict:
     return stage | {"script": str(script)}
 
 
-def plan(loop: dict, skipped: set[str] = frozenset()) -> list[dict]:
+def plan(loop: dict, skipped: set[str] = frozenset(), *, read=None) -> list[dict]:
     """The stages in their order, each with its own `name`, `output_dir`, `iteration`, and `settings`: its YAML.
 
     What a stage reads of the stages before is filled in: the policy of the latest training that is not `skipped`, the
     rollouts of the latest GRPO, the pairs of the latest verification, the solved questions of all. `overrides` win.
+
+    Args:
+        read: reads a YAML file; `read_yaml` if None.
     """
     rounds = [(stage, stage["name"], 0) for stage in loop["stages"]]
     for number in range(1, loop["iterations"] + 1):
@@ -138,7 +143,7 @@ def plan(loop: dict, skipped: set[str] = frozenset()) -> list[dict]:
     policy = rollouts = pairs = None
     for stage, name, iteration in rounds:
         kind, output = stage["kind"], str(run / name)
-        settings = read_yaml((iteration > 1 and stage["later_config"]) or stage["config"])
+        settings = dict((read or read_yaml)((iteration > 1 and stage["later_config"]) or stage["config"]))
         settings["output_dir"] = output
         if loop["seed"] is not None:
             settings["seed"] = loop["seed"]
@@ -164,8 +169,8 @@ def plan(loop: dict, skipped: set[str] = frozenset()) -> list[dict]:
         if kind == "verify":
             pairs = f"{output}/pairs"
             solved.append(f"{output}/solved.json")
-        elif name not in skipped:
-            policy = output
+        else:
+            policy = output if name not in skipped else settings.get("model_name_or_path")
         if kind == "grpo":
             rollouts = f"{output}/rollouts"
     return list(stages.values())

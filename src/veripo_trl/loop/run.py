@@ -1,6 +1,7 @@
 """The stages of a loop, one after another, each as a process of its own, as a user would start it."""
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from veripo_trl.files.disk import room_for, write_whole
 from veripo_trl.files.run_folder import RESULTS, changed_keys, holder
 from veripo_trl.loop.check import check_settings
 from veripo_trl.loop.judge_server import judge_server
-from veripo_trl.loop.plan import LoopError, command_of, plan, select, shown
+from veripo_trl.loop.plan import LoopError, command_of, plan, read_yaml, select, shown
 from veripo_trl.loop.state import MARKER, Run, only_run, read_results
 from veripo_trl.loop.table import show
 from veripo_trl.start import SELDOM
@@ -23,7 +24,8 @@ from veripo_trl.start import SELDOM
 
 def run_loop(loop: dict, *, first: str | None = None, last: str | None = None) -> None:
     """Do what is not done yet of the stages up to `last`; `first` and what follows it once more, where it is given."""
-    stages = plan(loop)
+    read = functools.cache(read_yaml)  # as it is now: a run of hours outlives edits of its files
+    stages = plan(loop, read=read)
     begin, end = select(stages, first, last)
     folder = Path(loop["output_dir"])
     if not (folder / "run.json").exists():
@@ -34,7 +36,7 @@ def run_loop(loop: dict, *, first: str | None = None, last: str | None = None) -
             run.forget(stages[begin:])
         before = None
         for index in range(end + 1):
-            stage = plan(loop, run.skipped)[index]
+            stage = plan(loop, run.skipped, read=read)[index]
             before = do_stage(stage, run, before=before)["finished"]
         if run.redone_from:
             run.redone_from = None
@@ -60,7 +62,8 @@ def stop(number: int, frame) -> None:
     for other in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(other, signal.SIG_IGN)
     name = signal.Signals(number).name
-    print(f"\nended by {name}: the same command goes on", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"\nended by {name}: the same command goes on", file=sys.stderr, flush=True)
     sys.exit(128 + number)
 
 
@@ -164,8 +167,9 @@ def run_logged(command: list[str], log: Path, env: dict, output_dir: str) -> int
         def copy(lost: bool) -> int:
             while part := os.read(process.stdout.fileno(), 65536):
                 lost = add_to_log(file, part, lost=lost)
-                sys.stdout.buffer.write(part)
-                sys.stdout.flush()
+                with contextlib.suppress(OSError):  # the terminal may be gone; the log has it
+                    sys.stdout.buffer.write(part)
+                    sys.stdout.flush()
             return process.wait()
 
         try:

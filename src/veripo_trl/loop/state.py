@@ -88,9 +88,8 @@ def end_leftovers(folder: Path, patience_s: float = 20.0) -> None:
     """End the processes of this run that outlived the loop which started them: two would write to one folder."""
     for end in (psutil.Process.terminate, psutil.Process.kill):
         if left := leftovers(folder):
-            print(
-                f"ending {len(left)} processes that this run left behind: {[p.pid for p in left]}", flush=True
-            )
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print(f"ending {len(left)} processes that this run left behind: {[p.pid for p in left]}", flush=True)
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 end(process)

@@ -61,7 +61,8 @@ def fetch(
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
         reason = f"not done in {timeout_s:g} s" if isinstance(error, TimeoutError) else str(error) or repr(error)
         status = error.status if isinstance(error, aiohttp.ClientResponseError) else 0
-        later = isinstance(error, _NETWORK) or status == 429 or status >= 500
+        outage = isinstance(error, _NETWORK) and not isinstance(error, aiohttp.ClientSSLError)
+        later = outage or status == 429 or status >= 500
         raise (NetworkError if later else MediaError)(
             f"row {row_id!r}, {kind} {url!r}: cannot be downloaded ({reason}). "
             f"{'Try again when the network is up; else download' if later else 'Download'} it yourself and name the "

@@ -20,7 +20,7 @@ from veripo_trl.media.frame_cache import FrameCache, cache_key
 from veripo_trl.media.process import DecodeProcess, WorkerHung, WorkerLost
 from veripo_trl.media.sampling import VideoSettings, plan_frames
 
-DECODING = 2  # part of the frame cache's keys: raised when other frames are read from a file than before
+DECODING = 3  # part of the frame cache's keys: raised when other frames are read from a file than before
 
 
 class MediaError(VeripoError):

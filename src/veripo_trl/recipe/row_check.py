@@ -43,15 +43,12 @@ class CheckedRows(Dataset):
 
 def check_row(encoder: PromptEncoder, row: dict) -> dict:
     """Encode one row: {"question_id", "ok", "reason", "detail", "prompt_tokens"}, `content` of good ones. Reasons are
-    few, to be counted.
-
-    Raises:
-        NetworkError: nothing is known of the row.
+    few, to be counted. `ok` is None where the network was down, so that nothing is known of the row.
     """
     try:
         prompt = encoder.encode(row)
-    except NetworkError:
-        raise
+    except NetworkError as error:
+        return {"question_id": row["question_id"], "ok": None, "detail": str(error)}
     except RowError as error:
         return bad(row["question_id"], reason_of(error.problems[0]), str(error))
     except MediaError as error:
@@ -120,7 +117,7 @@ def check_rows(rows: list[dict], encoder: PromptEncoder, file: Path, settings: d
         file: a journal of the lines so far: a check that was broken off goes on from it.
 
     Raises:
-        JournalError: it is of other settings. NetworkError: a URL was not reached.
+        JournalError: it is of other settings. NetworkError: URLs were not reached; all other rows are checked.
     """
     journal = Journal(file, settings, key="question_id")
     if journal.lines:
@@ -129,15 +126,23 @@ def check_rows(rows: list[dict], encoder: PromptEncoder, file: Path, settings: d
     num_workers = min(num_workers, len(todo))
     if num_workers:
         encoder.loader.decode_threads = 1  # a decoder per worker, and a worker per core
-    failed = sum(not line["ok"] for line in journal.lines.values())
+    failed, unreached = sum(not line["ok"] for line in journal.lines.values()), []
     if todo:
         # Unordered, so that one slow video holds up no other row's line.
         dataset = CheckedRows(rows_to_dataset(todo), encoder)
         loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, in_order=not num_workers)
         with tqdm(loader, total=len(rows), initial=len(rows) - len(todo), desc="rows", unit="row") as bar:
             for line in bar:
+                if line["ok"] is None:
+                    unreached.append(line)
+                    continue
                 journal.append([line])
                 failed += not line["ok"]
                 bar.set_postfix(bad=failed, refresh=False)
         encoder.loader.close()
+    if unreached:
+        raise NetworkError(
+            f"{len(unreached)} rows were not reached, all others are checked; the same command tries these again. "
+            + "\n".join(line["detail"] for line in unreached[:10])
+        )
     return [journal.lines[row["question_id"]] for row in rows]

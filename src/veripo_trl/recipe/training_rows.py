@@ -152,7 +152,8 @@ def _solved_file(entry: str) -> tuple[Path, str]:
     """(the file of an entry of `leave_out`; the entry, of the Hub with its commit)."""
     repo_id, _, revision = entry.partition("@")
     try:
-        if origin := locate(repo_id, "dataset", revision or None):
+        here = entry.endswith(".json") or Path(entry).expanduser().exists()  # its folder may have an @ in its name
+        if not here and (origin := locate(repo_id, "dataset", revision or None)):
             folder = fetch(**origin, patterns=("solved.json",))
             return folder / "solved.json", f"{repo_id}@{origin['revision']}"
     except HubError as error:

@@ -83,7 +83,14 @@ class VerifyArguments:
         needed = {"server": ("judge_url", "judge_model"), "local": ("judge_model",)}.get(self.judge, ())
         for name in needed + (("hub_pairs_id", "hub_verdicts_id") if self.push_to_hub else ()):
             check(getattr(self, name) is not None, name, f"a name, for judge: {self.judge} or push_to_hub")
+        known = ("accuracy", "accuracy_relative_error")
+        check(
+            self.accuracy_reward in known or is_user_function(self.accuracy_reward),
+            "accuracy_reward",
+            f"one of {', '.join(known)}, or module:function",
+        )
         reward_function(self.accuracy_reward)
+        check(self.judge_concurrency >= 1, "judge_concurrency", "1 or more")
         check(0 <= self.drop_solved_share <= 1, "drop_solved_share", "a share from 0 to 1")
         check(self.limit is None or self.limit >= 1, "limit", "1 or more")
         if isinstance(self.judge_request_options, str):
@@ -175,15 +182,16 @@ def make_judge(arguments: VerifyArguments, prompts: Path) -> Judge:
         return RulesJudge()
     if arguments.judge not in JUDGES:
         return UserJudge(arguments.judge, concurrency=arguments.judge_concurrency)
-    path = Path(arguments.judge_prompt).expanduser()
-    prompt = load_judge_prompt(path if path.is_file() else prompts / f"{path.name.removesuffix('.yaml')}.yaml")
+    name = arguments.judge_prompt
+    path = Path(name).expanduser()
+    prompt = load_judge_prompt(path if path.is_file() else prompts / f"{name.removesuffix('.yaml')}.yaml")
     options = arguments.judge_request_options or {}
     if arguments.judge == "local":
         from veripo_trl.verifier.local_judge import LocalJudge
 
         try:
             return LocalJudge(arguments.judge_model, prompt, **options)
-        except (OSError, ValueError, TypeError, RuntimeError) as error:
+        except (OSError, ValueError, TypeError, RuntimeError, AssertionError) as error:  # the last by torch without CUDA
             raise ConfigError(
                 f"judge_model {arguments.judge_model!r}, judge_request_options {options}: cannot be loaded: {error}"
             ) from error

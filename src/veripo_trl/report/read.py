@@ -157,8 +157,8 @@ def read_scores(
     return found
 
 
-def tables(stage: dict, part: str, broken: list[str], columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """The files of a stage's "rollouts", "verdicts" or "pairs". One that cannot be read is left out from then on, and
+def tables(stage: dict, part: str, broken: list[str], columns: list[str] | None = None) -> Iterator[tuple]:
+    """(path, table) of the files of a stage's "rollouts", "verdicts" or "pairs". One that cannot be read is left out from then on, and
     what to do about it goes into `broken`."""
     for path in list(stage[part]):
         try:
@@ -167,7 +167,7 @@ def tables(stage: dict, part: str, broken: list[str], columns: list[str] | None 
             stage[part].remove(path)
             broken.append(_without_place(error, path))
         else:
-            yield table
+            yield path, table
 
 
 def survey(stages: list[dict], broken: list[str], *, progress: bool) -> tuple[list[dict], dict[str, int]]:
@@ -181,7 +181,7 @@ def survey(stages: list[dict], broken: list[str], *, progress: bool) -> tuple[li
     for stage in tqdm(stages, desc="counting", unit="stage", disable=not progress):
         questions, tokens, cut, accuracies = set(), [], [], []
         columns = ["question_id", "completion", "completion_tokens", "finish_reason", "rewards"]
-        for table in tables(stage, "rollouts", broken, columns):
+        for _, table in tables(stage, "rollouts", broken, columns):
             for row in table.to_pylist():
                 questions.add(row["question_id"])
                 sizes[row["question_id"]] += min(len(row["completion"]), MAX_CHARS) + 400
@@ -194,7 +194,7 @@ def survey(stages: list[dict], broken: list[str], *, progress: bool) -> tuple[li
         count |= {name: fmean(values) if values else None for name, values in means}
         for part, column in (("verdicts", "consistency"), ("pairs", "kind")):
             found = tables(stage, part, broken, [column])
-            count[part] = dict(Counter(value for table in found for value in table[column].to_pylist()))
+            count[part] = dict(Counter(value for _, table in found for value in table[column].to_pylist()))
         counts.append(count)
     return counts, dict(sizes)
 
@@ -229,7 +229,7 @@ def read_questions(
     def rows_of(stage: dict, part: str) -> list[dict]:
         found = (
             table.filter(pc.is_in(table["question_id"], value_set=wanted))
-            for table in tables(stage, part, broken)
+            for _, table in tables(stage, part, broken)
         )
         return [row for table in found for row in table.to_pylist()]
 
@@ -295,16 +295,22 @@ def _cut(text: str) -> str:
 
 def read_pairs(stages: list[dict], broken: list[str], *, seed: int) -> tuple[list[dict], int]:
     """(pairs drawn by `seed`, the kinds in turn, `MAX_PAIRS` at most; how many there are)."""
-    found = defaultdict(list)  # by kind: (stage, table, row in it)
+    found = defaultdict(list)  # by kind: (stage, file, row in it)
     for number, stage in enumerate(stages):
-        for table in tables(stage, "pairs", broken):
+        for path, table in tables(stage, "pairs", broken, ["kind"]):
             for row, kind in enumerate(table["kind"].to_pylist()):
-                found[kind].append((number, table, row))
+                found[kind].append((number, path, row))
     kinds = [found[kind] for kind in sorted(found, key=str)]
     for kind in kinds:
         random.Random(seed).shuffle(kind)
     drawn = [pair for turn in zip_longest(*kinds) for pair in turn if pair is not None]
-    pairs = [_pair(table.slice(row, 1).to_pylist()[0], number) for number, table, row in drawn[:MAX_PAIRS]]
+    records = {}
+    for number, stage in enumerate(stages):
+        for path in sorted({path for at, path, _ in drawn[:MAX_PAIRS] if at == number}):
+            for _, table in tables({"pairs": [path]}, "pairs", broken):
+                rows = [row for _, file, row in drawn[:MAX_PAIRS] if file == path]
+                records |= {(path, row): table.slice(row, 1).to_pylist()[0] for row in rows}
+    pairs = [_pair(records[path, row], at) for at, path, row in drawn[:MAX_PAIRS] if (path, row) in records]
     return pairs, len(drawn)
 
 

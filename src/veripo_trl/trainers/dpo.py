@@ -69,7 +69,7 @@ class VideoDPOTrainer(VideoMixin, DPOTrainer):
     Args:
         encoder: see `VideoMixin`.
         ref_model: for full fine-tuning: the starting policy, loaded once more.
-        train_dataset: `preferences.load_pairs(...).dataset`.
+        train_dataset: `pair_dataset.load_pairs(...).dataset`.
         Further arguments as in `trl.DPOTrainer`.
 
     Raises:

@@ -84,6 +84,11 @@ def _accuracy(rollout: dict, reward: Callable) -> float:
         (accuracy,) = reward(completions=[[{"role": "assistant", "content": rollout["completion"]}]], **columns)
     except SolutionError as error:
         raise SolutionError(f"rollout {rollout['rollout_id']!r}: {error}") from error
+    except TypeError as error:
+        raise AccuracyError(
+            f"rollout {rollout['rollout_id']!r}: {reward.__name__}: {error}. The verifier gives it `completions` and the "
+            f"rollout's columns ({', '.join(columns)}), no `prompts` and no `completion_ids`."
+        ) from error
     if not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:
         raise AccuracyError(
             f"rollout {rollout['rollout_id']!r}: the reward {reward.__name__} gives {accuracy!r}; as accuracy the "

@@ -179,7 +179,7 @@ def settle(reply: dict, item: dict) -> dict:
     """The verdict `{"consistency", "concluded_answer", "reason"}` on an item from a judge's readable reply.
 
     The judge says what the thinking concludes; whether that is the given answer is compared here, as the reward compares
-    (`answers.answers_match`). Where the judge's own `consistent` says otherwise, it contradicts itself and the verdict
+    (`score.answers_match`). Where the judge's own `consistent` says otherwise, it contradicts itself and the verdict
     is unknown. A reason begins with the cause, up to a colon, unless the verdict is known.
     """
     concluded, said, reason = reply["concluded_answer"], reply["consistent"], reply["reason"]

@@ -161,9 +161,11 @@ class UserJudge(Judge):
             not isinstance(verdict, dict)
             or not _VERDICT <= verdict.keys()
             or verdict["consistency"] not in CONSISTENCIES
+            or not isinstance(verdict["concluded_answer"], str | None)
+            or not isinstance(verdict["reason"], str)
         ):
             raise JudgeError(
-                f"judge {self.name}: expected a dict of {', '.join(sorted(_VERDICT))}, its consistency one of "
+                f"judge {self.name}: expected a dict of texts, {', '.join(sorted(_VERDICT))}, its consistency one of "
                 f"{', '.join(CONSISTENCIES)}; came {verdict!r:.200}."
             )
         return verdict
