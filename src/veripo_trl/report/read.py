@@ -158,8 +158,8 @@ def read_scores(
 
 
 def tables(stage: dict, part: str, broken: list[str], columns: list[str] | None = None) -> Iterator[tuple]:
-    """(path, table) of the files of a stage's "rollouts", "verdicts" or "pairs". One that cannot be read is left out from then on, and
-    what to do about it goes into `broken`."""
+    """(path, table) of each file of a stage's "rollouts", "verdicts" or "pairs". One that cannot be read is left out
+    from then on, and what to do about it goes into `broken`."""
     for path in list(stage[part]):
         try:
             table = read_parquet(path, columns or COLUMNS[part])
