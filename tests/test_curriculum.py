@@ -12,7 +12,7 @@ from helpers import stored_pair, write_pairs
 
 from veripo_trl.errors import ConfigError
 from veripo_trl.recipe.arguments import DataArguments
-from veripo_trl.recipe.training_rows import load_eval_rows, load_training_rows
+from veripo_trl.recipe.training_rows import _solved_questions, load_eval_rows, load_training_rows
 from veripo_trl.verifier.curriculum import choose_solved
 
 
@@ -109,3 +109,11 @@ def test_pairs_of_held_out_questions_are_refused(model_paths, tmp_path):
     }))  # fmt: skip
     with pytest.raises(ConfigError, match=r"1 of the 1 questions have pairs \(q[123], …\): the GRPO run trained on them"):
         dpo.main(["--config", str(tmp_path / "dpo.yaml")])
+
+
+def test_a_folder_with_an_at_sign_is_no_hub_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = Path("runs/exp@lr1/verify-1/solved.json")
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"dropped": ["q1"]}))
+    assert _solved_questions(str(file)) == {"q1": None}

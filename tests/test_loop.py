@@ -24,6 +24,7 @@ from veripo_trl.files.secrets import without_secrets
 from veripo_trl.loop.check import check_settings
 from veripo_trl.loop.judge_server import answers, judge_server
 from veripo_trl.loop.plan import STAGE, LoopError, plan, read_loop
+from veripo_trl.loop.run import stop
 from veripo_trl.loop.state import MARKER, end_leftovers
 from veripo_trl.tiny.judge import conclude
 
@@ -553,6 +554,16 @@ def test_without_pairs_the_policy_before_goes_on(quick):
     settings = yaml.safe_load(Path("outputs/veripo/configs/search-2.yaml").read_text())
     assert settings["model_name_or_path"] == "outputs/veripo/search-1"
     assert quick() == []
+
+
+def test_a_lost_terminal_keeps_no_loop_from_ending(monkeypatch):
+    """After a hang-up a print fails, and the trainer must still be signalled, which `SystemExit` has done."""
+    terminal = os.fdopen(os.pipe()[1], "w", buffering=1)
+    os.close(terminal.fileno())
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("sys.stderr", terminal)
+    with pytest.raises(SystemExit):
+        stop(signal.SIGHUP, None)
 
 
 def test_a_skipped_dpo_hands_on_the_policy_that_it_starts_from(tmp_path):
