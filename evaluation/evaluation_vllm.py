@@ -4,8 +4,8 @@
         --prompt_path vsi_bench.json --video_dir videos
 
 Reads VerIPO's JSON files as they are, and files that benchmarks/convert.py makes. May be broken off and started again
-with the same command. Exits with 3 if rows could not be answered (they are listed), with 2 if nothing was run, with 1 if
-it broke off: what was answered is kept.
+with the same command. Exits with 3 if rows could not be answered (they are listed), with 1 if it broke off: what was
+answered is kept.
 """
 
 from veripo_trl.start import start
@@ -27,9 +27,10 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import AutoConfig, AutoProcessor
 
 from veripo_trl.data.schema import RowError
-from veripo_trl.errors import ConfigError, VeripoError, print_under_any_locale, settings_checked
+from veripo_trl.errors import ConfigError, VeripoError, run, settings_checked
 from veripo_trl.evaluate.generate import Decoding, TransformersEngine
 from veripo_trl.evaluate.questions import read_questions
 from veripo_trl.evaluate.run import OutputFiles, answer_questions, answered, write_outputs
@@ -38,8 +39,7 @@ from veripo_trl.files.run_folder import holder, only_process
 from veripo_trl.files.tables import printable
 from veripo_trl.hub.locate import locate
 from veripo_trl.hub.push import PATTERNS
-from veripo_trl.media.sampling import VideoSettings
-from veripo_trl.model.policy import SEEING, adapter_config, check_base, load_policy, weights_hash
+from veripo_trl.model.policy import SEEING, find_base, load_policy
 from veripo_trl.recipe.arguments import DataArguments
 from veripo_trl.recipe.build import encoder_from_config, see_as_trained
 
@@ -50,110 +50,110 @@ DEFAULTS = {**SEEING, "max_pixels": 256 * 28 * 28}  # VerIPO's, where they have 
 MODEL_FILES = [*PATTERNS["model"], "*model*.bin", "*.jinja"]
 
 
-class EngineError(VeripoError):
-    """An engine of a data-parallel run ended before its rows did."""
-
-
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     released = parser.add_argument_group("as VerIPO's script has them")
-    released.add_argument("--model_path", required=True, help="a folder, or a model's name on the Hub")
-    released.add_argument("--output_path", required=True, help="a .json file; what belongs to it is written beside it")
-    released.add_argument("--prompt_path", required=True, help="the questions: .json (a list) or .jsonl")
-    released.add_argument("--video_dir", default="", help="what video paths start from (default: the file's folder)")
+    released.add_argument(
+        "--model_path", required=True, help="a model or LoRA adapter: a folder or a name on the Hub"
+    )
+    released.add_argument(
+        "--output_path", required=True, help="a .json file; what belongs to it is written beside it"
+    )
+    released.add_argument(
+        "--prompt_path", required=True, help="the questions: .json (a list) or .jsonl"
+    )
+    released.add_argument(
+        "--video_dir", default="", help="what video paths start from (default: the file's folder)"
+    )
     trained = "default: as the policy was trained, else"
     released.add_argument("--video_fps", type=float, help=f"{trained} {DEFAULTS['fps']}")
-    released.add_argument("--video_max_pixels", type=int, help=f"per frame; {trained} {DEFAULTS['max_pixels']}")
-    released.add_argument("--video_max_frames", type=int, help=f"{trained} {DEFAULTS['max_frames']}")
+    released.add_argument(
+        "--video_max_pixels", type=int, help=f"per frame; {trained} {DEFAULTS['max_pixels']}"
+    )
+    released.add_argument(
+        "--video_max_frames", type=int, help=f"{trained} {DEFAULTS['max_frames']}"
+    )
     released.add_argument("--max_new_tokens", type=int, default=4096)
     released.add_argument("--temperature", type=float, default=1e-6, help="below 1e-5: greedy")
     released.add_argument("--top_p", type=float, default=1.0)
     released.add_argument("--repetition_penalty", type=float, default=1.05)
-    released.add_argument("--tensor_parallel_size", type=int, default=1, help="GPUs per engine (vllm)")
-    released.add_argument("--batch_size", type=int, help="rows at once (default: 64 for vllm, 8 for transformers)")
+    released.add_argument(
+        "--tensor_parallel_size", type=int, default=1, help="GPUs per engine (vllm)"
+    )
+    released.add_argument(
+        "--batch_size", type=int, help="rows at once (default: 64 for vllm, 8 for transformers)"
+    )
     ours = parser.add_argument_group("more")
-    ours.add_argument("--engine", choices=sorted(BATCH_SIZES), help="default: vllm where it is installed")
-    ours.add_argument("--adapter", help="a LoRA adapter on top of model_path: a folder, or a name on the Hub")
+    ours.add_argument(
+        "--engine", choices=sorted(BATCH_SIZES), help="default: vllm where it is installed"
+    )
     ours.add_argument("--model_revision", help="of model_path on the Hub")
-    ours.add_argument("--adapter_revision", help="of the adapter on the Hub")
-    ours.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, float32 on a CPU")
+    ours.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="default: bfloat16, float32 on a CPU",
+    )
     ours.add_argument("--attn_implementation", help="of the transformers engine")
-    ours.add_argument("--gpu_memory_utilization", type=float, default=0.8, help="of the vllm engine")
+    ours.add_argument(
+        "--gpu_memory_utilization", type=float, default=0.8, help="of the vllm engine"
+    )
     ours.add_argument("--data_parallel_size", type=int, default=1, help="engines beside each other")
-    ours.add_argument("--num_workers", type=int, help="most processes that decode ahead, per engine (default: cores)")
+    ours.add_argument(
+        "--num_workers",
+        type=int,
+        help="most processes that decode ahead, per engine (default: cores)",
+    )
     ours.add_argument("--seed", type=int, default=0, help="of the sampling")
     ours.add_argument("--limit", type=int, help="the first n questions")
-    ours.add_argument("--prompt_template", help=f"default, tiny, or a YAML file with wording of yours; {trained} default")
-    ours.add_argument("--video_min_pixels", type=int, help=f"per frame; {trained} {DEFAULTS['min_pixels']}")
+    ours.add_argument(
+        "--prompt_template",
+        help=f"default, tiny, or a YAML file with wording of yours; {trained} default",
+    )
+    ours.add_argument(
+        "--video_min_pixels", type=int, help=f"per frame; {trained} {DEFAULTS['min_pixels']}"
+    )
     ours.add_argument("--video_min_frames", type=int, help=f"{trained} {DEFAULTS['min_frames']}")
-    ours.add_argument("--max_image_pixels", type=int, help=f"of an image; {trained} {DEFAULTS['max_image_pixels']}")
+    ours.add_argument(
+        "--max_image_pixels",
+        type=int,
+        help=f"of an image; {trained} {DEFAULTS['max_image_pixels']}",
+    )
     ours.add_argument("--decode_timeout_s", type=float, default=60.0)
     ours.add_argument("--frame_cache", help="folder for sampled frames, shared by runs")
     args = parser.parse_args(argv)
-    counts = ("batch_size", "data_parallel_size", "tensor_parallel_size", "limit")
-    for name, least in [*((name, 1) for name in (*counts, "max_image_pixels")), ("num_workers", 0)]:
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            parser.error(f"--{name}: expected {least} or more, came {getattr(args, name)}")
-    if not args.decode_timeout_s > 0 or not 0 < args.gpu_memory_utilization <= 1:
-        parser.error("expected --decode_timeout_s above 0, and --gpu_memory_utilization above 0 and at most 1")
+    for name in (
+        "batch_size",
+        "data_parallel_size",
+        "tensor_parallel_size",
+        "limit",
+        "max_image_pixels",
+    ):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name}: expected 1 or more, came {getattr(args, name)}")
+    if (args.num_workers or 0) < 0 or not args.decode_timeout_s > 0:
+        parser.error("expected --num_workers 0 or more, and --decode_timeout_s above 0")
     try:
-        decoding_of(args)
+        args.decoding = Decoding(
+            args.max_new_tokens, args.temperature, args.top_p, args.repetition_penalty, args.seed
+        )
     except ValueError as error:
         parser.error(str(error))
     args.engine = args.engine or ("vllm" if importlib.util.find_spec("vllm") else "transformers")
     if args.engine == "vllm" and not importlib.util.find_spec("vllm"):
-        parser.error("--engine vllm: vLLM is not installed; pip install 'veripo_trl[vllm]', or --engine transformers")
+        parser.error(
+            "--engine vllm: vLLM is not installed; pip install 'veripo_trl[vllm]', or --engine transformers"
+        )
     if args.engine == "transformers" and args.tensor_parallel_size > 1:
-        parser.error("--tensor_parallel_size is for vllm; with transformers use --data_parallel_size")
+        parser.error(
+            "--tensor_parallel_size is for vllm; with transformers use --data_parallel_size"
+        )
     args.batch_size = args.batch_size or BATCH_SIZES[args.engine]
     args.dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     if args.num_workers is None:
         args.num_workers = max(1, (os.cpu_count() or 1) // args.data_parallel_size)
     return args
-
-
-def fingerprint(name: str) -> str | None:
-    """A model folder's files by name, size and time of change: a model trained on is another one.
-
-    Of its own files alone, since the output may lie beside them.
-    """
-    files = {file for pattern in MODEL_FILES for file in Path(name).glob(pattern)}
-    listing = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    return hashlib.sha256(repr(listing).encode()).hexdigest()[:16] if Path(name).is_dir() else None
-
-
-def pin_revisions(args) -> dict:
-    """Put the commits of what is read from the Hub into `args`, so that all of it is of one state.
-
-    Returns:
-        What the settings say about the weights: names, and commits of the Hub or fingerprints of folders.
-
-    Raises:
-        HubError, FileNotFoundError: no such model. ConfigError: an adapter on an adapter, or none where one is named.
-    """
-    base = {}
-    args.model_revision = commit_of(args.model_path, args.model_revision)
-    if (config := adapter_config(args.model_path, args.model_revision)) is not None:
-        if args.adapter:
-            raise ConfigError(
-                f"--adapter {args.adapter} on top of {args.model_path}, which is an adapter itself: one of the two "
-                f"would be lost. Give their base as --model_path and one of them as --adapter, or merge one first."
-            )
-        name = str(config.get("base_model_name_or_path"))
-        base = {"base": name, "base_revision": commit_of(name, config.get("revision")) or fingerprint(name)}
-    if args.adapter:
-        args.adapter_revision = commit_of(args.adapter, args.adapter_revision)
-        if adapter_config(args.adapter, args.adapter_revision) is None:
-            raise ConfigError(f"--adapter {args.adapter}: it has no adapter_config.json. Name a saved adapter's folder.")
-        weights = weights_hash(args.model_path, args.model_revision)
-        check_base(args.adapter, args.adapter_revision, args.model_path, weights)
-    return {
-        "model": args.model_path,
-        "model_revision": args.model_revision or fingerprint(args.model_path),
-        **base,
-        "adapter": args.adapter,
-        "adapter_revision": (args.adapter_revision or fingerprint(args.adapter)) if args.adapter else None,
-    }
 
 
 def commit_of(name: str, revision: str | None) -> str | None:
@@ -162,35 +162,19 @@ def commit_of(name: str, revision: str | None) -> str | None:
     return origin and origin["revision"]
 
 
-def settings_of(args, weights: dict, questions: list[dict], encoder) -> dict:
-    """What the answers depend on: first line of the journal, and part of the record."""
-    video = {name: value for name, value in asdict(encoder.loader.settings).items() if name != "size_factor"}
-    keys = json.dumps([question["key"] for question in questions])
-    libraries = ("torch", "transformers", *(["vllm"] if args.engine == "vllm" else []))
-    return {
-        **weights,
-        "engine": args.engine,
-        **{f"{name}_version": str(importlib.import_module(name).__version__) for name in libraries},
-        "attn_implementation": args.attn_implementation,
-        "dtype": args.dtype,
-        "tensor_parallel_size": args.tensor_parallel_size,
-        "batch_size": args.batch_size,
-        "decoding": asdict(decoding_of(args)),
-        "video": video,
-        "max_image_pixels": encoder.max_image_pixels,
-        "prompt_template": encoder.template.hash,
-        "rows": len(questions),
-        "rows_sha256": hashlib.sha256(keys.encode()).hexdigest(),
-    }
+def fingerprint(name: str) -> str:
+    """A model folder's files by name, size and time of change: a model trained on is another one.
+
+    Of its own files alone, since the output may lie beside them.
+    """
+    files = {file for pattern in MODEL_FILES for file in Path(name).glob(pattern)}
+    listing = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    return hashlib.sha256(repr(listing).encode()).hexdigest()[:16]
 
 
-def decoding_of(args) -> Decoding:
-    names = ("max_new_tokens", "temperature", "top_p", "repetition_penalty", "seed")
-    return Decoding(**{name: getattr(args, name) for name in names})
-
-
-def data_arguments(args) -> DataArguments:
-    """How prompts are made: as the options say, else as the policy was trained, else by default."""
+def make_encoder(args):
+    """The encoder of the model's prompts, made without its weights: how the options say, else as the policy was trained
+    to see, else by default."""
     video = DataArguments(
         prompt_template=args.prompt_template,
         fps=args.video_fps,
@@ -202,112 +186,98 @@ def data_arguments(args) -> DataArguments:
         decode_timeout_s=args.decode_timeout_s,
         frame_cache=args.frame_cache,
     )
-    policy = (args.adapter, args.adapter_revision) if args.adapter else (args.model_path, args.model_revision)
-    video = see_as_trained(video, *policy, defaults=DEFAULTS)
-    video.min_pixels = min(video.min_pixels, video.max_pixels)
-    VideoSettings(video.fps, video.min_frames, video.max_frames, video.min_pixels, video.max_pixels)
-    return video
+    video = see_as_trained(video, args.model_path, args.model_revision, defaults=DEFAULTS)
+    _, base, revision, _ = find_base(args.model_path, args.model_revision)
+    config = AutoConfig.from_pretrained(base, revision=revision)
+    processor = AutoProcessor.from_pretrained(base, revision=revision, padding_side="left")
+    return encoder_from_config(config, processor, video, pixel_dtype=getattr(torch, args.dtype))
 
 
-def load_model(args, *, weights: bool):
-    """(model or config, processor); the weights only where they are needed here."""
-    from transformers import AutoConfig, AutoProcessor
-
-    if weights:
-        model, processor = load_policy(
-            args.model_path,
-            revision=args.model_revision,
-            dtype=args.dtype,
-            attn_implementation=args.attn_implementation,
-        )
-        if args.adapter:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, args.adapter, revision=args.adapter_revision)
-        return model.eval(), processor
-    name, revision = args.model_path, args.model_revision
-    if (adapter := adapter_config(name, revision)) is not None:
-        name, revision = adapter["base_model_name_or_path"], adapter.get("revision")
-    config = AutoConfig.from_pretrained(name, revision=revision)
-    processor = AutoProcessor.from_pretrained(name, revision=revision, padding_side="left")
-    return config, processor
+def load_weights(args):
+    model, _ = load_policy(
+        args.model_path,
+        revision=args.model_revision,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
+        trainable=False,
+    )
+    return model.eval()
 
 
-def vllm_weights(args, folder: Path) -> dict:
-    """Where vLLM finds the weights: model_path itself, or a merged copy in `folder` if an adapter is part of them."""
-    if args.adapter is None and adapter_config(args.model_path, args.model_revision) is None:
-        return {"model_path": args.model_path, "revision": args.model_revision}
-    model, processor = load_model(args, weights=True)
-    model.merge_and_unload().save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return {"model_path": str(folder)}
+def settings_of(args, questions: list[dict], encoder) -> dict:
+    """What the answers depend on: first line of the journal, and part of the record. Weights are known by their commit
+    on the Hub, or by a fingerprint of their folder."""
+    adapter, base, revision, _ = find_base(args.model_path, args.model_revision)
+    video = {
+        name: value
+        for name, value in asdict(encoder.loader.settings).items()
+        if name != "size_factor"
+    }
+    keys = json.dumps([question["key"] for question in questions])
+    libraries = ("torch", "transformers", *(["vllm"] if args.engine == "vllm" else []))
+    return {
+        "model": args.model_path,
+        "model_revision": args.model_revision or fingerprint(args.model_path),
+        **(
+            {"base": base, "base_revision": commit_of(base, revision) or fingerprint(base)}
+            if adapter
+            else {}
+        ),
+        "engine": args.engine,
+        **{f"{name}_version": str(importlib.import_module(name).__version__) for name in libraries},
+        "attn_implementation": args.attn_implementation,
+        "dtype": args.dtype,
+        "tensor_parallel_size": args.tensor_parallel_size,
+        "batch_size": args.batch_size,
+        "decoding": asdict(args.decoding),
+        "video": video,
+        "max_image_pixels": encoder.max_image_pixels,
+        "prompt_template": encoder.template.hash,
+        "rows": len(questions),
+        "rows_sha256": hashlib.sha256(keys.encode()).hexdigest(),
+    }
 
 
-def make_engine(args, model, encoder, questions, folder: Path):
-    if args.engine == "transformers":
-        if torch.cuda.is_available():
-            model.to("cuda")
-        return TransformersEngine(model, encoder, decoding_of(args))
+def make_vllm_engine(args, encoder, questions: list[dict], folder: Path):
+    """vLLM with the model's weights; with a merged copy in `folder` if an adapter is part of them."""
     from veripo_trl.vllm.evaluation import VLLMEngine
 
+    weights = {"model_path": args.model_path, "revision": args.model_revision}
+    if find_base(args.model_path, args.model_revision)[0]:
+        load_weights(args).merge_and_unload().save_pretrained(folder)
+        encoder.processor.save_pretrained(folder)
+        weights = {"model_path": str(folder)}
     return VLLMEngine(
         encoder=encoder,
-        decoding=decoding_of(args),
+        decoding=args.decoding,
         dtype=getattr(torch, args.dtype),
         rows=[question["row"] for question in questions],
         tensor_parallel_size=args.tensor_parallel_size,
         gpu_memory_utilization=args.gpu_memory_utilization,
-        **vllm_weights(args, folder),
+        **weights,
     )
 
 
-def progress_bar(questions: list[dict], journal: Journal, files: OutputFiles, *, hidden: bool = False):
-    done = len(answered(journal))
-    return tqdm(total=len(questions), initial=done, desc=files.output.stem, unit="row", disable=hidden)
-
-
-def run_here(args, model, encoder, questions, journal: Journal, files: OutputFiles, *, rank: int | None = None) -> None:
-    """Answer what is left, or this engine's share of it, in this process."""
-    engine = make_engine(args, model, encoder, questions, files.merged / str(rank or 0))
-    with progress_bar(questions, journal, files, hidden=rank is not None) as bar:
-        run = answer_questions(
-            questions,
-            engine,
-            encoder,
-            journal,
-            batch_size=args.batch_size,
-            num_workers=args.num_workers,
-            rank=rank or 0,
-            processes=args.data_parallel_size,
-            progress=bar,
-        )
-    journal.append([{"run": {"engine": rank, **run}}])
-    print(
-        f"{'' if rank is None else f'engine {rank}: '}{run['seconds']:.1f} s; first batch ready after "
-        f"{run['start_s']:.1f} s, later the engine was idle for {run['idle_s']:.1f} s "
-        f"({100 * run['idle_s'] / run['seconds']:.1f}%)",
-        flush=True,
-    )
-
-
-def run_engines(args, argv: list[str], questions, journal: Journal, files: OutputFiles) -> None:
+def run_engines(args, argv: list[str], journal: Journal, bar) -> None:
     """A process per engine, each with its share of the GPUs; what they write moves the bar."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
-    needed = args.data_parallel_size * args.tensor_parallel_size
-    if devices and len(devices) < needed:
-        raise ConfigError(f"{needed} GPUs are asked for, {len(devices)} are there.")
-    children = []
-    for rank in range(args.data_parallel_size):
-        own = devices[rank * args.tensor_parallel_size : (rank + 1) * args.tensor_parallel_size]
-        environment = {**os.environ, RANK: str(rank), **({"CUDA_VISIBLE_DEVICES": ",".join(own)} if devices else {})}
+    devices = (
+        given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
+    )
+    count, size, children = args.data_parallel_size, args.tensor_parallel_size, []
+    if devices and len(devices) < count * size:
+        raise ConfigError(f"{count * size} GPUs are asked for, {len(devices)} are there.")
+    for rank in range(count):
+        own = {"CUDA_VISIBLE_DEVICES": ",".join(devices[rank * size :][:size])} if devices else {}
+        environment = {**os.environ, RANK: str(rank), **own}
         children.append(subprocess.Popen([sys.executable, __file__, *argv], env=environment))
     try:
-        with progress_bar(questions, journal, files) as bar:
-            while any(child.poll() is None for child in children) and not any(child.returncode for child in children):
-                time.sleep(0.5)
-                journal.read()
-                bar.update(len(journal.lines) - bar.n)
+        while any(child.poll() is None for child in children) and not any(
+            child.returncode for child in children
+        ):
+            time.sleep(0.5)
+            journal.read()
+            bar.update(len(journal.lines) - bar.n)
     finally:
         for child in children:
             if child.poll() is None:
@@ -315,7 +285,9 @@ def run_engines(args, argv: list[str], questions, journal: Journal, files: Outpu
             child.wait()
     journal.read()
     if failed := [rank for rank, child in enumerate(children) if child.returncode]:
-        raise EngineError(f"Engine {failed[0]} ended with an error, see above. What is answered is kept.")
+        raise VeripoError(
+            f"Engine {failed[0]} ended with an error, see above. What is answered is kept."
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -323,54 +295,90 @@ def main(argv: list[str] | None = None) -> int:
     args, rank = parse_arguments(argv), int(os.environ[RANK]) if RANK in os.environ else None
     files = OutputFiles(args.output_path)
     # an engine of its own name: one that outlives a killed run keeps the next one's from starting
-    name = files.output if rank is None else files.output.with_name(f"{files.output.name}.engine{rank}")
+    name = (
+        files.output
+        if rank is None
+        else files.output.with_name(f"{files.output.name}.engine{rank}")
+    )
     for lock in [] if rank is not None else name.parent.glob(f".{name.name}.engine*.lock"):
         if pid := holder(lock.with_name(lock.name[1:].removesuffix(".lock"))):
-            raise ConfigError(f"{name}: process {pid} of a run that was killed still ends its batch. Wait until it ends.")
+            raise ConfigError(
+                f"{name}: process {pid} of a run that was killed still ends its batch. Wait until it ends."
+            )
     with only_process(name):
         return evaluate(args, argv, files, rank)
 
 
 def evaluate(args, argv: list[str], files: OutputFiles, rank: int | None) -> int:
+    """Answer what is left, as one engine of a run or as the whole of it."""
     questions = read_questions(args.prompt_path, video_dir=args.video_dir, limit=args.limit)
     root = Path(questions[0]["row"]["media_root"])
     videos = {path for question in questions for path in question["row"]["videos"]}
     if videos and not any((root / path).exists() for path in videos):
-        raise RowError(f"None of the {len(videos)} videos is in {root}, such as {min(videos)!r}. Correct --video_dir.")
-    if rank is None and files.merged.exists():
-        shutil.rmtree(files.merged)  # of a run that was killed
-    weights = args.engine == "transformers" and (args.data_parallel_size == 1 or rank is not None)
+        raise RowError(
+            f"None of the {len(videos)} videos is in {root}, such as {min(videos)!r}. Correct --video_dir."
+        )
+    if rank is None:
+        shutil.rmtree(files.merged, ignore_errors=True)  # of a run that was killed
+    several = rank is None and args.data_parallel_size > 1
     with settings_checked():
-        origin = pin_revisions(args)
-        video = data_arguments(args)
-        model, processor = load_model(args, weights=weights)
-        config = model.config if weights else model
-        encoder = encoder_from_config(config, processor, video, pixel_dtype=getattr(torch, args.dtype))
-    settings = settings_of(args, origin, questions, encoder)
+        args.model_revision = commit_of(
+            args.model_path, args.model_revision
+        )  # all that is read is of one state
+        encoder = make_encoder(args)
+        model = load_weights(args) if args.engine == "transformers" and not several else None
+        settings = settings_of(args, questions, encoder)
     journal = Journal(files.journal, settings, repair=rank is None)
-    if rank is not None:
-        run_here(args, model, encoder, questions, journal, files, rank=rank)
-        return 0
     done = answered(journal)
-    journal.lines = {key: line for key, line in journal.lines.items() if key in done}  # errors are tried again
-    if done:
-        print(f"{files.journal}: going on, {len(done)} of {len(questions)} rows are answered already", flush=True)
+    journal.lines = {
+        key: line for key, line in journal.lines.items() if key in done
+    }  # errors are tried again
+    if done and rank is None:
+        print(
+            f"{files.journal}: going on, {len(done)} of {len(questions)} rows are answered already",
+            flush=True,
+        )
+    bar = tqdm(
+        total=len(questions),
+        initial=len(done),
+        desc=files.output.stem,
+        unit="row",
+        disable=rank is not None,
+    )
     try:
-        if len(done) < len(questions) and args.data_parallel_size > 1:
-            run_engines(args, argv, questions, journal, files)
+        if len(done) < len(questions) and several:
+            run_engines(args, argv, journal, bar)
         elif len(done) < len(questions):
-            run_here(args, model, encoder, questions, journal, files)
+            if model is None:
+                engine = make_vllm_engine(args, encoder, questions, files.merged / str(rank or 0))
+            else:
+                engine = TransformersEngine(
+                    model.to("cuda" if torch.cuda.is_available() else "cpu"), encoder, args.decoding
+                )
+            answer_questions(
+                questions,
+                engine,
+                encoder,
+                journal,
+                batch_size=args.batch_size,
+                num_workers=args.num_workers,
+                rank=rank or 0,
+                processes=args.data_parallel_size,
+                progress=bar,
+            )
     finally:
-        if files.merged.exists():
-            shutil.rmtree(files.merged)
-    return report(files, questions, write_outputs(files, questions, journal, settings))
-
-
-def report(files: OutputFiles, questions: list[dict], errors: list[dict]) -> int:
+        bar.close()
+        if rank is None:
+            shutil.rmtree(files.merged, ignore_errors=True)
+    if rank is not None:
+        return 0
+    errors = write_outputs(files, questions, journal, settings)
     print(f"{files.output}: {len(questions)} rows; {files.record} says what each was made with")
     if not errors:
         return 0
-    print(f"{len(errors)} rows could not be answered and count as wrong ({files.errors} has them all):")
+    print(
+        f"{len(errors)} rows could not be answered and count as wrong ({files.errors} has them all):"
+    )
     for error in errors[:SHOWN]:
         print(f"  row {error['position']}, {printable(error['question_id'])}: {error['error']}")
     print("Put their files right and start the same command again: only these rows are run.")
@@ -378,9 +386,4 @@ def report(files: OutputFiles, questions: list[dict], errors: list[dict]) -> int
 
 
 if __name__ == "__main__":
-    print_under_any_locale()
-    try:
-        sys.exit(main())
-    except VeripoError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, EngineError) else 2)
+    sys.exit(run(main))

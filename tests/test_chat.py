@@ -9,7 +9,7 @@ from conftest import make_row
 from transformers import TextIteratorStreamer
 
 from veripo_trl import chat
-from veripo_trl.chat import Chat, Printer, ask
+from veripo_trl.chat import Chat, Printer
 from veripo_trl.data.prompts import PromptError
 from veripo_trl.errors import ConfigError, run
 from veripo_trl.media.video import MediaError
@@ -62,16 +62,6 @@ def test_bad_input_is_one_line_before_the_model_loads(model_paths, media_root, t
         assert expected in line
 
 
-def test_a_function_of_a_few_lines(model_paths, media_root):
-    loading = {"device": "cpu", **SMALL}
-    reply = ask(
-        "Which colour is first?", model=str(model_paths["qwen2_5_vl"]), video=media_root / "wide.mp4",
-        loading=loading, max_new_tokens=5,
-    )  # fmt: skip
-    assert reply.completion_tokens == 5 and reply.finish_reason == "length" and reply.answer is None
-    assert len(reply.media) == 1 and reply.prompt_tokens > 5
-
-
 def test_prompts_are_those_of_training(loaded, load, media_root):
     """The same ids, positions and pixels as a row of a data set gets."""
     _, encoder = load(**SMALL)
@@ -88,13 +78,14 @@ def test_prompts_are_those_of_training(loaded, load, media_root):
 
 
 def test_a_stream_is_the_completion_and_seeds_repeat(loaded, media_root):
-    options = {"videos": [media_root / "fast.mp4"], "max_new_tokens": 30, "temperature": 1.0}
-    replies = []
+    replies, videos = [], [media_root / "fast.mp4"]
     for seed in (1, 1, 2):
         streamer = TextIteratorStreamer(loaded.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        replies.append(loaded.ask("What?", seed=seed, streamer=streamer, **options))
+        decoding = {"seed": seed, "streamer": streamer, "max_new_tokens": 30, "temperature": 1.0}
+        replies.append(loaded.ask("What?", videos=videos, decoding=decoding))
         assert "".join(streamer) == replies[-1].completion
-    assert len(replies[0].completion) > 10
+    assert len(replies[0].completion) > 10 and replies[0].completion_tokens == 30
+    assert replies[0].finish_reason == "length" and replies[0].answer is None
     assert replies[0].completion == replies[1].completion != replies[2].completion
 
 
@@ -112,7 +103,8 @@ def test_an_adapter_and_four_bits(model_paths, media_root, tmp_path):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.5)
     model.save_pretrained(tmp_path / "adapter")
-    question = {"question": "What?", "videos": [media_root / "wide.mp4"], "max_new_tokens": 12}
+    question = {"question": "What?", "videos": [media_root / "wide.mp4"],
+                "decoding": {"max_new_tokens": 12}}  # fmt: skip
     with_adapter = Chat(str(tmp_path / "adapter"), device="cpu", **SMALL)
     assert not any(parameter.requires_grad for parameter in with_adapter.model.parameters())
     plain = Chat(base, device="cpu", **SMALL).ask(**question).completion
@@ -127,7 +119,7 @@ def test_an_adapter_and_four_bits(model_paths, media_root, tmp_path):
 def test_refusals_name_what_is_wrong(loaded, tmp_path):
     for question, error, words in (
         ({"question": "?", "videos": [tmp_path / "gone.mp4"]}, MediaError, "no such file"),
-        ({"question": "?", "temperature": -1.0}, ConfigError, "temperature >= 0"),
+        ({"question": "?", "decoding": {"temperature": -1.0}}, ConfigError, "temperature >= 0"),
         ({"question": "?", "options": [f"number {n}" for n in range(27)]}, PromptError, "26 options, came 27"),
     ):
         with pytest.raises(error, match=words):
@@ -169,7 +161,7 @@ def test_a_link_may_lead_anywhere(loaded, media_root, tmp_path):
     os.symlink(media_root / "wide.mp4", tmp_path / "link.mp4")
     shutil.copy(media_root / "wide.mp4", tmp_path / "name with ü.mp4")
     for name in ("link.mp4", "name with ü.mp4"):
-        assert loaded.ask("?", videos=[tmp_path / name], max_new_tokens=1).media
+        assert loaded.encode("?", videos=[tmp_path / name]).media
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -318,7 +318,7 @@ def test_benchmark_results(tmp_path):
     page = write_report([tmp_path / "run"], scores=[tmp_path / "other.scores.json"]).read_text()
     assert "Benchmark: mmvu" in page and "Benchmark: other" in page and "bad.scores.json holds no scores" in page
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", page[page.index("Benchmark: mmvu") :])[:10]
-    assert cells == ["mmvu", "625", "50.0%", "46.0–54.0%", "47.0%", "1.0%", "–", "8.0%", "10.0%", "212"]
+    assert cells == ["mmvu", "625", "50.0", "46.0–54.0", "47.0", "1.0", "–", "8.0", "10.0", "212.3"]
     assert "· subject: &lt;i&gt;art&lt;/i&gt;" in page and "a &amp; b" in page
     with pytest.raises(ReportError, match="gone.scores.json: no such file"):
         write_report([tmp_path / "run"], scores=["gone.scores.json"])

@@ -2,8 +2,8 @@
 
     python -m veripo_trl.chat --model outputs/tiny_grpo --video clip.mp4 "What is happening?"
 
-    from veripo_trl.chat import ask
-    print(ask("What is happening?", model="outputs/tiny_grpo", video="clip.mp4").answer)
+    from veripo_trl.chat import Chat
+    print(Chat("outputs/tiny_grpo").ask("What is happening?", videos=["clip.mp4"]).answer)
 
 Each question stands alone, as the policies are trained on single questions. Prompts are made by the encoder of training,
 evaluation and rollouts: the same ids, pixels and positions.
@@ -22,6 +22,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_uppercase
 
 import torch
 from transformers import BitsAndBytesConfig, TextStreamer
@@ -37,27 +38,21 @@ from veripo_trl.model.policy import SEEING, load_policy
 from veripo_trl.recipe.arguments import DataArguments
 from veripo_trl.recipe.build import make_encoder, see_as_trained
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
 
 @dataclass
 class Reply:
     """What a policy answered.
 
     completion: all it wrote. thinking, answer: what it put in the tags, None where a tag is missing or doubled.
-    finish_reason: "stop", or "length" at `max_new_tokens`. media: a line per video and image, frames and tokens.
-    prompt_tokens: with the vision tokens. encode_s, generate_s: seconds.
+    finish_reason: "stop", or "length" at `max_new_tokens`. seconds: of generating.
     """
 
     completion: str
     thinking: str | None
     answer: str | None
     finish_reason: str
-    media: list[str]
-    prompt_tokens: int
     completion_tokens: int
-    encode_s: float
-    generate_s: float
+    seconds: float
 
 
 class Chat:
@@ -65,63 +60,55 @@ class Chat:
 
     Args:
         model: a Qwen2.5-VL or Qwen3-VL model, or a LoRA adapter of one: a folder or a name on the Hub.
-        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1". dtype: "auto" is bfloat16 on a GPU, float32
-            on a CPU.
+        device: "cpu", "cuda", "cuda:1"; by default a GPU if there is one. Weights are bfloat16 on it, float32 on a CPU.
         load_in_4bit: quantize the weights while loading (needs bitsandbytes).
         encoding: fields of `DataArguments` that say how prompts are made: `fps, min_frames, max_frames,
             min_pixels, max_pixels, max_image_pixels, prompt_template`, by default as the policy was trained;
             `max_prompt_tokens, frame_cache, …`.
 
     Raises:
-        FileNotFoundError: no such model. ValueError: a model of another family, or a limit that makes no sense.
+        ConfigError: no such model, a model of another family, or a limit that makes no sense.
     """
 
+    @settings_checked()
     def __init__(
         self,
         model: str,
         *,
         revision: str | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
+        device: str | None = None,
         load_in_4bit: bool = False,
-        attn_implementation: str | None = None,
         **encoding,
     ):
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ConfigError(f"device {device!r}: torch sees no GPU here. Use 'cpu', or a torch build with CUDA.")
-        if dtype == "auto":
-            dtype = "bfloat16" if device.startswith("cuda") else "float32"
+            raise ConfigError(
+                f"device {device!r}: torch sees no GPU here. Use 'cpu', or a torch build with CUDA."
+            )
+        dtype = "float32" if device == "cpu" else "bfloat16"
+        quantized = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        )
         # Whoever asks names the media, so that a URL is meant.
-        arguments = see_as_trained(DataArguments(**{"allow_urls": True, **encoding}), model, revision)
+        arguments = see_as_trained(
+            DataArguments(**{"allow_urls": True, **encoding}), model, revision
+        )
         self.model, self.processor = load_policy(
             model,
             revision=revision,
             dtype=dtype,
-            attn_implementation=attn_implementation,
-            quantization_config=BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
-            ) if load_in_4bit else None,
+            quantization_config=quantized if load_in_4bit else None,
             device_map={"": device},
             trainable=False,
-        )  # fmt: skip
+        )
         self.model.eval()
         self.encoder = make_encoder(self.model, self.processor, arguments)
 
-    def ask(
-        self,
-        question: str,
-        *,
-        videos: Sequence[str | Path] = (),
-        images: Sequence[str | Path] = (),
-        options: Sequence[str] = (),
-        problem_type: str | None = None,
-        **decoding,
-    ) -> Reply:
-        """Answer one question: `encode`, then `complete`. Args: see there."""
-        prompt = self.encode(question, videos=videos, images=images, options=options, problem_type=problem_type)
-        return self.complete(prompt, **decoding)
+    def ask(self, question: str, *, decoding: dict | None = None, **content) -> Reply:
+        """Answer one question. Args: `content` as of `encode`, `decoding` as of `complete`."""
+        return self.complete(self.encode(question, **content), **(decoding or {}))
 
     def encode(
         self,
@@ -147,9 +134,11 @@ class Chat:
         if not question.strip():
             raise PromptError("The question is empty.")
         if options and not all(re.match(r"[A-Z][.):]\s*\S", option) for option in options):
-            if len(options) > len(LETTERS):
-                raise PromptError(f"There are letters for 26 options, came {len(options)}. Leave some out.")
-            options = [f"{letter}. {option}" for letter, option in zip(LETTERS, options)]
+            if len(options) > len(ascii_uppercase):
+                raise PromptError(
+                    f"There are letters for 26 options, came {len(options)}. Leave some out."
+                )
+            options = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options)]
         return self.encoder.encode(
             {
                 "question_id": "question",
@@ -163,7 +152,9 @@ class Chat:
             }
         )
 
-    def complete(self, prompt: EncodedPrompt, *, streamer=None, seed: int | None = None, **decoding) -> Reply:
+    def complete(
+        self, prompt: EncodedPrompt, *, streamer=None, seed: int | None = None, **decoding
+    ) -> Reply:
         """Answer an encoded question.
 
         Args:
@@ -182,37 +173,9 @@ class Chat:
         engine.options["streamer"] = streamer
         (ids,) = engine.complete([prompt], [0])
         told = describe_completion(ids, tokenizer=self.processor.tokenizer, ends=engine.ends)
+        del told["think_tokens"]
         thinking, answer = split_completion(told["completion"])
-        return Reply(
-            completion=told["completion"],
-            thinking=thinking,
-            answer=answer,
-            finish_reason=told["finish_reason"],
-            media=prompt.media,
-            prompt_tokens=len(prompt),
-            completion_tokens=len(ids),
-            encode_s=prompt.load_s + prompt.encode_s,
-            generate_s=engine.busy_s,
-        )
-
-
-def ask(
-    question: str,
-    *,
-    model: str,
-    video: str | Path | Sequence[str | Path] = (),
-    image: str | Path | Sequence[str | Path] = (),
-    options: Sequence[str] = (),
-    loading: dict | None = None,
-    **answering,
-) -> Reply:
-    """Load a policy and answer one question; `Chat` loads it once for many.
-
-    Args:
-        video, image: a file, or several. loading: arguments for `Chat`. answering: others of `Chat.ask`.
-    """
-    videos, images = ([item] if isinstance(item, (str, Path)) else list(item) for item in (video, image))
-    return Chat(model, **(loading or {})).ask(question, videos=videos, images=images, options=options, **answering)
+        return Reply(thinking=thinking, answer=answer, seconds=engine.busy_s, **told)
 
 
 def _from_root(path: str | Path) -> str:
@@ -221,8 +184,12 @@ def _from_root(path: str | Path) -> str:
         return str(path)
     path = Path(path).expanduser()
     if not path.is_file():
-        kind = "a folder" if path.is_dir() else "no regular file" if path.exists() else "no such file"
-        raise MediaError(f"{path}: {kind} (looked from {Path.cwd()}). Expected the file of a video or image.")
+        kind = (
+            "a folder" if path.is_dir() else "no regular file" if path.exists() else "no such file"
+        )
+        raise MediaError(
+            f"{path}: {kind} (looked from {Path.cwd()}). Expected the file of a video or image."
+        )
     return os.path.relpath(os.path.realpath(path), os.sep)
 
 
@@ -234,47 +201,75 @@ class Printer(TextStreamer):
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        dim, bold, self.plain = ("\x1b[2m", "\x1b[1m", "\x1b[0m") if sys.stdout.isatty() else ("", "", "")
+        dim, bold, self.plain = (
+            ("\x1b[2m", "\x1b[1m", "\x1b[0m") if sys.stdout.isatty() else ("", "", "")
+        )
         self.labels = {"<think>": f"thinking: {dim}", "<answer>": f"answer: {bold}"}
 
     def on_finalized_text(self, text: str, stream_end: bool = False):
         text = CONTROL_CHARACTERS.sub("\ufffd", text)  # orders to a terminal
-        text = re.sub(r"\s*(</?(?:think|answer)>)\s*", lambda tag: self.labels.get(tag[1], f"{self.plain}\n"), text)
+        text = re.sub(
+            r"\s*(</?(?:think|answer)>)\s*",
+            lambda tag: self.labels.get(tag[1], f"{self.plain}\n"),
+            text,
+        )
         print(text, end="\n" if stream_end and not text.endswith("\n") else "", flush=True)
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict, dict]:
     """(what is asked, arguments for `Chat`, arguments for `Chat.complete`)."""
     parser = argparse.ArgumentParser(
-        prog="python -m veripo_trl.chat", description="Ask a policy one question about videos and images."
+        prog="python -m veripo_trl.chat",
+        description="Ask a policy one question about videos and images.",
     )
     parser.add_argument("question")
-    parser.add_argument("--video", action="append", default=[], help="A file or URL; give it again for more.")
-    parser.add_argument("--image", action="append", default=[], help="A file or URL; give it again for more.")
     parser.add_argument(
-        "--options", nargs="+", default=[], help='Of a choice question: --options "A. red" "B. blue" --video clip.mp4 …'
+        "--video", action="append", default=[], help="A file or URL; give it again for more."
     )
-    parser.add_argument("--problem_type", choices=PROBLEM_TYPES, help="What kind of answer the prompt asks for.")
+    parser.add_argument(
+        "--image", action="append", default=[], help="A file or URL; give it again for more."
+    )
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        default=[],
+        help='Of a choice: --options "A. red" "B. blue" --video …',
+    )
+    parser.add_argument(
+        "--problem_type", choices=PROBLEM_TYPES, help="What kind of answer the prompt asks for."
+    )
     loading = parser.add_argument_group("the policy, and how it sees")
-    loading.add_argument("--model", required=True, help="A model or LoRA adapter: a folder or a name on the Hub.")
+    loading.add_argument(
+        "--model", required=True, help="A model or LoRA adapter: a folder or a name on the Hub."
+    )
     loading.add_argument("--revision", help="Revision of a model on the Hub.")
-    loading.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    loading.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    loading.add_argument("--load_in_4bit", action="store_true", help="Quantize the weights (bitsandbytes).")
-    loading.add_argument("--attn_implementation", help="sdpa, flash_attention_2, …")
-    kinds = {name: type(value) for name, value in SEEING.items()}
-    kinds |= {"max_prompt_tokens": int, "video_backend": str, "decode_timeout_s": float}
-    for name, kind in kinds.items():
+    loading.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    loading.add_argument(
+        "--load_in_4bit", action="store_true", help="Quantize the weights (bitsandbytes)."
+    )
+    for name, kind in {
+        **{name: type(value) for name, value in SEEING.items()},
+        "max_prompt_tokens": int,
+    }.items():
         field = DataArguments.__dataclass_fields__[name]
-        loading.add_argument(f"--{name}", type=kind, default=field.default, help=field.metadata["help"])
+        loading.add_argument(
+            f"--{name}", type=kind, default=field.default, help=field.metadata["help"]
+        )
     decoding = parser.add_argument_group("decoding")
     decoding.add_argument("--max_new_tokens", type=int, default=4096, help="(default: 4096)")
-    decoding.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding (the default).")
+    decoding.add_argument(
+        "--temperature", type=float, default=0.0, help="0 is greedy decoding (the default)."
+    )
     decoding.add_argument("--top_p", type=float, default=1.0)
     decoding.add_argument("--repetition_penalty", type=float, default=1.0)
-    decoding.add_argument("--seed", type=int, help="Of the sampling; another one each time by default.")
+    decoding.add_argument(
+        "--seed", type=int, help="Of the sampling; another one each time by default."
+    )
     given = parser.parse_args(argv)
-    groups = ({action.dest: getattr(given, action.dest) for action in g._group_actions} for g in (loading, decoding))
+    groups = (
+        {action.dest: getattr(given, action.dest) for action in g._group_actions}
+        for g in (loading, decoding)
+    )
     return given, *groups
 
 
@@ -282,14 +277,11 @@ def main(argv: list[str] | None = None) -> int | None:
     given, loading, decoding = parse_arguments(argv)
     for path in (*given.video, *given.image):
         _from_root(path)  # before the model loads, which can take minutes
-    with settings_checked():
-        chat = Chat(**loading)
+    chat = Chat(**loading)
     printer = Printer(chat.processor.tokenizer)
+    content = {"options": given.options, "problem_type": given.problem_type}
     try:
-        prompt = chat.encode(
-            given.question, videos=given.video, images=given.image, options=given.options,
-            problem_type=given.problem_type,
-        )  # fmt: skip
+        prompt = chat.encode(given.question, videos=given.video, images=given.image, **content)
         for line in (*(prompt.media or ["no video or image"]), f"prompt: {len(prompt)} tokens"):
             print(f"# {line}", flush=True)
         reply = chat.complete(prompt, streamer=printer, **decoding)
@@ -303,12 +295,15 @@ def main(argv: list[str] | None = None) -> int | None:
         return 130
     finally:
         print(printer.plain, end="", flush=True)  # a terminal gets its own style back
-    cut = f", cut at --max_new_tokens {given.max_new_tokens}" if reply.finish_reason == "length" else ""
+    cut = (
+        f", cut at --max_new_tokens {given.max_new_tokens}"
+        if reply.finish_reason == "length"
+        else ""
+    )
     form = "" if reply.answer is not None else ", no single answer in <answer> tags"
-    rate = reply.completion_tokens / max(reply.generate_s, 1e-9)
+    rate = reply.completion_tokens / max(reply.seconds, 1e-9)
     print(
-        f"# {reply.completion_tokens} tokens in {reply.generate_s:.1f} s ({rate:.0f} tokens/s), "
-        f"reading {reply.encode_s:.1f} s{cut}{form}"
+        f"# {reply.completion_tokens} tokens in {reply.seconds:.1f} s ({rate:.0f} tokens/s){cut}{form}"
     )
 
 

@@ -6,7 +6,6 @@ are written, each whole or not at all.
 """
 
 import os
-import time
 from pathlib import Path
 
 from veripo_trl.errors import ConfigError
@@ -45,7 +44,7 @@ def answer_questions(
     rank: int = 0,
     processes: int = 1,
     progress=None,
-) -> dict[str, float]:
+) -> None:
     """Answer what the journal lacks, and write it there as it comes.
 
     Batches begin at fixed indices, and one that is half done is computed whole again (what is written stays): what a
@@ -56,20 +55,14 @@ def answer_questions(
         engine: `complete(prompts, indices) -> token ids`, `tokenizer`, `decoding` and the attributes that
             `evaluate.TransformersEngine` names.
         rank, processes: this process takes every `processes`-th batch. progress: a tqdm bar.
-
-    Returns:
-        `seconds`; `start_s`: those until the first batch was ready; `idle_s`: all of the others in which the engine did
-        not compute, for whatever reason.
     """
     keys, done, parent = [question["key"] for question in questions], answered(journal), os.getppid()
     batches = batches_of(len(questions), batch_size)[rank::processes]
     batches = [indices for indices in batches if any(keys[index] not in done for index in indices)]
     rows = [question["row"] for question in questions]
-    started, busy_before, first = time.perf_counter(), engine.busy_s, None
     for indices, prompts in encoded_batches(
         encoder, rows, batches, num_workers=num_workers, strict=False, prepare=engine.prepare
     ):
-        first = first or time.perf_counter()
         if processes > 1 and os.getppid() != parent:
             raise JournalError("The process that started this one has ended.")
         found = {index: _fitting(prompt, engine) for index, prompt in zip(indices, prompts, strict=True)}
@@ -85,10 +78,6 @@ def answer_questions(
         journal.append(lines)
         if progress is not None:
             progress.update(len(lines))
-    ended = time.perf_counter()
-    first = first or ended
-    idle_s = ended - first - (engine.busy_s - busy_before)
-    return {"seconds": ended - started, "start_s": first - started, "idle_s": idle_s}
 
 
 def _fitting(prompt: EncodedPrompt | str, engine) -> EncodedPrompt | str:
@@ -114,20 +103,9 @@ def _answer(question: dict, prompt: EncodedPrompt, ids: list[int], engine, encod
         "model_output": described.pop("completion"),
         **described,
         "prompt_tokens": len(prompt),
-        **media_sizes(prompt, encoder.config),
         "media": prompt.media,
         "prompt_template": encoder.template.hash,
     }
-
-
-def media_sizes(prompt: EncodedPrompt, config) -> dict:
-    """`videos` and `images` of a prompt as [frames, height, width] and [height, width], and its `vision_tokens`."""
-    vision = config.vision_config
-    unit = [vision.temporal_patch_size, vision.patch_size, vision.patch_size]
-    grids = [[] if grid is None else grid.tolist() for grid in (prompt.video_grid_thw, prompt.image_grid_thw)]
-    videos, images = ([[n * size for n, size in zip(grid, unit)] for grid in kind] for kind in grids)
-    tokens = sum(t * h * w for kind in grids for t, h, w in kind) // vision.spatial_merge_size**2
-    return {"videos": videos, "images": [image[1:] for image in images], "vision_tokens": tokens}
 
 
 def write_outputs(files: OutputFiles, questions: list[dict], journal: Journal, settings: dict) -> list[dict]:

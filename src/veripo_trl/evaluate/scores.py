@@ -48,13 +48,6 @@ _TOLERANCES = 1 - np.linspace(0.5, 0.95, int((0.95 - 0.5) / 0.05 + 2))  # the sc
 _LISTED = {"['24/7', '3.429', '3.43]": "24/7", "['24/7', '3.429', '3.43']": "24/7"}
 
 
-def released_metric(truth: str, *, pred_path: str) -> str:
-    """Which of its three metrics the released script takes for a ground truth in a file."""
-    if truth.isalpha() and truth.isupper():
-        return "letters"
-    return "mean relative accuracy" if "vsi_bench" in pred_path else "math-verify"
-
-
 def released_score(prediction: dict[str, Any], *, pred_path: str) -> float:
     """What the released script gives one row.
 
@@ -67,12 +60,11 @@ def released_score(prediction: dict[str, Any], *, pred_path: str) -> float:
     truth, output = str(prediction["ground_truth"]), prediction["model_output"]
     span = _SPAN.search(output)
     answer = span[1].strip() if span else ""
-    metric = released_metric(truth, pred_path=pred_path)
-    if metric == "letters":
+    if truth.isalpha() and truth.isupper():
         answer = answer.replace("<answer>", "").lower()
         wanted = truth.lower()
         return float(wanted in answer and not any(letter in answer for letter in _OTHERS if letter != wanted))
-    if metric == "mean relative accuracy":
+    if "vsi_bench" in pred_path:
         return _released_estimate(answer.replace("<answer>", "").strip(), truth)
     return float(call_math("released", output, _LISTED.get(truth, truth), limit_s=RELEASED_LIMIT_S)[1] is True)
 
@@ -193,6 +185,29 @@ def _line(benchmark: str, rows: list[dict], category: str = "", value: str = "")
     return {"benchmark": benchmark, "category": category, "value": value, **summarize_scores(rows)}
 
 
+def table_of(lines: list[dict]) -> list[dict[str, str]]:
+    """The lines for people, also as a file of scores has them, in which NaN is null."""
+
+    def shown(value: float | None, scale: int = 100) -> str:
+        return "–" if value is None or math.isnan(value) else f"{scale * value:.1f}"
+
+    return [
+        {
+            "benchmark": f"· {line['category']}: {line['value']}" if line["category"] else line["benchmark"],
+            "rows": str(line["rows"]),
+            "ours %": shown(line["ours"]),
+            "95%": f"{shown(line['ours_low'])}–{shown(line['ours_high'])}",
+            "released %": shown(line["released"]),
+            "unparsable %": shown(line["unparsable"]),
+            "truncated %": shown(line["truncated"]),
+            "inconsistent %": shown(line["inconsistency"]),
+            "unknown %": shown(line["unknown"]),
+            "thinking": shown(line["think_length"], 1),
+        }
+        for line in lines
+    ]
+
+
 def total_intervals(totals: Callable[[dict], dict], groups: dict, mode: str) -> list[tuple[str, float, float, float]]:
     """(what, total, low, high) of a benchmark's own totals; the bootstrap is over the rows of each value.
 
@@ -227,30 +242,22 @@ def compare_scores(first: np.ndarray, second: np.ndarray, *, seed: int = 0) -> d
     """Two runs on the same questions, score by score.
 
     Returns:
-        `difference` (second − first) with `low` and `high` (95% paired bootstrap), `p`, `test`: "McNemar, exact" where
-        every score is 0 or 1, else "paired bootstrap"; `better`, `worse` (questions on which the second is).
+        `first`, `second` (means), `difference` (second − first) with `low` and `high` (95% paired bootstrap), `p`,
+        `test`: "McNemar, exact" where every score is 0 or 1, else "paired bootstrap"; `better`, `worse` (questions on
+        which the second is).
     """
     differences = second - first
-    better, worse = int((differences > 0).sum()), int((differences < 0).sum())
+    better, worse, count = int((differences > 0).sum()), int((differences < 0).sum()), len(differences)
     rng = np.random.default_rng(seed)
-    count = len(differences)
     means = np.array([differences[rng.integers(0, count, count)].mean() for _ in range(PAIRED_RESAMPLES)])
-    low, high = np.quantile(means, [0.025, 0.975])
-    binary = bool(np.isin(np.concatenate([first, second]), (0.0, 1.0)).all())
-    if binary:
+    low, high = np.quantile(means, [0.025, 0.975]).tolist()
+    if np.isin([first, second], (0.0, 1.0)).all():
         p, test = mcnemar_p(better, worse), "McNemar, exact"
     else:  # one is added on both sides: a resampling never shows that something is impossible
-        tail = min((means <= 0).sum(), (means >= 0).sum()) + 1
-        p, test = min(1.0, 2 * float(tail) / (PAIRED_RESAMPLES + 1)), "paired bootstrap"
-    return {
-        "difference": float(differences.mean()),
-        "low": float(low),
-        "high": float(high),
-        "p": p,
-        "test": test,
-        "better": better,
-        "worse": worse,
-    }
+        tail = int(min((means <= 0).sum(), (means >= 0).sum())) + 1
+        p, test = min(1.0, 2 * tail / (PAIRED_RESAMPLES + 1)), "paired bootstrap"
+    ends = {"first": float(first.mean()), "second": float(second.mean()), "difference": float(differences.mean())}
+    return {**ends, "low": low, "high": high, "p": p, "test": test, "better": better, "worse": worse}
 
 
 def mcnemar_p(better: int, worse: int) -> float:

@@ -39,7 +39,7 @@ def render(*, title, stages, counts, benchmarks, questions, pairs, media, absent
         cards=_cards(points),
         stages=[_stage_row(stage, count) for stage, count in zip(stages, counts, strict=True)],
         held_out=_held_out_rows(points),
-        benchmarks=[{**scores, "rows": _benchmark_rows(scores["lines"])} for scores in benchmarks],
+        benchmarks=benchmarks,
         training=[(stage["name"], charts) for stage in stages if (charts := _curves(stage["history"]))],
         shown=_shown(questions, pairs, media),
         sample=sample,
@@ -169,27 +169,6 @@ def _held_out_rows(points: list[dict]) -> list[dict[str, str]]:
         for point in points
         for decoding in DECODINGS
         if (values := point.get(decoding))
-    ]
-
-
-def _benchmark_rows(lines: list[dict]) -> list[dict[str, str]]:
-    """The lines of one file of scores: a benchmark, then its categories."""
-    return [
-        {
-            "benchmark": f"· {line['category']}: {line.get('value')}"
-            if line.get("category")
-            else line.get("benchmark"),
-            "rows": line.get("rows", "–"),
-            "accuracy": _percent(line.get("ours")),
-            "95% interval": _interval(line, "ours"),
-            "accuracy, released script": _percent(line.get("released")),
-            "unparsable": _percent(line.get("unparsable")),
-            "cut": _percent(line.get("truncated")),
-            "inconsistent": _percent(line.get("inconsistency")),
-            "unknown": _percent(line.get("unknown")),
-            "thinking": _number(line.get("think_length"), ".0f"),
-        }
-        for line in lines
     ]
 
 

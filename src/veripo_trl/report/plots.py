@@ -39,7 +39,6 @@ LOGGED = {  # what a trainer logs: title; a reward has its own name
     "learning_rate": "learning rate",
 }
 MAX_POINTS = 400  # of one series; more are thinned, the last one kept
-MAX_BARS = 60  # a picture has a largest size
 
 
 def is_number(value) -> bool:
@@ -133,35 +132,6 @@ def save_charts(path: Path, charts: list[dict], *, title: str) -> None:
         axis = figure.add_subplot(rows, columns, number)
         axis.set_title(chart["title"], fontsize=10)
         draw(axis, chart)
-    _save_png(path, figure, title)
-
-
-def save_scores(path: Path, lines: list[dict], *, title: str) -> None:
-    """The table of `evaluate.scores.lines_of` as a png: accuracy with its interval, and inconsistency; of the first
-    `MAX_BARS` lines."""
-    if len(lines) > MAX_BARS:
-        title, lines = f"{title}: the first {MAX_BARS} of {len(lines)} lines", lines[:MAX_BARS]
-    names = [
-        f"{line['category']}: {line['value']}" if line["category"] else line["benchmark"] for line in lines
-    ]
-    figure, heights = _figure(10, 1.4 + 0.28 * len(lines)), range(len(lines))[::-1]
-    left, right = figure.subplots(1, 2, sharey=True)
-    ours, released, inconsistent = (
-        [100 * line[key] for line in lines] for key in ("ours", "released", "inconsistency")
-    )
-    low, high = (
-        [abs(100 * (line[end] - line["ours"])) for line in lines] for end in ("ours_low", "ours_high")
-    )
-    left.barh(heights, ours, xerr=[low, high], height=0.6, color=COLOURS[0], ecolor="#222222", label="ours")
-    left.plot(released, heights, "o", color=COLOURS[1], ms=4, label="released")
-    left.set(xlim=(0, 100), xlabel="accuracy %")
-    left.set_yticks(heights, [_shortened(name, 50) for name in names], parse_math=False)
-    left.legend(fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))  # above: bars may fill the axes
-    right.barh(heights, inconsistent, height=0.6, color=COLOURS[3])
-    right.set(xlabel="inconsistent % (of the outputs whose verdict is known)")
-    for axis in (left, right):
-        axis.grid(axis="x", alpha=0.3)
-        axis.tick_params(labelsize=8)
     _save_png(path, figure, title)
 
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from veripo_trl.data.rollouts import SCHEMA_FIELDS
 from veripo_trl.data.schema import content_of
 from veripo_trl.errors import VeripoError
+from veripo_trl.evaluate.scores import table_of
 from veripo_trl.files.disk import FileError, read_json, read_parquet
 from veripo_trl.verifier.files import PAIR_SCHEMA, VERDICT_SCHEMA
 
@@ -129,7 +130,7 @@ def _without_place(error: FileError, path: Path) -> str:
 def read_scores(
     runs: list[str | Path], stages: list[dict], given: list[str | Path], absent: list[str]
 ) -> list[dict]:
-    """Benchmark results, as evaluation/calculate_score.py writes them: `{"name", "lines", "notes"}` a file.
+    """Benchmark results, as evaluation/calculate_score.py writes them: `{"name", "rows", "notes"}` a file.
 
     Those of the run are `*.scores.json` in its folders and in `evaluation/` below them; `given` are others.
     """
@@ -149,11 +150,11 @@ def read_scores(
     found = []
     for path in dict.fromkeys(path.resolve() for path in sorted(files)):
         content = _read_json(path, absent)
-        if isinstance(content.get("lines"), list):
-            name = path.name.removesuffix(".scores.json")
-            found.append({"name": name, "lines": content["lines"], "notes": content.get("notes") or []})
-        elif content:
-            absent.append(f"{path.name} holds no scores (`lines`).")
+        try:
+            rows, notes = table_of(content["lines"]), content["notes"]
+            found.append({"name": path.name.removesuffix(".scores.json"), "rows": rows, "notes": notes})
+        except (KeyError, TypeError):
+            absent.append(f"{path.name} holds no scores: expected what calculate_score.py writes.")
     return found
 
 
