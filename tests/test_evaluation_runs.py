@@ -29,6 +29,7 @@ from veripo_trl.evaluate.questions import read_questions
 from veripo_trl.evaluate.run import OutputFiles, answer_questions, answered, write_outputs
 from veripo_trl.files.journal import Journal, JournalError
 from veripo_trl.files.run_folder import only_process
+
 SCRIPT = Path(__file__).resolve().parent.parent / "evaluation" / "evaluation_vllm.py"
 TAIL = "\nAnswer with the option's letter from the given choices directly."
 

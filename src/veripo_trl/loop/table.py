@@ -41,7 +41,7 @@ def draw(run: Run, entries: list[dict]) -> None:
 
     points = milestones([{"name": entry["name"], "results": entry.get("results", {})} for entry in entries])
     save_charts(run.folder / "loop.png", held_out_charts(points) if points else [], title=run.folder.name)
-    write_report([run.folder], say=lambda line: print(f"report: {line}"))
+    write_report([run.folder])
 
 
 def table_row(entry: dict) -> dict:

@@ -2,12 +2,10 @@
 
 import base64
 import io
-import json
-from collections.abc import Callable
+import sys
 from pathlib import Path
 
 import numpy as np
-from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from tqdm import tqdm
 
@@ -28,13 +26,7 @@ class _NotShown(Exception):
 
 
 def film(
-    questions: list[dict],
-    stages: list[dict],
-    media_root: str | None,
-    *,
-    budget: int,
-    progress: bool,
-    say: Callable[[str], None],
+    questions: list[dict], stages: list[dict], media_root: str | None, *, budget: int
 ) -> dict[str, dict]:
     """Thumbnails of the questions' media, by path, until they take `budget` bytes.
 
@@ -47,34 +39,29 @@ def film(
     roots = _media_roots(stages, media_root)
     loaders: dict[VideoSettings, VideoLoader] = {}
     media, used = {}, 0
-
-    def shown(name: str, kind: str, question: dict) -> dict:
-        if used > budget:
-            raise _NotShown("the page is full")
-        path = _locate(name, kind, question["question_id"], roots)
-        if kind == "images":
-            return _picture(load_image(path, row_id=question["question_id"]))
-        settings = _settings(stages[question["stage"]], stages)
-        if settings not in loaders:
-            loaders[settings] = VideoLoader(settings)
-        return _strip(loaders[settings].load(path, row_id=question["question_id"]))
-
-    try:
-        for question in tqdm(questions, desc="frames", unit="question", disable=not progress):
-            for name, kind in [(name, kind) for kind in ("videos", "images") for name in question[kind]]:
-                if name in media:
-                    continue
-                try:
-                    media[name] = shown(name, kind, question)
-                except _NotShown as error:
-                    media[name] = {"frames": [], "times": [], "note": str(error)}
-                except MediaError as error:
-                    say(str(error))
-                    media[name] = {"frames": [], "times": [], "note": "it cannot be decoded"}
+    for question in tqdm(questions, desc="frames", unit="question", leave=False, disable=None):
+        settings = _settings(stages[question["stage"]])
+        loader = loaders.setdefault(settings, VideoLoader(settings))
+        for kind, name in [
+            (kind, name) for kind in ("videos", "images") for name in question[kind]
+        ]:
+            if name in media:
+                continue
+            try:
+                if used > budget:
+                    raise _NotShown("the page is full")
+                path = _locate(name, kind, question["question_id"], roots)
+                load, show = (loader.load, _strip) if kind == "videos" else (load_image, _picture)
+                media[name] = show(load(path, row_id=question["question_id"]))
                 used += sum(map(len, media[name]["frames"]))
-    finally:
-        for loader in loaders.values():
-            loader.close()
+            except (_NotShown, MediaError) as error:
+                note = str(error)
+                if isinstance(error, MediaError):
+                    print(error, file=sys.stderr)
+                    note = "it cannot be decoded"
+                media[name] = {"frames": [], "times": [], "note": note}
+    for loader in loaders.values():
+        loader.close()
     return media
 
 
@@ -87,7 +74,9 @@ def _media_roots(stages: list[dict], media_root: str | None) -> list[Path]:
     roots = []
     for stage in stages:
         for source in (stage["arguments"].get("DataArguments") or {}).get("datasets") or []:
-            if (found := find_path(source.get("media_root") or source["path"], stage["folder"])) is not None:
+            if (
+                found := find_path(source.get("media_root") or source["path"], stage["folder"])
+            ) is not None:
                 roots.append((found if found.is_dir() else found.parent).resolve())
     return list(dict.fromkeys(roots))
 
@@ -99,7 +88,13 @@ def _locate(name: str, kind: str, row_id: str, roots: list[Path]) -> str:
         raise _NotShown("the run did not record where its media are")
     found = set()
     for root in roots:
-        row = {"question_id": row_id, "media_root": str(root), "videos": [], "images": [], kind: [name]}
+        row = {
+            "question_id": row_id,
+            "media_root": str(root),
+            "videos": [],
+            "images": [],
+            kind: [name],
+        }
         try:
             found.update(*resolve_media(row))
         except RowError:  # not below this root
@@ -111,46 +106,22 @@ def _locate(name: str, kind: str, row_id: str, roots: list[Path]) -> str:
     return found.pop()
 
 
-def _settings(stage: dict, stages: list[dict]) -> VideoSettings:
-    """How the stage's videos were sampled; another stage's settings where it recorded none."""
-    for source in (stage, *stages):
-        recorded = source["arguments"].get("DataArguments") or {}
-        if all(name in recorded for name in SETTINGS):
-            return VideoSettings(
-                **{name: recorded[name] for name in SETTINGS}, size_factor=_size_factor(source)
-            )
-    return VideoSettings()
-
-
-def _size_factor(stage: dict) -> int:
-    """Patch size × merge size, by the first config.json that is there: of what the stage trained, of what it started
-    from, of their adapters' bases; models of the Hub as its cache has them."""
-    near = stage["folder"].resolve()
-    names = [near, (stage["arguments"].get("ModelConfig") or {}).get("model_name_or_path")]
-    for name in filter(None, names):
-        folder = find_path(name, near)
-        for file in ("config.json", "adapter_config.json"):
-            path = folder / file if folder else None
-            if folder is None and len(Path(name).parts) == 2:
-                path = try_to_load_from_cache(str(name), file)
-            if path and Path(path).is_file():
-                content = json.loads(Path(path).read_text(encoding="utf-8"))
-                if "vision_config" in content:
-                    vision = content["vision_config"]
-                    return vision["patch_size"] * vision["spatial_merge_size"]
-                names.append(content.get("base_model_name_or_path"))
-    return VideoSettings().size_factor
+def _settings(stage: dict) -> VideoSettings:
+    """How the stage's videos were sampled. Their sizes are not the model's exactly: its patches are not known here."""
+    recorded = stage["arguments"].get("DataArguments") or {}
+    return VideoSettings(
+        **{name: recorded[name] for name in SETTINGS if recorded.get(name) is not None}
+    )
 
 
 def _strip(clip) -> dict:
-    count, height, width, _ = clip.frames.shape
+    count = len(clip.frames)
     shown = np.linspace(0, count - 1, min(count, MAX_FRAMES)).round().astype(int).tolist()
     some = f"{len(shown)} of the " if len(shown) < count else ""
     return {
         "frames": [_data_uri(Image.fromarray(clip.frames[index])) for index in shown],
         "times": [round(clip.frames_indices[index] / clip.fps, 2) for index in shown],
-        "note": f"{some}{count} frames that the model saw, {height} × {width} pixels, of {clip.total_num_frames} at "
-        f"{clip.fps:g} fps",
+        "note": f"{some}{count} frames that the model saw, of {clip.total_num_frames} at {clip.fps:g} fps",
     }
 
 

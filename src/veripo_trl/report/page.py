@@ -8,11 +8,20 @@ from importlib.resources import files
 from jinja2 import Environment, StrictUndefined
 
 from veripo_trl.files.tables import finite
-from veripo_trl.report.plots import DECODINGS, MEASURES, held_out_charts, is_number, svg_uri, training_charts
+from veripo_trl.report.plots import (
+    DECODINGS,
+    MEASURES,
+    held_out_charts,
+    is_number,
+    svg_uri,
+    training_charts,
+)
 from veripo_trl.verifier.checks import inconsistency
 
 
-def render(*, title, stages, counts, benchmarks, questions, pairs, media, absent, sample) -> str:
+def render(
+    *, title, stages, counts, benchmarks, questions, all_questions, pairs, media, absent, seed
+) -> str:
     """The whole page as text. See `write_report` for what goes in."""
     folder = files("veripo_trl.report") / "template"
     page, style, script = (
@@ -23,28 +32,34 @@ def render(*, title, stages, counts, benchmarks, questions, pairs, media, absent
     )
     environment.filters["thousands"] = "{:,}".format
     points = milestones(stages)
-    data = {
-        "stages": [stage["name"] for stage in stages],
-        "questions": questions,
-        "pairs": pairs,
-        "media": media,
-    }
+    names = [stage["name"] for stage in stages]
     return environment.from_string(page).render(
         title=title,
         style=style,
         script=script,
         style_hash=content_hash(style),
         script_hash=content_hash(script),
-        totals=_totals(stages, counts),
+        totals={
+            "stages": len(stages),
+            "questions": all_questions,
+            "rollouts": sum(count["rollouts"] for count in counts),
+            "pairs": sum(sum(count["pairs"].values()) for count in counts),
+        },
+        shown={
+            "questions": len(questions),
+            "rollouts": sum(len(question["rollouts"]) for question in questions),
+            "pairs": len(pairs),
+        },
         cards=_cards(points),
         stages=[_stage_row(stage, count) for stage, count in zip(stages, counts, strict=True)],
         held_out=_held_out_rows(points),
         benchmarks=benchmarks,
-        training=[(stage["name"], charts) for stage in stages if (charts := _curves(stage["history"]))],
-        shown=_shown(questions, pairs, media),
-        sample=sample,
+        training=[
+            (stage["name"], charts) for stage in stages if (charts := _curves(stage["history"]))
+        ],
+        seed=seed,
         absent=absent or ["Nothing is absent."],
-        data=embed(data),
+        data=embed({"stages": names, "questions": questions, "pairs": pairs, "media": media}),
     )
 
 
@@ -80,60 +95,45 @@ def _evaluated(results) -> bool:
     )
 
 
-def _totals(stages, counts) -> dict:
-    return {
-        "stages": len(stages),
-        "rollouts": sum(count["rollouts"] for count in counts),
-        "verdicts": sum(sum(count["verdicts"].values()) for count in counts),
-        "pairs": sum(sum(count["pairs"].values()) for count in counts),
-        "minutes": sum(stage["minutes"] for stage in stages if is_number(stage["minutes"])),
-    }
-
-
-def _shown(questions, pairs, media) -> dict:
-    """How much of the run is on the page."""
-    return {
-        "questions": len(questions),
-        "rollouts": sum(len(question["rollouts"]) for question in questions),
-        "filmed": sum(
-            any(media.get(name, {}).get("frames") for name in q["videos"] + q["images"]) for q in questions
-        ),
-        "pairs": len(pairs),
-    }
-
-
 def _cards(points: list[dict]) -> list[dict]:
     """A chart with its title, its last value, and how far that is from the first, for each measure."""
     cards = []
-    for (key, title, percent, better), chart in (
-        zip(MEASURES, held_out_charts(points), strict=True) if points else ()
+    for (key, title, percent, better), chart in zip(
+        MEASURES, held_out_charts(points) if points else ()
     ):
-        decoding, scale, unit = chart["series"][0]["name"], 100 if percent else 1, "%" if percent else ""
-        values = [scale * value for value in chart["series"][0]["y"] if is_number(value)]
+        line = chart["series"][0]
+        values = [100 * value if percent else value for value in line["y"] if is_number(value)]
         card = {"title": title, "chart": svg_uri(chart), "value": "–", "moved": "", "tone": ""}
         if key == "inconsistency":
-            card["title"] += f" (unknown {_percent((points[-1].get(decoding) or {}).get('unknown'))})"
+            card["title"] += (
+                f" (unknown {_percent((points[-1].get(line['name']) or {}).get('unknown'))})"
+            )
         if values:
-            card["value"] = f"{values[-1]:.1f}{unit}"
-        if len(values) > 1:
             change = values[-1] - values[0]
-            card["moved"] = f"{change:+.1f}{' points' if percent else ''}".replace("-", "−")
+            card["value"] = f"{values[-1]:.1f}{'%' if percent else ''}"
+            card["moved"] = (
+                f"{change:+.1f}{' points' if percent else ''}".replace("-", "−")
+                if values[1:]
+                else ""
+            )
             card["tone"] = (
-                "" if not better or abs(change) < 1e-7 else "good" if change * better > 0 else "bad"
+                "good" if change * better > 1e-7 else "bad" if change * better < -1e-7 else ""
             )
         cards.append(card)
     return cards
 
 
 def _curves(history: list[dict]) -> list[dict]:
-    return [{"title": chart["title"], "chart": svg_uri(chart)} for chart in training_charts(history)]
+    return [
+        {"title": chart["title"], "chart": svg_uri(chart)} for chart in training_charts(history)
+    ]
 
 
 def _stage_row(stage, count) -> dict[str, str]:
     verdicts, judged = count["verdicts"], "–"
     if total := sum(verdicts.values()):
         judged = f"{total:,}: {_percent(inconsistency(verdicts))} inconsistent, "
-        judged += f"{_percent(verdicts.get('unknown', 0) / total)} unknown"
+        judged += f"{_percent(verdicts['unknown'] / total)} unknown"
     return {
         "stage": f"{stage['name']} ({stage['recipe']})" if stage["recipe"] else stage["name"],
         "status": stage["status"] or "–",
@@ -144,32 +144,34 @@ def _stage_row(stage, count) -> dict[str, str]:
         "tokens": _number(count["completion_tokens"], ".0f"),
         "cut": _percent(count["truncated"]),
         "verdicts": judged,
-        "pairs": ", ".join(f"{n:,} {kind}" for kind, n in sorted(count["pairs"].items(), key=str)) or "–",
+        "pairs": ", ".join(f"{n:,} {kind}" for kind, n in sorted(count["pairs"].items(), key=str))
+        or "–",
     }
 
 
 def _held_out_rows(points: list[dict]) -> list[dict[str, str]]:
     keys = {key for point in points for decoding in DECODINGS for key in point.get(decoding) or {}}
     kinds = sorted(key for key in keys if key.startswith("accuracy: "))
-    return [
-        {
-            "policy after": point["label"],
-            "decoding": decoding,
-            "accuracy": _percent(values.get("accuracy")),
-            "95% interval": _interval(values, "accuracy"),
-            "accurate and consistent": _percent(values.get("accurate_and_consistent")),
-            "inconsistent": _percent(values.get("inconsistency")),
-            "unknown": _percent(values.get("unknown")),
-            "format": _percent(values.get("format")),
-            "think tokens": _number(values.get("think_tokens"), ".1f"),
-            "cut": _percent(values.get("truncated")),
-            "questions": values.get("questions", "–"),
-            **{key.removeprefix("accuracy: "): _percent(values.get(key)) for key in kinds},
-        }
-        for point in points
-        for decoding in DECODINGS
-        if (values := point.get(decoding))
-    ]
+    rows = []
+    for point in points:
+        for decoding in DECODINGS:
+            values = point.get(decoding) or {}
+            row = {
+                "policy after": point["label"],
+                "decoding": decoding,
+                "accuracy": _percent(values.get("accuracy")),
+                "95% interval": f"{_percent(values.get('accuracy_low'))}–{_percent(values.get('accuracy_high'))}",
+                "accurate and consistent": _percent(values.get("accurate_and_consistent")),
+                "inconsistent": _percent(values.get("inconsistency")),
+                "unknown": _percent(values.get("unknown")),
+                "format": _percent(values.get("format")),
+                "think tokens": _number(values.get("think_tokens"), ".1f"),
+                "cut": _percent(values.get("truncated")),
+                "questions": values.get("questions", "–"),
+                **{key.removeprefix("accuracy: "): _percent(values.get(key)) for key in kinds},
+            }
+            rows += [row] if values else []
+    return rows
 
 
 def _number(value, form: str) -> str:
@@ -178,8 +180,3 @@ def _number(value, form: str) -> str:
 
 def _percent(value) -> str:
     return _number(value, ".1%")
-
-
-def _interval(values: dict, key: str) -> str:
-    low, high = values.get(f"{key}_low"), values.get(f"{key}_high")
-    return f"{100 * low:.1f}–{high:.1%}" if is_number(low) and is_number(high) else "–"

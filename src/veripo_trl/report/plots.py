@@ -1,7 +1,7 @@
 """Every picture of a run: a chart is drawn once here, as a png beside the run or as svg inside its report.
 
 A chart: `{"title", "series", "percent", "ticks"}`. A series: `{"name", "x", "y"}` and, if there are intervals, `"low"`
-and `"high"`, all lists of one length; values that are no finite number are left out. `percent`: y is a share.
+and `"high"`, all lists of one length; values that are no finite number leave a gap. `percent`: y is a share.
 `ticks`: labels of x = 0, 1, …; without them x is a step.
 """
 
@@ -11,7 +11,8 @@ import math
 from pathlib import Path
 
 import matplotlib
-from matplotlib.figure import Figure
+import numpy as np
+from matplotlib.figure import Figure  # not pyplot's, which wants a screen and is kept
 
 from veripo_trl.files.disk import write_whole
 
@@ -50,18 +51,22 @@ def training_charts(history: list[dict]) -> list[dict]:
     keys = dict.fromkeys(key for entry in history for key in entry)
     rewards = [key for key in keys if key.startswith("rewards/") and key.endswith("/mean")]
     titles = {"reward": LOGGED["reward"]}
-    titles |= {key: key.removeprefix("rewards/").removesuffix("/mean").replace("_", " ") for key in rewards}
+    titles |= {
+        key: key.removeprefix("rewards/").removesuffix("/mean").replace("_", " ") for key in rewards
+    }
     charts = []
     for key, title in (titles | LOGGED).items():
-        points = [
-            (entry["step"], entry[key]) for entry in history if key in entry and is_number(entry.get("step"))
-        ]
-        points = [point for point in points if is_number(point[1])]
+        points = [(entry.get("step"), entry.get(key)) for entry in history]
+        points = [point for point in points if all(map(is_number, point))]
         if len(points) > 1:
-            points = points[(len(points) - 1) % (stride := math.ceil(len(points) / MAX_POINTS)) :: stride]
-            steps, values = map(list, zip(*points, strict=True))
+            stride = math.ceil(len(points) / MAX_POINTS)
+            steps, values = zip(*points[(len(points) - 1) % stride :: stride], strict=True)
             charts.append(
-                {"title": title, "series": [{"name": title, "x": steps, "y": values}], "percent": False}
+                {
+                    "title": title,
+                    "series": [{"name": title, "x": steps, "y": values}],
+                    "percent": False,
+                }
             )
     return charts
 
@@ -78,9 +83,16 @@ def held_out_charts(points: list[dict]) -> list[dict]:
         series = []
         for name, key, decoding in lines:
             values = [point.get(decoding) or {} for point in points]
-            one = {"name": name, "x": list(range(len(points))), "y": [value.get(key) for value in values]}
+            one = {
+                "name": name,
+                "x": list(range(len(points))),
+                "y": [value.get(key) for value in values],
+            }
             if key == "accuracy":
-                one |= {end: [value.get(f"accuracy_{end}") for value in values] for end in ("low", "high")}
+                one |= {
+                    end: [value.get(f"accuracy_{end}") for value in values]
+                    for end in ("low", "high")
+                }
             series.append(one)
         ticks = [point["label"] for point in points]
         charts.append({"title": title, "series": series, "percent": percent, "ticks": ticks})
@@ -90,23 +102,24 @@ def held_out_charts(points: list[dict]) -> list[dict]:
 def draw(axis, chart: dict) -> None:
     """Draw a chart on an axis of matplotlib."""
     for number, one in enumerate(chart["series"]):
-        rows = zip(
-            *(one.get(key) or [None] * len(one["x"]) for key in ("x", "y", "low", "high")), strict=True
+        y, low, high = (
+            np.array([value if is_number(value) else math.nan for value in one.get(key, one["y"])])
+            for key in ("y", "low", "high")
         )
-        rows = [row for row in rows if is_number(row[1])]
-        if not rows:
-            continue
-        x, y, low, high = zip(*rows, strict=True)
         look = {"color": COLOURS[number % len(COLOURS)], "linestyle": "-" if number < 2 else "--"}
-        look |= {"marker": "o", "markersize": 4} if chart.get("ticks") else {}
-        axis.plot(x, y, label=one["name"], **look)
-        if all(map(is_number, low + high)):
-            axis.vlines(x, low, high, color=look["color"], alpha=0.45)
-    if chart.get("ticks"):
-        labels = [_shortened(label, 16) for label in chart["ticks"]]
-        axis.set_xticks(
-            range(len(labels)), labels, rotation=30 if sum(map(len, labels)) > 36 else 0, parse_math=False
+        axis.plot(
+            one["x"],
+            y,
+            label=one["name"],
+            marker="o" if chart.get("ticks") else "",
+            markersize=4,
+            **look,
         )
+        axis.vlines(one["x"], low, high, color=look["color"], alpha=0.45)
+    if ticks := chart.get("ticks"):
+        labels = [label if len(label) <= 16 else f"{label[:15]}…" for label in ticks]
+        turned = 30 if sum(map(len, labels)) > 36 else 0
+        axis.set_xticks(range(len(labels)), labels, rotation=turned, parse_math=False)
     if chart["percent"]:
         axis.yaxis.set_major_formatter("{x:.0%}")
         axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]))
@@ -117,44 +130,29 @@ def draw(axis, chart: dict) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _shortened(label: str, length: int) -> str:
-    return label if len(label) <= length else f"{label[: length - 1]}…"
-
-
 def save_charts(path: Path, charts: list[dict], *, title: str) -> None:
     """Write charts beside each other as one png; none where there are no charts."""
     if not charts:
         return
     columns = min(4, len(charts))
     rows = math.ceil(len(charts) / columns)
-    figure = _figure(3.4 * columns, 2.8 * rows)
+    figure = Figure(figsize=(3.4 * columns, 2.8 * rows), layout="constrained")
+    figure.suptitle(title, fontsize=11, parse_math=False)
     for number, chart in enumerate(charts, 1):
         axis = figure.add_subplot(rows, columns, number)
         axis.set_title(chart["title"], fontsize=10)
         draw(axis, chart)
-    _save_png(path, figure, title)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120)
+    write_whole(path, buffer.getvalue())
 
 
 def svg_uri(chart: dict) -> str:
     """A chart as an image's address. What is in an image can neither run nor load anything."""
-    figure, buffer = _figure(2.9, 2.0), io.BytesIO()
+    figure, buffer = Figure(figsize=(2.9, 2.0), layout="constrained"), io.BytesIO()
     draw(figure.add_subplot(), chart)
     # without a date and with ids of its own, equal runs have equal reports
-    with matplotlib.rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": "veripo_trl", "font.family": "sans-serif"}
-    ):
+    style = {"svg.fonttype": "none", "svg.hashsalt": "veripo_trl", "font.family": "sans-serif"}
+    with matplotlib.rc_context(style):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _figure(width: float, height: float) -> Figure:
-    return Figure(
-        figsize=(width, height), layout="constrained"
-    )  # not pyplot's, which wants a screen and is kept
-
-
-def _save_png(path: Path, figure: Figure, title: str) -> None:
-    figure.suptitle(title, fontsize=11, parse_math=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
-    write_whole(path, buffer.getvalue())

@@ -1,14 +1,14 @@
 """What a run left on disk, for its report: stages, rollouts, verdicts, pairs. Reads only; absent parts are named."""
 
+import hashlib
 import random
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from itertools import accumulate, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 
-import pyarrow as pa
-import pyarrow.compute as pc
 from tqdm import tqdm
 
 from veripo_trl.data.rollouts import SCHEMA_FIELDS
@@ -16,58 +16,56 @@ from veripo_trl.data.schema import content_of
 from veripo_trl.errors import VeripoError
 from veripo_trl.evaluate.scores import table_of
 from veripo_trl.files.disk import FileError, read_json, read_parquet
-from veripo_trl.verifier.files import PAIR_SCHEMA, VERDICT_SCHEMA
 
 MAX_ROLLOUTS = 64  # of one question on the page
-MAX_PAIRS = 400
+MAX_PAIRS = 400  # of one kind, and on the page
 MAX_CHARS = 20_000  # of one completion on the page
-COLUMNS = {  # of the Parquet files in a stage's folders
-    "rollouts": [*(name for name, _ in SCHEMA_FIELDS), "rewards"],
-    "verdicts": VERDICT_SCHEMA.names,
-    "pairs": PAIR_SCHEMA.names,
+QUESTION = [name for name, _ in SCHEMA_FIELDS[1:9]]  # question_id … data_source
+ROLLOUT = ["rollout_id", "step", "completion_tokens", "finish_reason"]
+VERDICT = [
+    "consistency",
+    "concluded_answer",
+    "accuracy",
+    "repetition",
+    "think_tokens",
+    "judge",
+    "reason",
+]
+COLUMNS = {  # that are read of the Parquet files in a stage's folders
+    "rollouts": [*QUESTION, *ROLLOUT, "completion", "rewards", "advantage"],
+    "verdicts": ["rollout_id", "question_id", *VERDICT],
+    "pairs": [*QUESTION, "kind", "chosen_ids", "rejected_id", "chosen", "rejected", "verdicts"],
 }
-QUESTION = COLUMNS["rollouts"][1:9]  # question_id … data_source
-VERDICT = ("consistency", "concluded_answer", "accuracy", "repetition", "think_tokens", "judge", "reason")
-_LISTS = ("options", "videos", "images")
 
 
 class ReportError(VeripoError):
     """A folder that holds nothing to report."""
 
 
-def read_stages(runs: list[str | Path]) -> tuple[str, list[dict], list[str]]:
+def read_stages(runs: list[str | Path], absent: list[str]) -> tuple[str, list[dict]]:
     """The stages of run folders, in order: of a loop (`run.json`) its own, of any other folder itself.
 
+    Args:
+        absent: takes a line for everything that is not there or is broken, here and in the other functions.
+
     Returns:
-        (title, stages, what is absent). A stage: `name, recipe, status, minutes, folder (None if it is not there),
-        results, arguments, history, rollouts, verdicts, pairs (files)`.
+        (title, stages). A stage: `name, recipe, status, minutes, folder (None if it is not there), results, arguments,
+        history`.
     """
-    stages, absent, titles = [], [], []
+    stages, titles = [], []
     for run in map(Path, runs):
         if not run.is_dir():
             raise ReportError(
                 f"{run}: no such folder (looked from {Path.cwd()}). Expected the folder of a run."
             )
-        name = run.resolve().name
+        title = run.resolve().name
+        entries = [{"name": title, "output_dir": run}]
         if (run / "run.json").is_file():
             record = _read_json(run / "run.json", absent)
-            name = record.get("name") or name
-            stages += [
-                _stage(_loop_folder(entry, run, absent), entry, absent)
-                for entry in record.get("stages") or []
-            ]
-        else:
-            stages.append(_stage(run, {"name": name}, absent))
-        titles.append(name)
-    for part, what in (
-        ("rollouts", "No rollouts: there are no questions to look at."),
-        ("verdicts", "No verdicts: the verifier has not run, or its folder was not given."),
-        ("pairs", "No preference pairs."),
-        ("history", "No training log: there are no training curves."),
-    ):
-        if not any(stage[part] for stage in stages):
-            absent.append(what)
-    return " + ".join(titles), stages, absent
+            title, entries = record.get("name") or title, record.get("stages") or []
+        stages += [_stage(entry, run, absent) for entry in entries]
+        titles.append(title)
+    return " + ".join(titles), stages
 
 
 def find_path(path: str | Path, near: Path) -> Path | None:
@@ -79,38 +77,35 @@ def find_path(path: str | Path, near: Path) -> Path | None:
     return next((place for place in places if place.exists()), None)
 
 
-def _loop_folder(entry: dict, run: Path, absent: list[str]) -> Path | None:
-    name, recorded = entry.get("name"), entry.get("output_dir")
-    if recorded:
-        folder = find_path(recorded, run) or run / Path(recorded).name  # of a loop that was moved
-        if folder.is_dir():
-            return folder
-    if entry.get("status") == "skipped":
-        absent.append(f"Stage {name} was skipped: {entry.get('reason') or 'no reason recorded'}.")
-    else:
-        absent.append(f"Stage {name} ({entry.get('status')}): its folder {recorded} is not there.")
-    return None
-
-
-def _stage(folder: Path | None, entry: dict, absent: list[str]) -> dict:
+def _stage(entry: dict, run: Path, absent: list[str]) -> dict:
     stage = {key: entry.get(key) for key in ("name", "recipe", "status", "minutes")}
-    stage |= {"folder": folder, "results": entry.get("results") or {}, "arguments": {}, "history": []}
-    if folder is None:
-        return stage | {part: [] for part in COLUMNS}
+    stage |= {"folder": None, "results": entry.get("results") or {}, "arguments": {}, "history": []}
+    recorded = entry.get("output_dir") or ""
+    folder = find_path(recorded, run) or run / Path(recorded).name  # of a loop that was moved
+    if stage["status"] == "skipped":
+        absent.append(
+            f"Stage {stage['name']} was skipped: {entry.get('reason') or 'no reason recorded'}."
+        )
+        return stage
+    if not recorded or not folder.is_dir():
+        absent.append(
+            f"Stage {stage['name']} ({stage['status']}): its folder {recorded} is not there."
+        )
+        return stage
     if (folder / "results.json").is_file():
         stage["results"] = _read_json(folder / "results.json", absent) or stage["results"]
     elif not stage["results"]:
         absent.append(f"{stage['name']}: no results.json, so it is unfinished.")
     if (folder / "_arguments.json").is_file():
         stage["arguments"] = _read_json(folder / "_arguments.json", absent)
-    stage["history"] = stage["results"].get("history") or _checkpoint_history(folder, absent)
-    stage["minutes"] = stage["minutes"] or stage["results"].get("minutes")
-    return stage | {part: sorted((folder / part).glob("*.parquet")) for part in COLUMNS}
-
-
-def _checkpoint_history(folder: Path, absent: list[str]) -> list[dict]:
-    states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
-    return (_read_json(states[-1], absent).get("log_history") or []) if states else []
+    history = stage["results"].get("history")
+    states = sorted(
+        folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime
+    )
+    if not history and states:  # of a run that is not finished
+        history = _read_json(states[-1], absent).get("log_history")
+    minutes = stage["minutes"] or stage["results"].get("minutes")
+    return stage | {"folder": folder, "history": history or [], "minutes": minutes}
 
 
 def _read_json(path: Path, absent: list[str]) -> dict:
@@ -127,19 +122,17 @@ def _without_place(error: FileError, path: Path) -> str:
     return str(error).replace(str(path), "/".join(path.parts[-3:]))
 
 
-def read_scores(
-    runs: list[str | Path], stages: list[dict], given: list[str | Path], absent: list[str]
-) -> list[dict]:
+def read_scores(stages: list[dict], runs: list, given: list, absent: list[str]) -> list[dict]:
     """Benchmark results, as evaluation/calculate_score.py writes them: `{"name", "rows", "notes"}` a file.
 
     Those of the run are `*.scores.json` in its folders and in `evaluation/` below them; `given` are others.
     """
-    folders = [*map(Path, runs), *(stage["folder"] for stage in stages if stage["folder"] is not None)]
+    folders = [*map(Path, runs), *(stage["folder"] for stage in stages if stage["folder"])]
     files = [
         path
         for folder in folders
-        for sub in ("", "evaluation")
-        for path in (folder / sub).glob("*.scores.json")
+        for sub in ("", "evaluation/")
+        for path in folder.glob(f"{sub}*.scores.json")
     ]
     for path in map(Path, given):
         if not path.is_file():
@@ -152,52 +145,124 @@ def read_scores(
         content = _read_json(path, absent)
         try:
             rows, notes = table_of(content["lines"]), content["notes"]
-            found.append({"name": path.name.removesuffix(".scores.json"), "rows": rows, "notes": notes})
+            found.append(
+                {"name": path.name.removesuffix(".scores.json"), "rows": rows, "notes": notes}
+            )
         except (KeyError, TypeError):
             absent.append(f"{path.name} holds no scores: expected what calculate_score.py writes.")
     return found
 
 
-def tables(stage: dict, part: str, broken: list[str], columns: list[str] | None = None) -> Iterator[tuple]:
-    """(path, table) of each file of a stage's "rollouts", "verdicts" or "pairs". One that cannot be read is left out
-    from then on, and what to do about it goes into `broken`."""
-    for path in list(stage[part]):
+def _rows(stage: dict, part: str, absent: list[str]) -> Iterator[dict]:
+    """The rows of a stage's "rollouts", "verdicts" or "pairs". A file that cannot be read is left out, and what to do
+    about it is said on the screen too."""
+    for path in sorted((stage["folder"] / part).glob("*.parquet")) if stage["folder"] else ():
         try:
-            table = read_parquet(path, columns or COLUMNS[part])
+            table = read_parquet(path, COLUMNS[part])
         except FileError as error:
-            stage[part].remove(path)
-            broken.append(_without_place(error, path))
-        else:
-            yield path, table
+            absent.append(_without_place(error, path))
+            print(absent[-1], file=sys.stderr)
+            continue
+        for batch in table.to_batches(max_chunksize=1000):
+            yield from batch.to_pylist()
 
 
-def survey(stages: list[dict], broken: list[str], *, progress: bool) -> tuple[list[dict], dict[str, int]]:
-    """Count everything, a file at a time.
+class _Sample:
+    """Of all questions those that are first in an order drawn by `seed`, as many as `budget` bytes hold (at least one),
+    with what was met of them: `questions` is {place in the order: that}."""
+
+    def __init__(self, seed: int, budget: int):
+        self.seed, self.budget, self.size, self.end = seed, budget, 0, b"\xff" * 32
+        self.questions: dict[bytes, dict] = {}
+
+    def take(self, question_id: str, size: int) -> dict | None:
+        """What is kept of a question, of which `size` more bytes come now; None if it is not in the sample."""
+        place = hashlib.sha256(f"{self.seed} {question_id}".encode()).digest()
+        if place >= self.end:
+            return None
+        kept = self.questions.setdefault(place, {"size": 0, "verdicts": {}, "contents": {}})
+        kept["size"] += size
+        self.size += size
+        while self.size > self.budget and len(self.questions) > 1:
+            self.end = max(self.questions)
+            self.size -= self.questions.pop(self.end)["size"]
+        return self.questions.get(place)
+
+
+def read_rows(stages: list[dict], absent: list[str], *, seed: int, budget: int) -> dict:
+    """Count all rollouts, verdicts and pairs, and draw those for the page, in one pass over the files.
+
+    Rollouts of two runs can have the same ids, which are made from the names of folders: a verdict belongs to the last
+    such rollout in a stage before its own, or in its own, so that the last stage is read first. Of several verdicts on
+    a rollout the first counts.
 
     Returns:
-        (per stage: `rollouts, questions, accuracy, completion_tokens, truncated, verdicts (by consistency), pairs (by
-        kind)`; per question: about the bytes that its rollouts would take on the page).
+        `counts`, per stage: `rollouts, questions, accuracy, completion_tokens, truncated, verdicts (by consistency),
+        pairs (by kind)`; `questions`, drawn by `seed` until their texts take `budget` bytes, and `all_questions`, how
+        many there are; `pairs`, drawn likewise, the kinds in turn, `MAX_PAIRS` at most.
     """
-    counts, sizes = [], Counter()
-    for stage in tqdm(stages, desc="counting", unit="stage", disable=not progress):
-        questions, tokens, cut, accuracies = set(), [], [], []
-        columns = ["question_id", "completion", "completion_tokens", "finish_reason", "rewards"]
-        for _, table in tables(stage, "rollouts", broken, columns):
-            for row in table.to_pylist():
-                questions.add(row["question_id"])
-                sizes[row["question_id"]] += min(len(row["completion"]), MAX_CHARS) + 400
-                tokens.append(row["completion_tokens"])
-                cut.append(row["finish_reason"] == "length")
-                accuracies.append((row["rewards"] or {}).get(accuracy_name(row["rewards"] or {})))
+    sample, rng, ids, counts = _Sample(seed, budget), random.Random(seed), set(), []
+    pairs, seen = defaultdict(list), Counter()
+    for number, stage in tqdm(
+        [*enumerate(stages)][::-1], desc="reading", unit="stage", leave=False, disable=None
+    ):
+        verdicts, kinds, own, tokens, cut, accuracies = Counter(), Counter(), set(), [], [], []
+        for row in _rows(stage, "verdicts", absent):
+            verdicts[row["consistency"]] += 1
+            if (kept := sample.take(row["question_id"], 200)) is not None:
+                kept["verdicts"][row["rollout_id"]] = row
+        for row in _rows(stage, "rollouts", absent):
+            rewards = row["rewards"] or {}
+            own.add(row["question_id"])
+            tokens.append(row["completion_tokens"])
+            cut.append(row["finish_reason"] == "length")
+            accuracies.append(rewards.get(accuracy_name(rewards)))
+            if (
+                kept := sample.take(
+                    row["question_id"], min(len(row["completion"]), MAX_CHARS) + 400
+                )
+            ) is not None:
+                question = kept["contents"].setdefault(content_of(row), {"rollouts": []})
+                question |= _question(row, number)
+                question["rollouts"].append(
+                    _rollout(row, number, kept["verdicts"].pop(row["rollout_id"], None))
+                )
+        for row in _rows(stage, "pairs", absent):
+            kinds[row["kind"]] += 1
+            kept, place = pairs[row["kind"]], seen[row["kind"]]
+            seen[row["kind"]] += 1
+            if place >= MAX_PAIRS:  # each is as likely to stay
+                place = rng.randrange(place + 1)
+            if place < MAX_PAIRS:
+                kept[place : place + 1] = [_pair(row, number)]
+        ids |= own
         known = [accuracy for accuracy in accuracies if accuracy is not None]
-        count = {"rollouts": len(tokens), "questions": len(questions)}
-        means = (("accuracy", known), ("completion_tokens", tokens), ("truncated", cut))
-        count |= {name: fmean(values) if values else None for name, values in means}
-        for part, column in (("verdicts", "consistency"), ("pairs", "kind")):
-            found = tables(stage, part, broken, [column])
-            count[part] = dict(Counter(value for _, table in found for value in table[column].to_pylist()))
-        counts.append(count)
-    return counts, dict(sizes)
+        means = {"accuracy": known, "completion_tokens": tokens, "truncated": cut}
+        count = {name: fmean(values) if values else None for name, values in means.items()}
+        count |= {
+            "rollouts": len(tokens),
+            "questions": len(own),
+            "verdicts": verdicts,
+            "pairs": kinds,
+        }
+        counts.insert(0, count)
+    if lost := sum(len(kept["verdicts"]) for kept in sample.questions.values()):
+        absent.append(
+            f"{lost} verdicts have no rollouts before them. Give a verifier's folder after that of its rollouts."
+        )
+    turns = zip_longest(*(pairs[kind] for kind in sorted(pairs, key=str)))
+    return {
+        "counts": counts,
+        "questions": [
+            _ordered(question)
+            for _, kept in sorted(sample.questions.items())
+            for question in sorted(
+                kept["contents"].values(), key=lambda question: question["stage"]
+            )
+        ],
+        "all_questions": len(ids),
+        "pairs": [pair for turn in turns for pair in turn if pair is not None][:MAX_PAIRS],
+    }
 
 
 def accuracy_name(names: Iterable[str]) -> str | None:
@@ -205,83 +270,41 @@ def accuracy_name(names: Iterable[str]) -> str | None:
     return min((name for name in names if name.startswith("accuracy")), key=len, default=None)
 
 
-def choose_questions(sizes: dict[str, int], *, seed: int, budget: int) -> list[str]:
-    """Question ids in an order drawn by `seed`, as many as `budget` bytes hold (at least one)."""
-    order = sorted(sizes)
-    random.Random(seed).shuffle(order)
-    return fitting(order, [sizes[question_id] for question_id in order], budget)
-
-
-def fitting(items: list, sizes: list[int], budget: int) -> list:
-    """The first items whose sizes sum up to `budget` at most; at least one, if there is one."""
-    return items[: max(1, sum(total <= budget for total in accumulate(sizes)))]
-
-
-def read_questions(
-    stages: list[dict], chosen: list[str], absent: list[str], broken: list[str], *, progress: bool
-) -> list[dict]:
-    """The chosen questions with their rollouts and verdicts, in the order of `chosen`.
-
-    Rollouts of two runs can have the same ids, which are made from the names of folders: a verdict belongs to the last
-    such rollout in a stage before its own, or in its own; of several verdicts on it the first counts.
-    """
-    wanted = pa.array(chosen, pa.string())
-
-    def rows_of(stage: dict, part: str) -> list[dict]:
-        found = (
-            table.filter(pc.is_in(table["question_id"], value_set=wanted))
-            for _, table in tables(stage, part, broken)
-        )
-        return [row for table in found for row in table.to_pylist()]
-
-    rollouts: list[list[dict]] = []  # by stage, the last one first
-    verdicts: dict[tuple, dict] = {}  # of later stages, whose rollouts have not been met
-    for stage in tqdm(stages[::-1], desc="reading", unit="stage", disable=not progress):
-        verdicts |= {(row["question_id"], row["rollout_id"]): row for row in rows_of(stage, "verdicts")}
-        rollouts.append(rows_of(stage, "rollouts"))
-        for row in rollouts[-1]:
-            row["verdict"] = verdicts.pop((row["question_id"], row["rollout_id"]), None)
-    if verdicts:
-        absent.append(
-            f"{len(verdicts)} verdicts have no rollouts before them. Give a verifier's folder after that of its rollouts."
-        )
-    found: dict[tuple, dict] = {}  # questions of two runs may share an id
-    for number, rows in enumerate(rollouts[::-1]):
-        for row in rows:
-            question = found.setdefault(
-                (row["question_id"], content_of(row)), {**_question(row, number), "rollouts": []}
-            )
-            question["rollouts"].append(_rollout(row, number))
-    for question in found.values():
-        question["total"] = len(question["rollouts"])
-        if question["total"] > MAX_ROLLOUTS:  # evenly, so that early and late ones are there
-            step = question["total"] / MAX_ROLLOUTS
-            question["rollouts"] = [question["rollouts"][int(index * step)] for index in range(MAX_ROLLOUTS)]
-    order = {question_id: index for index, question_id in enumerate(chosen)}
-    return sorted(found.values(), key=lambda question: order[question["question_id"]])
+def _ordered(question: dict) -> dict:
+    """A question with its rollouts by stage; of very many some, evenly, so that early and late ones are there."""
+    rollouts = sorted(question["rollouts"], key=lambda rollout: rollout["stage"])
+    step = max(1, len(rollouts) / MAX_ROLLOUTS)
+    shown = [rollouts[int(index * step)] for index in range(min(len(rollouts), MAX_ROLLOUTS))]
+    return {**question, "total": len(rollouts), "rollouts": shown}
 
 
 def _question(row: dict, stage: int) -> dict:
-    return {name: row[name] or ([] if name in _LISTS else "") for name in QUESTION} | {"stage": stage}
+    lists = ("options", "videos", "images")
+    return {name: row[name] or ([] if name in lists else "") for name in QUESTION} | {
+        "stage": stage
+    }
 
 
-def _rollout(row: dict, stage: int) -> dict:
-    rewards = {name.removesuffix("_reward"): value for name, value in (row["rewards"] or {}).items()}
-    verdict = row["verdict"] or {"accuracy": None}
-    accuracy = rewards.get(accuracy_name(rewards)) if verdict["accuracy"] is None else verdict["accuracy"]
+def _rollout(row: dict, stage: int, verdict: dict | None) -> dict:
+    rewards = {
+        name.removesuffix("_reward"): value for name, value in (row["rewards"] or {}).items()
+    }
+    verdict = _verdict(verdict)
     return {
-        **{name: row[name] for name in ("rollout_id", "step", "completion_tokens", "finish_reason")},
+        **{name: row[name] for name in ROLLOUT},
         "stage": stage,
         "completion": _cut(row["completion"]),
         "rewards": {name: _short(value) for name, value in rewards.items() if value is not None},
         "advantage": _short(row["advantage"]),
-        "accuracy": _short(accuracy),
-        "verdict": _verdict(row["verdict"]),
+        "accuracy": (verdict or {}).get("accuracy", _short(rewards.get(accuracy_name(rewards)))),
+        "verdict": verdict,
     }
 
 
 def _verdict(verdict: dict | None) -> dict | None:
-    return verdict and {name: _short(verdict[name]) for name in VERDICT if verdict[name] not in (None, "")}
+    return verdict and {
+        name: _short(verdict[name]) for name in VERDICT if verdict[name] not in (None, "")
+    }
 
 
 def _short(value):
@@ -294,36 +317,16 @@ def _cut(text: str) -> str:
     return f"{text[:MAX_CHARS]} […{len(text) - MAX_CHARS} more characters are not on this page]"
 
 
-def read_pairs(stages: list[dict], broken: list[str], *, seed: int) -> tuple[list[dict], int]:
-    """(pairs drawn by `seed`, the kinds in turn, `MAX_PAIRS` at most; how many there are)."""
-    found = defaultdict(list)  # by kind: (stage, file, row in it)
-    for number, stage in enumerate(stages):
-        for path, table in tables(stage, "pairs", broken, ["kind"]):
-            for row, kind in enumerate(table["kind"].to_pylist()):
-                found[kind].append((number, path, row))
-    kinds = [found[kind] for kind in sorted(found, key=str)]
-    for kind in kinds:
-        random.Random(seed).shuffle(kind)
-    drawn = [pair for turn in zip_longest(*kinds) for pair in turn if pair is not None]
-    records = {}
-    for number, stage in enumerate(stages):
-        for path in sorted({path for at, path, _ in drawn[:MAX_PAIRS] if at == number}):
-            for _, table in tables({"pairs": [path]}, "pairs", broken):
-                rows = [row for _, file, row in drawn[:MAX_PAIRS] if file == path]
-                records |= {(path, row): table.slice(row, 1).to_pylist()[0] for row in rows}
-    pairs = [_pair(records[path, row], at) for at, path, row in drawn[:MAX_PAIRS] if (path, row) in records]
-    return pairs, len(drawn)
-
-
-def _pair(record: dict, stage: int) -> dict:
-    verdicts = record["verdicts"]
-    return _question(record, stage) | {
-        **{name: record[name] for name in ("kind", "chosen_ids", "rejected_id")},
+def _pair(row: dict, stage: int) -> dict:
+    verdicts = row["verdicts"]
+    texts = {
+        side: "\n".join(message["content"] for message in row[side])
+        for side in ("chosen", "rejected")
+    }
+    return _question(row, stage) | {
+        **{name: row[name] for name in ("kind", "chosen_ids", "rejected_id")},
         "fault": verdicts["fault"],
         "chosen_verdicts": list(map(_verdict, verdicts["chosen"])),
         "rejected_verdict": _verdict(verdicts["rejected"]),
-        **{
-            side: _cut("\n".join(message["content"] for message in record[side]))
-            for side in ("chosen", "rejected")
-        },
+        **{side: _cut(text) for side, text in texts.items()},
     }

@@ -5,13 +5,13 @@ travels as escaped JSON, becomes text nodes and never markup, and the page's pol
 hashes of our own script and style) lets nothing else run or load.
 """
 
-from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 from veripo_trl.files.disk import write_whole
-from veripo_trl.report import read
 from veripo_trl.report.frames import film
 from veripo_trl.report.page import embed, render
+from veripo_trl.report.read import ReportError, read_rows, read_scores, read_stages
 
 
 def write_report(
@@ -23,10 +23,9 @@ def write_report(
     media_root: str | None = None,
     max_mb: float = 20.0,
     scores: list[str | Path] = (),
-    progress: bool = False,
-    say: Callable[[str], None] = print,
 ) -> Path:
-    """Write the page of one run, or of several as the stages of one.
+    """Write the page of one run, or of several as the stages of one. A file that is broken is left out: its error is
+    printed, and the page says so too.
 
     Args:
         runs: folders: of a loop (with `run.json`), or of stages (`results.json`, `rollouts/`, `verdicts/`, `pairs/`),
@@ -37,7 +36,6 @@ def write_report(
         media_root: folder of the videos and images; by default what the runs recorded.
         max_mb: about the largest size of the page, in megabytes.
         scores: files of benchmark results (`<name>.scores.json`), beside those in the run's folders.
-        say: called with a line for each file that is broken: it is left out, and the page says so too.
 
     Returns:
         The path written.
@@ -45,24 +43,29 @@ def write_report(
     Raises:
         ReportError: a folder is missing or holds nothing to report.
     """
-    title, stages, absent = read.read_stages(list(runs))
-    benchmarks = read.read_scores(list(runs), stages, list(scores), absent)
-    if not benchmarks and not any(
-        stage[part] for stage in stages for part in ("results", "history", *read.COLUMNS)
-    ):
-        raise read.ReportError(
+    absent: list[str] = []
+    title, stages = read_stages(runs, absent)
+    benchmarks = read_scores(stages, runs, scores, absent)
+    budget = int(max_mb * 1e6)
+    found = read_rows(stages, absent, seed=seed, budget=budget // 2)
+    parts = {
+        "No rollouts: there are no questions to look at.": any(
+            count["rollouts"] for count in found["counts"]
+        ),
+        "No verdicts: the verifier has not run, or its folder was not given.": any(
+            count["verdicts"] for count in found["counts"]
+        ),
+        "No preference pairs.": bool(found["pairs"]),
+        "No training log: there are no training curves.": any(stage["history"] for stage in stages),
+    }
+    if not benchmarks and not any(parts.values()) and not any(stage["results"] for stage in stages):
+        raise ReportError(
             f"{', '.join(map(str, runs))}: nothing to report. Expected run.json of a loop, or results.json, "
             f"rollouts/*.parquet, verdicts/*.parquet or pairs/*.parquet of a stage."
         )
-    broken: list[str] = []
-    counts, sizes = read.survey(stages, broken, progress=progress)
-    budget = int(max_mb * 1e6)
-    chosen = read.choose_questions(sizes, seed=seed, budget=budget // 2)
-    listed = _fitting(read.read_questions(stages, chosen, absent, broken, progress=progress), budget // 2)
-    pairs, all_pairs = read.read_pairs(stages, broken, seed=seed)
-    for line in broken:
-        say(line)
-    media = film(listed[:questions], stages, media_root, budget=budget // 3, progress=progress, say=say)
+    absent += [line for line, is_there in parts.items() if not is_there]
+    listed = _fitting(found["questions"], budget // 2)
+    media = film(listed[:questions], stages, media_root, budget=budget // 3)
     if failed := [entry for entry in media.values() if not entry["frames"]]:
         absent.append(
             f"{len(failed)} of {len(media)} videos and images are not shown: {failed[0]['note']}. Give --media_root, the "
@@ -71,21 +74,23 @@ def write_report(
     page = render(
         title=title,
         stages=stages,
-        counts=counts,
+        counts=found["counts"],
         benchmarks=benchmarks,
         questions=listed,
-        pairs=_fitting(pairs, budget // 6),
+        all_questions=found["all_questions"],
+        pairs=_fitting(found["pairs"], budget // 6),
         media=media,
-        absent=broken + absent,
-        sample={"seed": seed, "questions": len(sizes), "pairs": all_pairs},
+        absent=absent,
+        seed=seed,
     )
     path = Path(output) if output is not None else Path(runs[0]) / "report.html"
-    write_whole(path, page.encode("utf-8", "backslashreplace"))  # half a surrogate pair would not be UTF-8
+    write_whole(
+        path, page.encode("utf-8", "backslashreplace")
+    )  # half a surrogate pair would not be UTF-8
     return path
 
 
 def _fitting(items: list[dict], budget: int) -> list[dict]:
-    """The first items that take `budget` bytes on the page. Escapes make a text up to six times longer."""
-    return read.fitting(
-        items, [len(embed(item).encode("utf-8", "backslashreplace")) for item in items], budget
-    )
+    """The first items that take `budget` bytes on the page, at least one. Escapes make a text up to six times longer."""
+    sizes = (len(embed(item).encode("utf-8", "backslashreplace")) for item in items)
+    return items[: max(1, sum(total <= budget for total in accumulate(sizes)))]
