@@ -25,7 +25,7 @@ import importlib.util  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-spec = importlib.util.spec_from_file_location("main_conftest", Path(__file__).parent.parent / "tests" / "conftest.py")
+spec = importlib.util.spec_from_file_location("main_conftest", Path(__file__).parent.parent / "conftest.py")
 main = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(main)
 model_paths, media_root, mixed_rows, load = main.model_paths, main.media_root, main.mixed_rows, main.load

@@ -1,4 +1,4 @@
-"""Models, clips and rows that several test files share. All real: saved models, mp4 files, processors."""
+"""Models, clips and rows that the test folders share. All real: saved models, mp4 files, processors."""
 
 import locale
 import os
@@ -138,8 +138,8 @@ def counted(monkeypatch, tmp_path):
 
 
 # Two workers take whole files: those that last are begun first.
-LONG = ["test_loop.py", "test_on_gpu.py", "test_two_processes.py", "test_speed.py", "test_hub_training.py",
-        "test_bad_input.py", "test_shared_prefix.py", "test_recipes.py", "test_verify_rollouts.py"]  # fmt: skip
+LONG = ["test_loop.py", "test_bad_input.py", "test_recipes.py", "test_hub_faults.py", "test_evaluation_runs.py",
+        "test_verify_rollouts.py", "test_shared_prefix.py", "test_grpo_loading.py"]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

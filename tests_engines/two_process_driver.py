@@ -1,6 +1,6 @@
 """Runs recipes/grpo_video.py in this process, as `torchrun` starts it, with fixed completions and a record of reads.
 
-    python tests/two_process_driver.py SCENARIOS.json
+    python tests_engines/two_process_driver.py SCENARIOS.json
 
 SCENARIOS.json is a list of {name, argv, log, and optionally completions, break_at, terminate_at, make_world,
 make_start}. They run one after the other, so that their processes pay for their imports once. Used by
