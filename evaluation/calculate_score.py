@@ -14,10 +14,10 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from benchmarks import BENCHMARKS
 from tqdm import tqdm
 
 from veripo_trl.answers.math_process import MATH_LIMIT_S, math_timeouts
+from veripo_trl.data.official import find_source
 from veripo_trl.data.schema import RowError
 from veripo_trl.errors import run
 from veripo_trl.evaluate.questions import content_hash
@@ -33,8 +33,9 @@ from veripo_trl.evaluate.scores import (
     total_intervals,
 )
 from veripo_trl.files.tables import print_table, printable, write_json
+from veripo_trl.sources import BENCHMARKS
 
-BY_NAME = {benchmark.NAME: benchmark for benchmark in BENCHMARKS.values()}
+BY_NAME = {module.NAME: module for module in map(find_source, BENCHMARKS)}
 
 
 def benchmark_of(row: dict) -> tuple[str, dict]:
@@ -57,17 +58,21 @@ def totals_of(scored: list[dict]) -> list[str]:
     for name in sorted({row["benchmark"] for row in scored}):
         rows = [row for row in scored if row["benchmark"] == name]
         groups, totals = by_category(rows), getattr(BY_NAME.get(name), "totals", None)
-        if totals is None or not {"part", "task"} <= groups.keys():
+        if "part" in groups:
+            means = {
+                part: 100 * np.mean([row["ours"] for row in some])
+                for part, some in groups["part"].items()
+            }
+            shares = " + ".join(
+                f"{len(groups['part'][part])} × {mean:.2f}% ({part})"
+                for part, mean in means.items()
+            )
+            mean = 100 * np.mean([row["ours"] for row in rows])
+            told.append(
+                f"{name}, ours: ({shares}) / {len(rows)} = {mean:.2f}%, the mean of all rows."
+            )
+        if totals is None or "task" not in groups:
             continue
-        means = {
-            part: 100 * np.mean([row["ours"] for row in some])
-            for part, some in groups["part"].items()
-        }
-        shares = " + ".join(
-            f"{len(groups['part'][part])} × {mean:.2f}% ({part})" for part, mean in means.items()
-        )
-        mean = 100 * np.mean([row["ours"] for row in rows])
-        told.append(f"{name}, ours: ({shares}) / {len(rows)} = {mean:.2f}%, the mean of all rows.")
         for mode in ("ours", "released"):
             for what, total, low, high in total_intervals(totals, groups, mode):
                 told.append(

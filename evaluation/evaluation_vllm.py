@@ -3,7 +3,7 @@
     python evaluation/evaluation_vllm.py --model_path Uni-MoE/VerIPO-7B-v1.0 --output_path outputs/vsi_bench.json \\
         --prompt_path vsi_bench.json --video_dir videos
 
-Reads VerIPO's JSON files as they are, and files that benchmarks/convert.py makes. May be broken off and started again
+Reads VerIPO's JSON files as they are, and with --benchmark a benchmark's official ones. May be broken off and started again
 with the same command. Exits with 3 if rows could not be answered (they are listed), with 1 if it broke off: what was
 answered is kept.
 """
@@ -42,6 +42,7 @@ from veripo_trl.hub.push import PATTERNS
 from veripo_trl.model.policy import SEEING, find_base, load_policy
 from veripo_trl.recipe.arguments import DataArguments
 from veripo_trl.recipe.build import encoder_from_config, see_as_trained
+from veripo_trl.sources import BENCHMARKS
 
 RANK = "VERIPO_EVALUATION_RANK"  # set for the processes of a data-parallel run
 BATCH_SIZES = {"transformers": 8, "vllm": 64}
@@ -62,7 +63,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--output_path", required=True, help="a .json file; what belongs to it is written beside it"
     )
     released.add_argument(
-        "--prompt_path", required=True, help="the questions: .json (a list) or .jsonl"
+        "--prompt_path",
+        required=True,
+        help="the questions: .json (a list), .jsonl; see --benchmark",
     )
     released.add_argument(
         "--video_dir", default="", help="what video paths start from (default: the file's folder)"
@@ -86,6 +89,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--batch_size", type=int, help="rows at once (default: 64 for vllm, 8 for transformers)"
     )
     ours = parser.add_argument_group("more")
+    known = f"prompt_path is official data of: {', '.join(BENCHMARKS)}; or module:convert"
+    ours.add_argument("--benchmark", help=known)
     ours.add_argument(
         "--engine", choices=sorted(BATCH_SIZES), help="default: vllm where it is installed"
     )
@@ -311,7 +316,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate(args, argv: list[str], files: OutputFiles, rank: int | None) -> int:
     """Answer what is left, as one engine of a run or as the whole of it."""
-    questions = read_questions(args.prompt_path, video_dir=args.video_dir, limit=args.limit)
+    questions = read_questions(
+        args.prompt_path, video_dir=args.video_dir, limit=args.limit, benchmark=args.benchmark
+    )
     root = Path(questions[0]["row"]["media_root"])
     videos = {path for question in questions for path in question["row"]["videos"]}
     if videos and not any((root / path).exists() for path in videos):

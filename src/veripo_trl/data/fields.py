@@ -18,8 +18,6 @@ def checked_row(record: Any, question_id: str | None, id_column: str, *, file: s
     if question_id is None:
         came = show(record.get(id_column))
         raise FieldError(id_column, "a non-empty string or a whole number", came, "Give the row an id.")
-    if id_column == "problem_id":
-        record = _from_video_r1(record)
     row = {
         "question_id": _encodable(question_id, id_column),
         "problem": _text(record, "problem"),
@@ -41,29 +39,6 @@ def checked_row(record: Any, question_id: str | None, id_column: str, *, file: s
         remedy = "Correct the solution, its options or its problem_type, or remove the row."
         raise FieldError("solution", "a solution that answers can be compared with", came, remedy) from error
     return row
-
-
-def _from_video_r1(record: dict[str, Any]) -> dict[str, Any]:
-    """Video-R1's columns as ours. The thinking keeps its white space: process + newline + solution is its target."""
-    kind = record.get("data_type")
-    if kind not in ("video", "image"):
-        raise FieldError(
-            "data_type", "'video' or 'image'", show(kind), "Correct it or leave the rows out by `where`."
-        )
-    media = {"videos" if kind == "video" else "images": [_text(record, "path")]}
-    common = {field: record.get(field) for field in ("problem", "options", "problem_type")}
-    # Rows of one of its sources (ArxivQA) are reported to leave data_source blank; it is a label only.
-    common["data_source"] = record.get("data_source") or None
-    solution = _untagged(record, "solution", "answer")
-    return {**common, "solution": solution, "process": _untagged(record, "process", "think"), **media}
-
-
-def _untagged(record: dict[str, Any], field: str, tag: str) -> Any:
-    value = record.get(field)
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(rf"\s*<{tag}>(.*)</{tag}>\s*", value, re.DOTALL)
-    return match[1] if match else value  # what still has tags in it is refused as any other text is
 
 
 def _text(record: dict[str, Any], field: str) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from veripo_trl.data.fields import checked_row
 from veripo_trl.data.files import SUFFIXES, is_data_file, numbered, read_directory, read_file
 from veripo_trl.data.manifest import read_manifest, report_dropped
+from veripo_trl.data.official import find_source, make_rows, print_counts, read_official
 from veripo_trl.data.schema import (
     COLUMNS,
     REQUIRED,
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 # Columns that mean media but are not ours. Dropping one with the other unknown columns would train without the video.
 _MEDIA_LOOKALIKES = {"video": "videos", "video_path": "videos", "image": "images", "image_path": "images"}
 _VIDEO_R1 = {"problem_id", "problem", "data_type", "problem_type", "solution", "path"}
+_OF_EVALUATION = ("categories", "alternatives", "cut")  # columns of a source's rows that training does not read
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,12 @@ class DatasetSource:
         columns of ``COLUMNS`` that a row has (`question_id`, `problem`, `problem_type` and `solution` at least, media as
         paths from `media_root`); the rows are checked as those of a file are, and must be the same, in the same order,
         on every call and in every process.
+    source: what the files are, where they are not in our columns: a public data set by its name (a module of
+        `veripo_trl.sources`), or `module:convert` of the user's own, `convert(record, file=…) -> rows`. A directory is
+        then every data file below it. Video-R1's files need none.
     where: {raw column: value or list of values}; rows that equal none of the values are left out.
-    limit: the first n rows in file order after `where`: the same rows under every seed. A file sorted by source
-        gives a one-sided sample, so list such a file once per source, each with its own `limit`.
+    limit: the first n rows in file order after `where` and `source`: the same rows under every seed. A file sorted by
+        source gives a one-sided sample, so list such a file once per source, each with its own `limit`.
     media_root: what videos and images are relative to. Default: the data file's directory; a Hub dataset has none.
     id_prefix: put before each question_id, for mixing files that number their rows alike.
     """
@@ -65,9 +70,11 @@ class DatasetSource:
     name: str | None = None
     revision: str | None = None
     id_prefix: str = ""
+    source: str | None = None
 
     def __post_init__(self):
-        for field, kind in (("path", str), ("split", str), ("where", dict), ("limit", int), ("media_root", str)):
+        kinds = {"path": str, "split": str, "where": dict, "limit": int, "media_root": str, "source": str}
+        for field, kind in kinds.items():
             value = getattr(self, field)
             optional = field not in ("path", "split")
             if not (isinstance(value, kind) and not isinstance(value, bool)) and not (optional and value is None):
@@ -123,14 +130,13 @@ def read_rows(
     rows, problems, unknown, dropped = [], [], [], Counter()
     places: dict[str, str] = {}  # of each id so far
     for source in sources:
-        key = (source.path, source.name, source.split, source.revision)
+        key = (source.path, source.name, source.split, source.revision, source.source)
         if key not in files:
             files[key] = _read(source)
         records, default_root = files[key]
         root = _media_root(source, default_root)
         records, id_column = _selected(records, source, other_columns)
-        for file, number, record in records:
-            raw_id = record.get(id_column) if isinstance(record, dict) else None
+        for file, number, raw_id, record in records:
             question_id = source.id_prefix + str(raw_id) if is_id(raw_id) else None
             if verdicts is not None and question_id is not None:
                 if question_id not in verdicts:
@@ -140,6 +146,8 @@ def read_rows(
                     dropped[reason] += 1
                     continue
             try:
+                if isinstance(record, FieldError):
+                    raise record
                 row = checked_row(record, question_id, id_column, file=file, allow_urls=allow_urls)
                 if unique_ids and question_id in places:
                     remedy = "Make the ids unique, or give one source an `id_prefix`."
@@ -180,6 +188,8 @@ def _read(source: DatasetSource) -> tuple[list[tuple[str, int, Any]], str | None
             )
         if source.name or source.revision:
             raise RowError(f"{source.path} is local: `name` and `revision` are for Hub datasets; leave them out.")
+        if source.source and not own and not (path / "dataset_dict.json").is_file():
+            return read_official(path, source.source), str(path if path.is_dir() else path.parent)
         if path.is_dir():
             return read_directory(path, source.split), str(path)
         if source.split != "train":
@@ -214,7 +224,9 @@ def _media_root(source: DatasetSource, default: str | None) -> str | None:
 
 
 def _selected(records: list, source: DatasetSource, other_columns: tuple[str, ...]) -> tuple[list, str]:
-    """(records after `where` and `limit`, the column of their ids). Checks the columns of the whole source."""
+    """((file, number, raw id, row or FieldError) after `where` and `limit`, the column of their ids).
+
+    Checks the columns of the whole source."""
     columns: dict[str, None] = {}
     for _, _, record in records:
         if isinstance(record, dict):
@@ -222,8 +234,6 @@ def _selected(records: list, source: DatasetSource, other_columns: tuple[str, ..
     where = source.where or {}
     if missing := [column for column in where if column not in columns]:
         raise RowError(f"{source.path}: `where` names {missing}; the columns are {', '.join(columns)}.")
-    is_video_r1 = _VIDEO_R1 <= columns.keys() and "question_id" not in columns
-    _check_columns(source.path, [c for c in columns if c not in other_columns], is_video_r1)
     for column, wanted in where.items():
         accepted = wanted if isinstance(wanted, list) else [wanted]
         kept = [r for r in records if isinstance(r[2], dict) and r[2].get(column) in accepted]
@@ -232,12 +242,29 @@ def _selected(records: list, source: DatasetSource, other_columns: tuple[str, ..
             values = ", ".join(value for value, _ in there)
             raise RowError(f"{source.path}: no row has {column} = {wanted!r}; values there: {values}.")
         records = kept
-    return records[: source.limit], "problem_id" if is_video_r1 else "question_id"
+    name = source.source or _recognised(source.path, columns)
+    if name is None:
+        _check_columns(source.path, [c for c in columns if c not in other_columns])
+        rows = [(file, n, r.get("question_id") if isinstance(r, dict) else None, r) for file, n, r in records]
+        return rows[: source.limit], "question_id"
+    rows, counted = make_rows(records, name)
+    print_counts(source.path, name, rows, counted)
+    made = dict.fromkeys(column for *_, row in rows if isinstance(row, dict) for column in row)
+    if made:
+        _check_columns(source.path, [c for c in made if c not in (*other_columns, *_OF_EVALUATION)])
+    return rows[: source.limit], getattr(find_source(name), "ID", "question_id")
 
 
-def _check_columns(path: str, columns: Iterable[str], is_video_r1: bool) -> None:
-    if is_video_r1:
-        return
+def _recognised(path: str, columns: Iterable[str]) -> str | None:
+    """The source of files that need not name it, by their columns."""
+    if not _VIDEO_R1 <= set(columns) or "question_id" in columns:
+        return None
+    if "init_frame_path" in columns:  # of whose media Video-R1's columns are one of three
+        raise RowError(f"{path}: these are PRIMO's columns. Set `source: primo_r1`, which keeps the images.")
+    return "video_r1"
+
+
+def _check_columns(path: str, columns: Iterable[str]) -> None:
     if missing := [column for column in REQUIRED if column not in columns]:
         raise RowError(
             f"{path}: no column {', '.join(missing)}. Expected {', '.join(COLUMNS[:-1])} (or Video-R1's columns "

@@ -5,29 +5,30 @@ for choice rows `options`. Row and ground truth are taken from it as they stand;
 by its position in the file and its content.
 """
 
-import ast
 import hashlib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-from veripo_trl.answers.numbers import read_number
 from veripo_trl.answers.score import SolutionError, check_solution
 from veripo_trl.data.fields import checked_row
 from veripo_trl.data.files import read_file, uncompressed
+from veripo_trl.data.official import make_rows, print_counts, read_official
 from veripo_trl.data.schema import FieldError, RowError, row_error, show
+from veripo_trl.sources.record import ground_truths, kind_of, read_options
 
 RELEASED_TAIL = "\nAnswer with the option's letter from the given choices directly."
 RELEASED_COLUMNS = ("question_id", "video_path", "answer", "processed_question")
-_BARE_NUMBER = re.compile(r"\$?\s*[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?(?:\s*/\s*\d+)?\s*%?\s*\$?", re.I)
-_OPTION = re.compile(r"\s*(\(?([A-Z])[.)]\s*)(?=\S)(.*)")
 
 
-def read_questions(path: str | Path, *, video_dir: str | Path | None = None, limit: int | None = None) -> list[dict]:
-    """The questions of a file that `rows` reads, released rows or our own.
+def read_questions(
+    path: str | Path, *, video_dir: str | Path | None = None, limit: int | None = None, benchmark: str | None = None
+) -> list[dict]:
+    """The questions of a file that `rows` reads, released rows or our own, or of a benchmark's official file or folder.
 
     Args:
+        benchmark: whose official records they are: one of `sources.BENCHMARKS`, or the user's own `module:convert`.
         video_dir: what video paths are relative to; the file's folder by default. limit: the first n rows.
 
     Returns:
@@ -38,10 +39,10 @@ def read_questions(path: str | Path, *, video_dir: str | Path | None = None, lim
         RowError: no rows, rows of neither kind, or malformed ones: with row, field and remedy.
     """
     path = Path(path)
-    root = Path(video_dir).expanduser() if video_dir else path.parent
+    root = Path(video_dir).expanduser() if video_dir else path if path.is_dir() else path.parent
     if not root.is_dir():
         raise RowError(f"video_dir {str(root)!r}: no such folder. Give the one that the rows' video paths start from.")
-    records = read_records(path)[:limit]
+    records = (_benchmark_rows(path, benchmark) if benchmark else read_records(path))[:limit]
     released = sum("processed_question" in record for record in records)
     if released not in (0, len(records)):
         raise RowError(f"{path}: {released} of {len(records)} rows are in the released form. Give one form a file.")
@@ -57,6 +58,19 @@ def read_questions(path: str | Path, *, video_dir: str | Path | None = None, lim
 
     _each(records, path, read, "cannot be used", question=lambda raw: raw)
     return questions
+
+
+def _benchmark_rows(path: Path, benchmark: str) -> list[dict]:
+    """The rows of a benchmark's official records, with what was counted printed. Raises RowError for broken ones."""
+    rows, counted = make_rows(read_official(path, benchmark), benchmark)
+    broken = [(*place, row) for *place, row in rows if isinstance(row, FieldError)]
+    if broken:
+        columns = ("file", "row", "question_id")
+        raise row_error([dict(zip(columns, place, strict=True)) | error.problem for *place, error in broken])
+    if not rows:
+        raise RowError(f"{path}: no question of {benchmark} in it; left out: {dict(counted)}.")
+    print_counts(str(path), benchmark, rows, counted)
+    return [row for *_, row in rows]
 
 
 def read_predictions(path: str | Path) -> list[dict]:
@@ -161,17 +175,6 @@ def task_of(raw: dict) -> dict:
     return {"problem_type": kind, "options": options, "solution": truths[0]}
 
 
-def kind_of(truths: list[str]) -> str:
-    """The problem type of a question without options: what all of its truths can be compared as."""
-    if all(map(is_number, truths)):
-        return "numerical"
-    try:
-        for truth in truths:
-            check_solution(problem_type="math", solution=truth)
-    except SolutionError:
-        return "free-form"
-    return "math"
-
 
 def truths_of(raw: dict) -> list[str]:
     """All answers that count as right for a row of either form."""
@@ -192,40 +195,3 @@ def check_truths(raw: dict) -> None:
         except SolutionError as error:
             remedy = "Correct the row's truth, its options or its problem_type, or remove the row."
             raise FieldError(field, "answers that others can be compared with", str(error), remedy) from error
-
-
-def is_number(solution: str) -> bool:
-    """Whether a ground truth is a bare number, perhaps a fraction, a percentage or between dollars; "x+1" is not."""
-    return _BARE_NUMBER.fullmatch(solution.strip()) is not None and read_number(solution) is not None
-
-
-def ground_truths(answer: Any) -> list[str]:
-    """The answers that count as right: one, or those of a list written as text, `"['24/7', '3.429']"`, in which
-    VideoMMMU once forgets the last quote. Raises FieldError for what begins as a list and is none."""
-    text = str(answer).strip()
-    if text.startswith("['"):
-        try:
-            return [str(item) for item in ast.literal_eval(re.sub(r"(?<!')\]$", "']", text))]
-        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-            remedy = "Write it as a list of texts, ['24/7', '3.429']."
-            raise FieldError("answer", "answers that others can be compared with", show(text), remedy) from error
-    return [text]
-
-
-def read_options(problem: str) -> list[str]:
-    """The options at the end of a question's text, lettered A, B, C, …; [] if there are none.
-
-    Each is text of the question, so that the prompt does not write it again. Video-MME's released rows letter their
-    options twice ("A. A. red"): one letter is taken off.
-    """
-    options: list[str] = []
-    for line in reversed(problem.rstrip().split("\n")):
-        match = _OPTION.fullmatch(line)
-        if not match:
-            break
-        again = _OPTION.fullmatch(match[3])
-        options.insert(0, match[3].strip() if again and again[2] == match[2] else line.strip())
-        if match[2] == "A":  # what stands before it is the question
-            break
-    letters = [_OPTION.fullmatch(option)[2] for option in options]
-    return options if len(options) > 1 and letters == [chr(ord("A") + place) for place in range(len(options))] else []

@@ -15,14 +15,21 @@ def convert(record: dict, *, file: str) -> list[dict]:
     letters = [chr(ord("A") + place) for place in range(len(record["options"]))]
     return [
         {
-            "question_id": record["key"],  # several questions share a video: ids repeat, as in VerIPO's file
+            "question_id": record[
+                "key"
+            ],  # several questions share a video: ids repeat, as in VerIPO's file
             "problem": record["question"],
-            "options": [f"{letter}. {text}" for letter, text in zip(letters, record["options"], strict=True)],
+            "options": [
+                f"{letter}. {text}" for letter, text in zip(letters, record["options"], strict=True)
+            ],
             "problem_type": "multiple choice",
             "solution": letters[record["answer"]],
             "videos": [f"TOMATO/videos/{record['demonstration_type']}/{record['key']}.mp4"],
             "data_source": NAME,
-            "categories": {"motion": record["motion_type"], "demonstration": record["demonstration_type"]},
+            "categories": {
+                "motion": record["motion_type"],
+                "demonstration": record["demonstration_type"],
+            },
         }
     ]
 

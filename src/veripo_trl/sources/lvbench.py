@@ -7,7 +7,7 @@ Videos: LVBench/<key>.mp4, to be fetched from YouTube.
 Metric: accuracy. A question counts in each of its question types.
 """
 
-from veripo_trl.evaluate.questions import read_options
+from veripo_trl.sources.record import read_options
 
 NAME = "LVBench"
 VIDEOS = "LVBench/<key>.mp4"
@@ -23,7 +23,10 @@ def convert(record: dict, *, file: str) -> list[dict]:
             "solution": question["answer"].strip(),
             "videos": [f"LVBench/{record['key']}.mp4"],
             "data_source": NAME,
-            "categories": {"question type": list(question["question_type"]), "video": record["type"]},
+            "categories": {
+                "question type": list(question["question_type"]),
+                "video": record["type"],
+            },
         }
         for question in record.get("qa", [record])
     ]

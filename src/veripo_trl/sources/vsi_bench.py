@@ -11,7 +11,12 @@ import re
 
 NAME = "VSI-Bench"
 VIDEOS = "VSI-Bench/<arkitscenes|scannet|scannetpp>/<scene_name>.mp4"
-NUMERIC = ("object_abs_distance", "object_counting", "object_size_estimation", "room_size_estimation")
+NUMERIC = (
+    "object_abs_distance",
+    "object_counting",
+    "object_size_estimation",
+    "room_size_estimation",
+)
 # Released rows do not say their task. These patterns match each of their 5,130 questions exactly once.
 _TASKS = {
     "object_counting": r"^How many .+ are in this room\?",
@@ -58,7 +63,11 @@ def _categories(kind: str, numeric: bool) -> dict:
 
 def totals(by_category: dict[str, dict]) -> dict[str, float]:
     """Totals beside the mean of all rows, of the scores of each category's values: arrays, their first axis rows."""
-    known = {task: scores.mean(axis=0) for task, scores in by_category["task"].items() if not task.endswith("unknown")}
+    known = {
+        task: scores.mean(axis=0)
+        for task, scores in by_category["task"].items()
+        if not task.endswith("unknown")
+    }
     if not known:
         return {}
     levels = [mean for task, mean in known.items() if task.startswith("object_rel_direction")]
@@ -66,4 +75,6 @@ def totals(by_category: dict[str, dict]) -> dict[str, float]:
     tasks += [sum(levels) / len(levels)] if levels else []
     left_out = sum(len(scores) for task, scores in by_category["task"].items() if task not in known)
     more = f"; {left_out} rows of no known task left out" if left_out else ""
-    return {f"mean of {len(tasks)} tasks (the benchmark's own total{more})": sum(tasks) / len(tasks)}
+    return {
+        f"mean of {len(tasks)} tasks (the benchmark's own total{more})": sum(tasks) / len(tasks)
+    }

@@ -1,10 +1,7 @@
-"""From the benchmarks' official columns to our rows, on small files in their formats, and what released rows tell."""
+"""From official columns to our rows: each source on made-up records, and on the traps that its docstring names."""
 
-import importlib
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,19 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from veripo_trl.data.schema import RowError
-from veripo_trl.evaluate.questions import ground_truths, is_number, read_options, read_questions
+from veripo_trl.evaluate.questions import read_questions
+from veripo_trl.sources import BENCHMARKS
+from veripo_trl.sources.record import ground_truths, is_number, read_options
 
 EVALUATION = Path(__file__).resolve().parent.parent / "evaluation"
-
-
-@pytest.fixture(scope="module")
-def convert():
-    sys.path.insert(0, str(EVALUATION))
-    spec = importlib.util.spec_from_file_location("convert", EVALUATION / "benchmarks" / "convert.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = [path for path in sys.path if path != str(EVALUATION)]
 
 
 def vsi(name, kind, truth, options):
@@ -119,14 +108,10 @@ def write_official(path: Path, records) -> Path:
 
 
 @pytest.mark.parametrize("name, file, records, expected", CASES, ids=[f"{case[0]}-{case[1]}" for case in CASES])
-def test_official_columns_become_rows(convert, tmp_path, capsys, name, file, records, expected):
+def test_official_columns_become_rows(tmp_path, capsys, name, file, records, expected):
     source = write_official(tmp_path / "official" / file, records)
-    output = tmp_path / f"{name}.json"
-    convert.main([name, "--input", str(source), "--output", str(output)])
-    told = capsys.readouterr().out
-    assert f"{len(expected)} questions" in told and "videos are expected at <video_dir>/" in told
-    assert ("left out" in told) == (len(records) > len(expected))
-    questions = read_questions(output)  # every check of `rows` passes
+    questions = read_questions(source, benchmark=name)  # every check of `rows` passes
+    assert ("left out" in capsys.readouterr().out) == (len(records) > len(expected))
     made = [
         (q["row"]["problem_type"], q["row"]["options"], q["row"]["solution"], q["row"]["videos"][0],
          q["raw"]["categories"])
@@ -138,38 +123,36 @@ def test_official_columns_become_rows(convert, tmp_path, capsys, name, file, rec
         assert questions[1]["raw"]["alternatives"] == ["24/7", "3.429", "3.43"]
 
 
-def test_a_folder_is_read_whole_and_other_columns_are_refused(convert, tmp_path, capsys):
+def test_a_folder_is_read_whole_and_other_columns_are_refused(tmp_path):
     for track in ("Perception", "Comprehension", "Adaptation"):
         write_official(tmp_path / "data" / track / "test-00000-of-00001.parquet", [mmmu("dev_Art_1", "A", ["x", "y"])])
-    convert.main(["video_mmmu", "--input", str(tmp_path / "data"), "--output", str(tmp_path / "all.json")])
-    tracks = [q["raw"]["categories"]["track"] for q in read_questions(tmp_path / "all.json")]
+    tracks = [q["raw"]["categories"]["track"] for q in read_questions(tmp_path / "data", benchmark="video_mmmu")]
     assert sorted(tracks) == ["Adaptation", "Comprehension", "Perception"]
-    with pytest.raises(RowError, match="record 1: not in Video-MME's official columns.*Its columns: id, question"):
-        convert.main(["video_mme", "--input", str(tmp_path / "data"), "--output", str(tmp_path / "no.json")])
+    with pytest.raises(RowError, match="row 1, .*official columns of Video-MME.*Its columns: id, question"):
+        read_questions(tmp_path / "data", benchmark="video_mme")
     (tmp_path / "half.json").write_text('{"1": {"id": 1},\n"2":')
     with pytest.raises(RowError, match="half.json, line 2: not JSON"):
-        convert.main(["video_mme", "--input", str(tmp_path / "half.json"), "--output", str(tmp_path / "no.json")])
+        read_questions(tmp_path / "half.json", benchmark="video_mme")
+    lost = write_official(tmp_path / "lost.jsonl", [mmmu("dev_Art_1", "A", ["x", "y"])])
     with pytest.raises(RowError, match="a path with the track in it"):
-        lost = write_official(tmp_path / "lost.jsonl", [mmmu("dev_Art_1", "A", ["x", "y"])])
-        convert.main(["video_mmmu", "--input", str(lost), "--output", str(tmp_path / "no.json")])
+        read_questions(lost, benchmark="video_mmmu")
+    with pytest.raises(RowError, match="source 'video_xyz': expected module:convert, or one of .*video_mme"):
+        read_questions(lost, benchmark="video_xyz")
 
 
-def test_the_readme_names_every_benchmark(convert):
+def test_the_readme_names_every_benchmark():
     text = (EVALUATION / "README.md").read_text()
-    assert set(re.findall(r"^\| [\w-]+ \| `(\w+)` \|", text, re.MULTILINE)) == set(convert.BENCHMARKS)
+    assert set(re.findall(r"^\| [\w -]+ \| `(\w+)` \|", text, re.MULTILINE)) == set(BENCHMARKS)
 
 
-def test_adding_a_benchmark_as_the_readme_says(convert, tmp_path, monkeypatch, capsys):
+def test_adding_a_benchmark_as_the_readme_says(tmp_path, monkeypatch):
     section = (EVALUATION / "README.md").read_text().split("## Adding a benchmark")[1]
     (tmp_path / "my_bench.py").write_text(re.search(r"```python\n(.*?)```", section, re.S)[1])
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(convert.BENCHMARKS, "my_bench", importlib.import_module("my_bench"))
     record = {"id": "7", "question": "Which?", "options": ["A. red", "B. blue"], "answer": "B", "topic": "colour"}
     source = write_official(tmp_path / "official.jsonl", [record])
-    convert.main(["my_bench", "--input", str(source), "--output", str(tmp_path / "my_bench.json")])
-    (question,) = read_questions(tmp_path / "my_bench.json")
+    (question,) = read_questions(source, benchmark="my_bench:convert")
     assert question["row"]["videos"] == ["MyBench/7.mp4"] and question["raw"]["categories"] == {"topic": "colour"}
-    assert "expected at <video_dir>/MyBench/<id>.mp4" in capsys.readouterr().out
 
 
 TAIL = "\nAnswer with the option's letter from the given choices directly."

@@ -10,7 +10,8 @@ Metric: accuracy. VerIPO did not release its file for this benchmark.
 import re
 from pathlib import Path
 
-from veripo_trl.evaluate.questions import ground_truths, kind_of
+from veripo_trl.data.schema import FieldError
+from veripo_trl.sources.record import ground_truths, kind_of
 
 NAME = "VideoMMMU"
 VIDEOS = "VideoMMMU/<Art|Business|Engineering|Humanities|Medicine|Science>/<id>.mp4"
@@ -29,16 +30,29 @@ GROUPS = {
 def convert(record: dict, *, file: str) -> list[dict]:
     track = next((part for part in reversed(Path(file).parts) if part in TRACKS), None)
     if track is None:
-        raise ValueError(f"{file}: expected a path with the track in it: {', '.join(TRACKS)}.")
+        raise FieldError(
+            "(file)",
+            f"a path with the track in it: {', '.join(TRACKS)}",
+            file,
+            "Keep the official folders.",
+        )
     subject = re.sub(r"^[^_]+_|_\d+$", "", record["id"])
     group = next((group for group, subjects in GROUPS.items() if subject in subjects.split()), None)
     if group is None:
-        raise ValueError(f"id {record['id']!r} names no subject that is known: <split>_<subject>_<number>.")
-    intro = "The image that the question speaks of is shown at the end of the video.\n" if track == "Adaptation" else ""
+        known = "<split>_<subject>_<number> of a known subject"
+        raise FieldError("id", known, repr(record["id"]), "Correct the record or take it out.")
+    intro = (
+        "The image that the question speaks of is shown at the end of the video.\n"
+        if track == "Adaptation"
+        else ""
+    )
     truths = ground_truths(record["answer"])
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     # some options carry their letter already
-    options = [f"{a}. {str(text).removeprefix(f'{a}.').strip()}" for a, text in zip(letters, record["options"] or [])]
+    options = [
+        f"{a}. {str(text).removeprefix(f'{a}.').strip()}"
+        for a, text in zip(letters, record["options"] or [])
+    ]
     return [
         {
             "question_id": f"{track.lower()}_{record['id']}",

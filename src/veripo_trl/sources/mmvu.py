@@ -12,15 +12,17 @@ NAME = "MMVU"
 VIDEOS = "MMVU/videos/<subject>/<number>.mp4"
 
 
-def convert(record: dict, *, file: str) -> list[dict]:
+def convert(record: dict, *, file: str) -> list[dict | str]:
     if record["question_type"] != "multiple-choice":
-        return []
+        return ["left out: an open question"]
     video = "videos/" + record["video"].split("/videos/", 1)[1]
     return [
         {
             "question_id": record["id"],
             "problem": record["question"],
-            "options": [f"{letter}. {text}" for letter, text in sorted(record["choices"].items()) if text],
+            "options": [
+                f"{letter}. {text}" for letter, text in sorted(record["choices"].items()) if text
+            ],
             "problem_type": "multiple choice",
             "solution": record["answer"],
             "videos": [f"MMVU/{video}"],

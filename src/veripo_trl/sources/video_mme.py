@@ -21,6 +21,10 @@ def convert(record: dict, *, file: str) -> list[dict]:
             "solution": record["answer"],
             "videos": [f"Video-MME/videos/{record['videoID']}.mp4"],
             "data_source": NAME,
-            "categories": {"duration": record["duration"], "domain": record["domain"], "task": record["task_type"]},
+            "categories": {
+                "duration": record["duration"],
+                "domain": record["domain"],
+                "task": record["task_type"],
+            },
         }
     ]

@@ -1,0 +1,125 @@
+"""Official files of public data sets: their records, and the rows that a source makes of them."""
+
+import importlib
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from veripo_trl.data.files import (
+    SUFFIXES,
+    is_data_file,
+    numbered,
+    read_file,
+    read_json,
+    uncompressed,
+)
+from veripo_trl.data.schema import FieldError, RowError, show
+from veripo_trl.files.tables import print_table
+from veripo_trl.user_functions import is_user_function, user_function
+
+
+def find_source(name: str) -> ModuleType:
+    """The module of a source: one of `sources/` by its name, or that of a `module:convert` of the user's own."""
+    if is_user_function(name):
+        return sys.modules[user_function(name, setting="source").__module__]
+    known = sorted(Path(file.name).stem for file in (files("veripo_trl") / "sources").iterdir())
+    known = [stem for stem in known if stem not in ("__init__", "record", "__pycache__")]
+    if name not in known:
+        raise RowError(f"source {name!r}: expected module:convert, or one of {', '.join(known)}.")
+    return importlib.import_module(f"veripo_trl.sources.{name}")
+
+
+def read_official(path: Path, source: str) -> list[tuple[str, int, Any]]:
+    """(file, number from 1, record) of an official file, also a .txt, or of each data file in a folder."""
+    found = (
+        sorted(file for file in path.rglob("*") if is_data_file(file)) if path.is_dir() else [path]
+    )
+    if not found or not found[0].is_file():
+        raise RowError(
+            f"{path}: expected a {', '.join(SUFFIXES)} or .txt file, or a folder with some."
+        )
+    return [record for file in found for record in _records(file, find_source(source))]
+
+
+def _records(file: Path, module: ModuleType) -> list[tuple[str, int, Any]]:
+    nested = getattr(module, "records", None)
+    if file.suffix == ".txt":
+        content = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    elif uncompressed(file).suffix == ".json":
+        content = read_json(file)
+    elif nested is None:
+        return read_file(file)
+    else:
+        content = [record for _, _, record in read_file(file)]
+    if nested is None:
+        content = list(content.values()) if isinstance(content, dict) else content
+    else:
+        try:
+            content = nested(content, file=str(file))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise RowError(
+                f"{file}: not {module.NAME}'s official form ({type(error).__name__}: {error})."
+            ) from error
+    if not isinstance(content, list):
+        raise RowError(f"{file}: expected {module.NAME}'s records, came {show(content)}.")
+    return numbered(str(file), content)
+
+
+def make_rows(records: Iterable[tuple[str, int, Any]], source: str) -> tuple[list[tuple], Counter]:
+    """The rows of official records.
+
+    Returns:
+        (file, number of the record, raw id, row or the FieldError of a record that breaks the official format) of
+        each; and what the source counts: why rows were left out, what was changed in them.
+    """
+    module = find_source(source)
+    id_column = getattr(module, "ID", "question_id")
+    rows, counted = [], Counter()
+    for file, number, record in records:
+        try:
+            if not isinstance(record, dict):
+                raise FieldError(
+                    "(row)",
+                    "an object with the row's columns",
+                    show(record),
+                    "Correct or remove it.",
+                )
+            made = module.convert(record, file=file)
+        except FieldError as error:
+            made = [error]
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            field = str(error.args[0]) if isinstance(error, KeyError) else "(row)"
+            came = f"{type(error).__name__}: {error}"
+            remedy = f"Its columns: {', '.join(map(str, record))}."
+            made = [
+                FieldError(
+                    field,
+                    f"the official columns of {getattr(module, 'NAME', source)}",
+                    came,
+                    remedy,
+                )
+            ]
+        for row in made:
+            if isinstance(row, str):
+                counted[row] += 1
+            elif isinstance(row, dict):
+                rows.append((file, number, row.get("question_id"), row))
+            else:
+                rows.append(
+                    (file, number, record.get(id_column) if isinstance(record, dict) else None, row)
+                )
+    return rows, counted
+
+
+def print_counts(path: str, source: str, rows: list[tuple], counted: Counter) -> None:
+    """One short table of what a source did, by the first process."""
+    if counted and int(os.environ.get("RANK", "0")) == 0:
+        lines = [("rows", len(rows)), *sorted(counted.items())]
+        print_table(
+            f"{path}, source {source}", [{"what": what, "count": count} for what, count in lines]
+        )
