@@ -3,9 +3,9 @@
     python evaluation/evaluation_vllm.py --model_path Uni-MoE/VerIPO-7B-v1.0 --output_path outputs/vsi_bench.json \\
         --prompt_path vsi_bench.json --video_dir videos
 
-Reads VerIPO's JSON files as they are, and with --benchmark a benchmark's official ones. May be broken off and started again
-with the same command. Exits with 3 if rows could not be answered (they are listed), with 1 if it broke off: what was
-answered is kept.
+Reads VerIPO's JSON files as they are, and with --benchmark a benchmark's official ones. May be
+broken off and started again with the same command. Exits with 3 if rows could not be answered (they
+are listed), with 1 if it broke off: what was answered is kept.
 """
 
 from veripo_trl.start import start

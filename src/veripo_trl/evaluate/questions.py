@@ -175,7 +175,6 @@ def task_of(raw: dict) -> dict:
     return {"problem_type": kind, "options": options, "solution": truths[0]}
 
 
-
 def truths_of(raw: dict) -> list[str]:
     """All answers that count as right for a row of either form."""
     if "processed_question" in raw:
