@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from machine import describe_machine
 from models import SHAPES, random_model, video_questions
+from own_positions import use_trained_positions
 from timing import alternate
 
 from veripo_trl.files.tables import print_table, write_json
 from veripo_trl.model.encoding import vision_token_ids
 from veripo_trl.model.inputs import model_inputs
-from veripo_trl.model.positions import use_trained_positions
 from veripo_trl.shared_prompt.rollout import left_pad, sample_completions
 
 ROOT = Path(__file__).resolve().parent.parent

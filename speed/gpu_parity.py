@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from gpu_update import kernel_name, with_adapter
 from models import made_up_prompt, question, random_model, striped_clip
+from own_positions import use_trained_positions
 from trl.trainer.utils import add_fused_lm_head
 from update_step import EVERYTHING, Part, differences, over_limits
 
 from veripo_trl.model import inputs
 from veripo_trl.model.encoding import EncodedPrompt
 from veripo_trl.model.inputs import vision_inputs
-from veripo_trl.model.positions import use_trained_positions
 from veripo_trl.recipe.arguments import DataArguments
 from veripo_trl.recipe.build import make_encoder
 from veripo_trl.shared_prompt import attention as prefix_attention

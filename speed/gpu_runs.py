@@ -20,11 +20,11 @@ from gpu_update import held, release
 from machine import cores
 from models import SIDE, made_up_prompt, random_model
 from on_gpu import ends_with_its_parent
+from own_positions import use_trained_positions
 from timing import alternate
 from torch.utils.data import DataLoader
 
 from veripo_trl.model.inputs import vision_inputs
-from veripo_trl.model.positions import use_trained_positions
 from veripo_trl.shared_prompt.rollout import sample_completions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -231,7 +231,7 @@ def workers(device, quick) -> dict:
     record: dict = {"cores": cores(), "sampled frames a clip": min(args.max_frames, 2 * args.seconds)}
     for count in (1,) if quick else sorted({1, 4, min(cores(), 32)}):
         own = [rows[number % len(rows)] for number in range(4 * count)]
-        loader, at = DataLoader(own, batch_size=1, num_workers=count, collate_fn=encoder.encode_rows), []
+        loader, at = DataLoader(own, batch_size=None, num_workers=count, collate_fn=encoder.encode), []
         for _ in loader:
             at.append(time.perf_counter())
         # A worker's first clip is left out: it starts its decoder.

@@ -1,4 +1,4 @@
-"""Encoding rows one by one and together, and what is refused."""
+"""Encoding rows, and what is refused."""
 
 import re
 
@@ -11,22 +11,6 @@ from helpers import make_clip
 from veripo_trl.data.prompts import build_messages
 from veripo_trl.model.encoding import PromptTooLongError, encode_unique
 from veripo_trl.trainers.sft import SFTCollator
-
-
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
-@pytest.mark.parametrize("joint_bytes", [32 * 1024**2, 100_000])
-def test_rows_encoded_together_are_what_they_are_alone(kind, joint_bytes, load, mixed_rows, monkeypatch):
-    monkeypatch.setattr("veripo_trl.model.encoding.JOINT_BYTES", joint_bytes)
-    _, encoder = load(kind)
-    for together, row in zip(encoder.encode_rows(mixed_rows), mixed_rows, strict=True):
-        alone = encoder.encode(row)
-        assert together.question_id == alone.question_id == row["question_id"]
-        assert together.media == alone.media and len(alone.media) == len(row["videos"]) + len(row["images"])
-        for name in ("input_ids", "positions", "image_grid_thw", "video_grid_thw"):
-            np.testing.assert_array_equal(getattr(together, name), getattr(alone, name))
-        for name in ("pixel_values", "pixel_values_videos"):
-            one, other = getattr(together, name), getattr(alone, name)
-            assert (one is None) == (other is None) and (one is None or torch.equal(one, other))
 
 
 def test_equal_questions_share_one_object(load, mixed_rows):
@@ -86,7 +70,7 @@ def test_shuffled_frames_are_the_same_frames(load, media_root):
 def test_a_long_prompt_is_refused_with_the_knobs(load, mixed_rows):
     _, encoder = load(max_prompt_tokens=60)
     with pytest.raises(PromptTooLongError, match="'video'.*long.mp4.*max_prompt_tokens=60.*max_frames"):
-        encoder.encode_rows(mixed_rows)
+        [encoder.encode(row) for row in mixed_rows]
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])

@@ -42,7 +42,7 @@ def test_as_transformers_own(then, monkeypatch):
 def test_all_that_sampling_may_be_told_samples_as_stock_does(load, mixed_rows):
     model, encoder = load()
     model.eval()
-    prompts = encoder.encode_rows(mixed_rows)
+    prompts = [encoder.encode(row) for row in mixed_rows]
     ids, mask = left_pad(prompts, 0)
     inputs = {"input_ids": ids, "attention_mask": mask, "pad_token_id": 0}
     inputs |= model_inputs(prompts, ids, completion_width=0, config=encoder.config)
@@ -67,7 +67,7 @@ def test_all_that_sampling_may_be_told_samples_as_stock_does(load, mixed_rows):
 def test_a_policys_own_generation_config_counts_for_its_end_tokens_alone(load, mixed_rows, declared):
     model, encoder = load()
     model.eval()
-    prompts = encoder.encode_rows(mixed_rows)
+    prompts = [encoder.encode(row) for row in mixed_rows]
     completions = []
     for declares in ({}, declared):
         model.generation_config.update(**declares)
@@ -82,7 +82,7 @@ def test_completions_longer_than_the_room(load, mixed_rows, monkeypatch):
     """The same tokens, however often a layer has to grow; prompts of different lengths, two rows each."""
     model, encoder = load()
     model.eval()
-    prompts = [prompt for prompt in encoder.encode_rows(mixed_rows) for _ in range(2)]
+    prompts = [prompt for prompt in map(encoder.encode, mixed_rows) for _ in range(2)]
     options = {"pad_token_id": 0, "config": encoder.config, "max_new_tokens": 12, "min_new_tokens": 12}
     completions = []
     for room in (256, 2):

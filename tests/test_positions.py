@@ -2,11 +2,9 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
 
-from veripo_trl.model.positions import mrope_positions, use_trained_positions
+from veripo_trl.model.positions import mrope_positions
 
 IMAGE, VIDEO, START, END = 100, 101, 102, 103
 
@@ -101,25 +99,3 @@ def test_qwen3_vl_frames_are_blocks_of_their_own():
 def test_tokens_and_grids_that_differ_are_refused(ids, grids, message):
     with pytest.raises(ValueError, match=message):
         positions(ids, videos=grids, seconds=None if grids is None else [1.0])
-
-
-def test_the_models_own_rope_index_is_replaced(load, mixed_rows):
-    """A padded batch through `get_rope_index` gives the positions of each row alone, and the deltas continue them."""
-    model, encoder = load()
-    use_trained_positions(model)
-    prompts = [encoder.encode(row) for row in mixed_rows]
-    width = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.from_numpy(prompt.input_ids)
-        mask[row, width - len(prompt) :] = 1
-    grids = {
-        name: torch.from_numpy(np.concatenate([getattr(p, name) for p in prompts if getattr(p, name) is not None]))
-        for name in ("image_grid_thw", "video_grid_thw")
-    }
-    seconds = torch.tensor([1.0, 1.0, 1.0, 1.0])
-    found, deltas = model.model.get_rope_index(ids, second_per_grid_ts=seconds, attention_mask=mask, **grids)
-    for row, prompt in enumerate(prompts):
-        assert found[:, row, width - len(prompt) :].tolist() == prompt.positions.tolist()
-        assert deltas[row].item() + len(prompt) == prompt.next_position

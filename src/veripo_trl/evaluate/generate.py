@@ -18,7 +18,7 @@ from veripo_trl.data.prompts import PromptError
 from veripo_trl.data.schema import RowError
 from veripo_trl.files.run_folder import outlive_sigterm
 from veripo_trl.media.video import MediaError
-from veripo_trl.model.encoding import JOINT_BYTES, EncodedPrompt, PromptEncoder, PromptTooLongError, vision_token_ids
+from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder, PromptTooLongError, vision_token_ids
 from veripo_trl.shared_prompt.rollout import cut_at_end, sample_completions
 from veripo_trl.verifier.checks import inconsistency
 
@@ -117,35 +117,29 @@ def describe_completion(ids: list[int], *, tokenizer, ends: list[int]) -> dict:
     }
 
 
-class EncodedParts(Dataset):
-    """Parts of batches, encoded where they are asked for: in the loader's workers.
+class EncodedRows(Dataset):
+    """Rows by their index, encoded where they are asked for: in the loader's workers.
 
-    A row that cannot be encoded is the text of its error there, unless `strict`. Rows are told apart by their index:
-    ids repeat in benchmarks. `prepare`, if given, is called with each prompt.
+    A row that cannot be encoded is the text of its error there, unless `strict`. `prepare`, if given, is called with each
+    prompt.
     """
 
-    def __init__(self, encoder: PromptEncoder, rows, parts: list[list[int]], *, strict: bool, prepare=None):
-        self.encoder, self.rows, self.parts, self.strict, self.prepare = encoder, rows, parts, strict, prepare
+    def __init__(self, encoder: PromptEncoder, rows, indices: list[int], *, strict: bool, prepare=None):
+        self.encoder, self.rows, self.indices, self.strict, self.prepare = encoder, rows, indices, strict, prepare
 
     def __len__(self) -> int:
-        return len(self.parts)
+        return len(self.indices)
 
-    def __getitem__(self, number: int) -> tuple[int, list[EncodedPrompt | str]]:
-        prompts = self._encode(self.parts[number])
-        for prompt in prompts:
-            if self.prepare is not None and not isinstance(prompt, str):
-                self.prepare(prompt)
-        return number, prompts
-
-    def _encode(self, indices: list[int]) -> list[EncodedPrompt | str]:
+    def __getitem__(self, place: int) -> tuple[int, EncodedPrompt | str]:
         try:
-            return self.encoder.encode_rows([self.rows[index] for index in indices])
+            prompt = self.encoder.encode(self.rows[self.indices[place]])
         except ROW_ERRORS as error:
             if self.strict:
                 raise
-            if len(indices) == 1:
-                return [f"{type(error).__name__}: {error}"]
-            return [prompt for index in indices for prompt in self._encode([index])]  # one is bad: which?
+            return place, f"{type(error).__name__}: {error}"
+        if self.prepare is not None:
+            self.prepare(prompt)
+        return place, prompt
 
 
 def use_one_thread(worker: int) -> None:
@@ -169,9 +163,8 @@ def encoded_batches(
 ) -> Iterator[tuple[list[int], list[EncodedPrompt | str]]]:
     """Encode batches of row indices ahead of their use.
 
-    Workers are given parts of a batch: a single long video, or as many small clips as are worth one call of the
-    processor. About two batches are under way beside the one in use, so that host memory stays bounded: no more workers
-    are started than these have parts. A slow video holds up its own batch only.
+    About two batches are under way beside the one in use, so that host memory stays bounded: no more workers are started
+    than these have rows. A slow video holds up its own batch only.
 
     Args:
         num_workers: the most processes; 0 encodes here. prepare: called with each prompt where it was encoded.
@@ -180,18 +173,11 @@ def encoded_batches(
         `(indices, prompts)`, each batch when all of it is there: in any order where there are workers. With
         `strict=False` a bad row's prompt is the text of its error.
     """
-    settings = encoder.loader.settings
-    widest = max(map(len, batches), default=1)
-    size = max(1, min(widest, JOINT_BYTES // (3 * settings.max_frames * settings.max_pixels)))
-    owners, parts = [], []
-    for number, indices in enumerate(batches):
-        for start in range(0, len(indices), size):
-            parts.append(indices[start : start + size])
-            owners.append(number)
-    wanted = math.ceil(2 * widest / size)  # parts under way
+    places = [(number, index) for number, indices in enumerate(batches) for index in indices]
+    wanted = 2 * max(map(len, batches), default=1)  # rows under way
     num_workers = min(num_workers, wanted)
     loader = DataLoader(
-        EncodedParts(encoder, rows, parts, strict=strict, prepare=prepare),
+        EncodedRows(encoder, rows, [index for _, index in places], strict=strict, prepare=prepare),
         batch_size=None,
         num_workers=num_workers,
         in_order=not num_workers,
@@ -200,12 +186,12 @@ def encoded_batches(
         **({"prefetch_factor": math.ceil(wanted / num_workers)} if num_workers else {}),
     )
     arrived: dict[int, dict] = defaultdict(dict)
-    for number, prompts in loader:
-        owner = owners[number]
-        arrived[owner] |= dict(zip(parts[number], prompts, strict=True))
-        if len(arrived[owner]) == len(batches[owner]):
-            found = arrived.pop(owner)
-            yield batches[owner], [found[index] for index in batches[owner]]
+    for place, prompt in loader:
+        number, index = places[place]
+        arrived[number][index] = prompt
+        if len(arrived[number]) == len(batches[number]):
+            found = arrived.pop(number)
+            yield batches[number], [found[index] for index in batches[number]]
 
 
 def generate(

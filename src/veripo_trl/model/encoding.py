@@ -20,10 +20,10 @@ from veripo_trl.files.tables import printable
 from veripo_trl.media.downloads import fetch
 from veripo_trl.media.images import load_image
 from veripo_trl.media.video import Clip, VideoLoader
+from veripo_trl.model.features import PIXELS
 from veripo_trl.model.positions import mrope_positions
 
 STAND_IN = "\ue000"  # for a row's text while the chat template is rendered
-JOINT_BYTES = 32 * 1024**2  # of frames in one call of the processor, beyond which joining saves nothing
 
 
 class PromptTooLongError(VeripoError):
@@ -118,7 +118,7 @@ class PromptEncoder:
         clip = Clip(np.zeros((2, side, side, 3), np.uint8), 2.0, 2, [0, 1], "made up")
         message = [{"role": "user", "content": [{"type": "video"}, {"type": "image"}]}]
         text = self.processor.apply_chat_template(message, tokenize=False)
-        self._call_processor([text], [Image.fromarray(clip.frames[0])], [clip])
+        self._call_processor(text, [Image.fromarray(clip.frames[0])], [clip])
 
     def encode(self, row: dict, *, shuffle_seed: int | None = None) -> EncodedPrompt:
         """Encode one row's prompt.
@@ -131,100 +131,78 @@ class PromptEncoder:
             MediaError: a video or image cannot be read. RowError: a path is missing or leaves the media root.
             PromptTooLongError: the prompt is over `max_prompt_tokens`.
         """
-        return self._process([self._load(row, shuffle_seed)])[0]
-
-    def encode_rows(self, rows: list[dict]) -> list[EncodedPrompt]:
-        """Encode several rows, as `encode` does each.
-
-        Small ones go through the processor together: a call costs as much as several small clips.
-        """
-        prompts, group, size = [], [], 0
-        for row in rows:
-            group.append(self._load(row))
-            size += sum(clip.frames.nbytes for clip in group[-1]["clips"])
-            size += sum(3 * image.width * image.height for image in group[-1]["images"])
-            if size > JOINT_BYTES:
-                prompts += self._process(group)
-                group, size = [], 0
-        return prompts + (self._process(group) if group else [])
-
-    def _load(self, row: dict, shuffle_seed: int | None = None) -> dict:
-        """A row's clips and images, and the seconds that reading them took."""
         started = time.perf_counter()
         videos, images = resolve_media(row, allow_urls=self.allow_urls)
         clips = [self._read(self.loader.load, path, row, "video") for path in videos]
         images = [self._read(load_image, path, row, "image") for path in images]
         if shuffle_seed is not None:
             for clip in clips:
-                clip.frames = clip.frames[np.random.default_rng(shuffle_seed).permutation(len(clip.frames))]
-        return {"row": row, "clips": clips, "images": images, "load_s": time.perf_counter() - started}
+                clip.frames = clip.frames[
+                    np.random.default_rng(shuffle_seed).permutation(len(clip.frames))
+                ]
+        loaded = time.perf_counter()
+        rendered, text, tail = self._render(row)
+        inputs = self._call_processor(rendered, images, clips)
+        input_ids = inputs["input_ids"][0].numpy()
+        input_ids = np.insert(input_ids, len(input_ids) - tail, text)
+        self._check_length(row, input_ids)
+        grids = {
+            name: inputs[name].numpy() if name in inputs else None
+            for name in ("image_grid_thw", "video_grid_thw")
+        }
+        seconds = inputs.get("second_per_grid_ts")
+        grids["second_per_grid_ts"] = (
+            None if seconds is None else [float(second) for second in seconds]
+        )
+        pixels = {
+            name: inputs[name].to(self.pixel_dtype) if name in inputs else None
+            for name in PIXELS.values()
+        }
+        return EncodedPrompt(
+            question_id=row["question_id"],
+            input_ids=input_ids,
+            positions=mrope_positions(input_ids, **grids, config=self.config),
+            **pixels,
+            **grids,
+            media=self._describe(row, clips, grids["video_grid_thw"], grids["image_grid_thw"]),
+            load_s=loaded - started,
+            encode_s=time.perf_counter() - loaded,
+        )
 
     def _read(self, load, path: str, row: dict, kind: str):
         """`load` of a file, or of the copy of a URL, which errors go on to call by its URL."""
         local = fetch(path, row_id=row["question_id"], kind=kind) if "://" in path else path
         return load(local, row_id=row["question_id"], name=path)
 
-    def _process(self, loaded: list[dict]) -> list[EncodedPrompt]:
-        """One call of the processor for several loaded rows, taken apart again."""
-        started = time.perf_counter()
-        rendered, texts, tail = self._render([item["row"] for item in loaded])
-        images = [image for item in loaded for image in item["images"]]
-        clips = [clip for item in loaded for clip in item["clips"]]
-        batch = self._call_processor(rendered, images, clips)
-        encode_s = (time.perf_counter() - started) / len(loaded)
-        image_parts = _parts(batch, "pixel_values", "image_grid_thw", [len(item["images"]) for item in loaded])
-        video_parts = _parts(batch, "pixel_values_videos", "video_grid_thw", [len(item["clips"]) for item in loaded])
-        seconds = batch.get("second_per_grid_ts")
-        steps = None if seconds is None else iter(seconds)
-        prompts = []
-        for index, item in enumerate(loaded):
-            pixels, image_grid = image_parts[index]
-            video_pixels, video_grid = video_parts[index]
-            own_seconds = None if steps is None else [float(next(steps)) for _ in item["clips"]]
-            input_ids = batch["input_ids"][index][batch["attention_mask"][index].bool()].numpy()
-            input_ids = np.insert(input_ids, len(input_ids) - tail, texts[index])
-            self._check_length(item["row"], input_ids)
-            grids = {"image_grid_thw": image_grid, "video_grid_thw": video_grid, "second_per_grid_ts": own_seconds}
-            prompts.append(
-                EncodedPrompt(
-                    question_id=item["row"]["question_id"],
-                    input_ids=input_ids,
-                    positions=mrope_positions(input_ids, **grids, config=self.config),
-                    pixel_values=self._pixels(pixels),
-                    pixel_values_videos=self._pixels(video_pixels),
-                    **grids,
-                    media=self._describe(item["row"], item["clips"], video_grid, image_grid),
-                    load_s=item["load_s"],
-                    encode_s=encode_s,
-                )
-            )
-        return prompts
+    def _render(self, row: dict) -> tuple[str, list[int], int]:
+        """(the chat prompt without the row's own text; the ids of that; how many ids of the prompt stand behind it).
 
-    def _render(self, rows: list[dict]) -> tuple[list[str], list[list[int]], int]:
-        """(chat prompts without the rows' own texts; the ids of those; how many ids of a prompt stand behind its text).
-
-        The texts are tokenized apart, so that a control token that a row spells stays text.
+        The text is tokenized apart, so that a control token that a row spells stays text.
         """
-        messages = [build_messages(row, self.template) for row in rows]
-        texts = text_ids(self.processor.tokenizer, [message[0]["content"][-1]["text"] for message in messages])
-        for message in messages:
-            message[0]["content"][-1]["text"] = STAND_IN
-        rendered = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        tail = len(self.processor.tokenizer(rendered[0].split(STAND_IN)[1])["input_ids"])
-        return [prompt.replace(STAND_IN, "") for prompt in rendered], texts, tail
+        messages = build_messages(row, self.template)
+        part = messages[0]["content"][-1]
+        (text,) = text_ids(self.processor.tokenizer, [part["text"]])
+        part["text"] = STAND_IN
+        before, after = self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        ).split(STAND_IN)
+        return before + after, text, len(self.processor.tokenizer(after)["input_ids"])
 
-    def _call_processor(self, texts: list[str], images: list, clips: list[Clip]):
-        """The processor's batch, padded. Clips have their size and frames already."""
-        inputs = {"text": texts}
+    def _call_processor(self, text: str, images: list, clips: list[Clip]):
+        """The processor's tensors. Clips have their size and frames already."""
+        inputs = {"text": [text]}
         if images:
             shortest = self.processor.image_processor.size["shortest_edge"]
-            size = {"shortest_edge": min(shortest, self.max_image_pixels), "longest_edge": self.max_image_pixels}
+            size = {
+                "shortest_edge": min(shortest, self.max_image_pixels),
+                "longest_edge": self.max_image_pixels,
+            }
             inputs |= {"images": images, "images_kwargs": {"size": size}}
         if clips:
             metadata = [clip_metadata(clip) for clip in clips]
             options = {"do_resize": False, "do_sample_frames": False, "video_metadata": metadata}
             inputs |= {"videos": [clip.frames for clip in clips], "videos_kwargs": options}
-        return self.processor(**inputs, padding=True, return_tensors="pt")
+        return self.processor(**inputs, return_tensors="pt")
 
     def _check_length(self, row: dict, input_ids: np.ndarray) -> None:
         if self.max_prompt_tokens is not None and len(input_ids) > self.max_prompt_tokens:
@@ -234,9 +212,6 @@ class PromptEncoder:
                 f"are never cut off. Raise the limit, lower max_frames, fps or max_pixels, or drop the row."
             )
 
-    def _pixels(self, values):
-        return None if values is None else values.to(self.pixel_dtype)
-
     def _describe(self, row, clips, video_grid, image_grid) -> list[str]:
         vision, lines = self.config.vision_config, []
         for path, clip, grid in zip(row["videos"], clips, video_grid if clips else [], strict=True):
@@ -244,7 +219,9 @@ class PromptEncoder:
             what = f"{t} frames × {h} × {w} of {clip.total_num_frames} at {clip.fps:g} fps ({clip.backend})"
             lines.append((path, what, grid))
         for path, grid in zip(row["images"], image_grid if row["images"] else [], strict=True):
-            lines.append((path, f"image {grid[1] * vision.patch_size} × {grid[2] * vision.patch_size}", grid))
+            lines.append(
+                (path, f"image {grid[1] * vision.patch_size} × {grid[2] * vision.patch_size}", grid)
+            )
         merge = vision.spatial_merge_size**2
         return [
             f"{printable(path).rpartition('/')[2]}: {what} → {int(grid.prod()) // merge} tokens"
@@ -270,33 +247,24 @@ def clip_metadata(clip) -> dict:
     }
 
 
-def _parts(batch, pixels: str, grid: str, counts: list[int]) -> list[tuple]:
-    """The pixels and the grid of each row, of a batch whose rows have `counts` items; (None, None) for none."""
-    parts, items, patches = [], 0, 0
-    for count in counts:
-        if not count:
-            parts.append((None, None))
-            continue
-        own = batch[grid][items : items + count].numpy()
-        length = int(own.prod(axis=1).sum())
-        parts.append((batch[pixels][patches : patches + length], own))
-        items, patches = items + count, patches + length
-    return parts
-
-
 def encode_unique(encoder: PromptEncoder, rows: list[dict]) -> list[EncodedPrompt]:
     """Encode each distinct question of `rows` once; equal questions share one object. Ids may repeat: pairs of several
     sources are mixed."""
     keys = [(row["question_id"], content_of(row), row["media_root"]) for row in rows]
     distinct = dict(zip(keys, rows, strict=True))
-    done = dict(zip(distinct, encoder.encode_rows(list(distinct.values())), strict=True))
+    done = {key: encoder.encode(row) for key, row in distinct.items()}
     return [done[key] for key in keys]
 
 
 def vision_token_ids(processor, config) -> list[int]:
     """Ids that a policy must never sample: placeholders and markers of images and videos, and padding."""
     tokenizer = processor.tokenizer
-    ids = {config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id}
+    ids = {
+        config.image_token_id,
+        config.video_token_id,
+        config.vision_start_token_id,
+        config.vision_end_token_id,
+    }
     ids.add(tokenizer.get_vocab().get("<|vision_pad|>", config.video_token_id))
     # Padding ends nothing and stands for nothing, unless the tokenizer ends its turns with it.
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:

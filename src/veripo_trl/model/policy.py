@@ -13,7 +13,12 @@ import torch
 import transformers
 from safetensors import safe_open
 from transformers import AutoProcessor, PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    find_adapter_config_file,
+)
 
 from veripo_trl.data.prompts import PromptError, read_template
 from veripo_trl.files.tables import write_json
@@ -23,13 +28,19 @@ from veripo_trl.media.video import VideoSettings
 logger = logging.getLogger(__name__)
 
 # The language model's linear layers. The vision tower has layers of the same names, which stay untouched.
-LANGUAGE_MODEL_LINEAR = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+LANGUAGE_MODEL_LINEAR = (
+    r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+)
 
 SETTINGS_FILE = "veripo_trl.json"  # in a policy's folder
 # What it says of how the policy was trained to see, and the defaults where a policy says nothing. Pixels are per frame.
 SEEING = {
     "prompt_template": "default",
-    **{setting.name: setting.default for setting in fields(VideoSettings) if setting.name != "size_factor"},
+    **{
+        setting.name: setting.default
+        for setting in fields(VideoSettings)
+        if setting.name != "size_factor"
+    },
     "max_image_pixels": 1280 * 28 * 28,
 }
 
@@ -37,6 +48,9 @@ SUPPORTED = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
 }
+
+# A file's path, or None where it is not.
+_find_file = partial(cached_file, _raise_exceptions_for_missing_entries=False)
 
 
 def load_policy(
@@ -104,7 +118,9 @@ def load_policy(
     if not train_vision_tower:
         model.model.visual.requires_grad_(False)
     if with_adapter:
-        model = _put_adapter(model, model_name_or_path, revision, adapter is not None, lora, trainable)
+        model = _put_adapter(
+            model, model_name_or_path, revision, adapter is not None, lora, trainable
+        )
         model.base_weights = base_weights  # what `save_settings` records
     return model, processor
 
@@ -152,8 +168,13 @@ def copy_adapter_to_reference(model) -> None:
 def save_settings(folder: str | Path, encoder, model) -> None:
     """Write beside a saved policy how it was trained to see, and what an adapter's base is."""
     settings = {**asdict(encoder.loader.settings), "max_image_pixels": encoder.max_image_pixels}
-    settings = {name: settings.get(name) for name in SEEING} | {"prompt_template": asdict(encoder.template)}
-    write_json(Path(folder) / SETTINGS_FILE, {**settings, "base_weights": getattr(model, "base_weights", None)})
+    settings = {name: settings.get(name) for name in SEEING} | {
+        "prompt_template": asdict(encoder.template)
+    }
+    write_json(
+        Path(folder) / SETTINGS_FILE,
+        {**settings, "base_weights": getattr(model, "base_weights", None)},
+    )
 
 
 def read_settings(model_name_or_path: str, revision: str | None = None) -> dict:
@@ -165,17 +186,19 @@ def read_settings(model_name_or_path: str, revision: str | None = None) -> dict:
         FileNotFoundError: no such folder. ValueError: the file is not what `save_settings` writes. OSError: the Hub.
     """
     adapter = adapter_config(model_name_or_path, revision)
-    file = cached_file(
-        model_name_or_path, SETTINGS_FILE, revision=revision, _raise_exceptions_for_missing_entries=False
-    )
+    file = _find_file(model_name_or_path, SETTINGS_FILE, revision=revision)
     if file is None:
         base = adapter and adapter.get("base_model_name_or_path")
-        return {**read_settings(base, adapter.get("revision")), "base_weights": None} if base else {}
+        return (
+            {**read_settings(base, adapter.get("revision")), "base_weights": None} if base else {}
+        )
     shown = f"{model_name_or_path}/{SETTINGS_FILE}"
     try:
         settings = json.loads(Path(file).read_text(encoding="utf-8"))
         numbers = [settings[name] for name in SEEING if name != "prompt_template"]
-        if settings.keys() - SEEING.keys() != {"base_weights"} or any(type(n) not in (int, float) for n in numbers):
+        if settings.keys() - SEEING.keys() != {"base_weights"} or any(
+            type(n) not in (int, float) for n in numbers
+        ):
             raise ValueError(f"it has {settings}")
         return settings | {"prompt_template": read_template(settings["prompt_template"], shown)}
     except PromptError:
@@ -207,9 +230,7 @@ def check_base(adapter: str, revision: str | None, base: str, base_weights: str 
 def weights_hash(model_name_or_path: str, revision: str | None = None) -> str | None:
     """16 hex digits over the first row of every tensor of a saved model, whatever files they lie in: training and merging
     change those. None where there are no safetensors."""
-    find = partial(
-        cached_file, model_name_or_path, revision=revision, _raise_exceptions_for_missing_entries=False
-    )
+    find = partial(_find_file, model_name_or_path, revision=revision)
     index = None if find(SAFE_WEIGHTS_NAME) else find(SAFE_WEIGHTS_INDEX_NAME)
     names = {SAFE_WEIGHTS_NAME}
     if index:
@@ -221,7 +242,11 @@ def weights_hash(model_name_or_path: str, revision: str | None = None) -> str | 
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():
                 part = tensors.get_slice(key)
-                row = (part[:1] if part.get_shape() else tensors.get_tensor(key)).reshape(-1).contiguous()
+                row = (
+                    (part[:1] if part.get_shape() else tensors.get_tensor(key))
+                    .reshape(-1)
+                    .contiguous()
+                )
                 rows[key] = hashlib.sha256(row.view(torch.uint8).numpy().tobytes()).hexdigest()
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -235,8 +260,10 @@ def adapter_config(model_name_or_path: str, revision: str | None = None) -> dict
         FileNotFoundError: `model_name_or_path` can only be a folder, and there is none. ValueError: it is empty.
     """
     if not model_name_or_path:
-        raise ValueError("No model is given. Set model_name_or_path: a folder, or a model's name on the Hub.")
-    if not Path(model_name_or_path).is_dir() and is_local(model_name_or_path):
+        raise ValueError(
+            "No model is given. Set model_name_or_path: a folder, or a model's name on the Hub."
+        )
+    if _is_missing(model_name_or_path):
         raise FileNotFoundError(
             f"{model_name_or_path!r}: no such folder (looked from {Path.cwd()}). Expected the folder of a saved model "
             f"or adapter, or a model's name on the Hub, like 'Qwen/Qwen2.5-VL-3B-Instruct'."
@@ -248,41 +275,35 @@ def adapter_config(model_name_or_path: str, revision: str | None = None) -> dict
 def find_base(model_name_or_path: str, revision: str | None = None) -> tuple:
     """(an adapter's config or None; name, revision and type of the model that is loaded first: itself, or the adapter's
     base), without looking at weights. Raises as `load_policy` does."""
-    adapter, base = adapter_config(model_name_or_path, revision), model_name_or_path
+    adapter, base, what = (
+        adapter_config(model_name_or_path, revision),
+        model_name_or_path,
+        repr(model_name_or_path),
+    )
     if adapter is not None:
         base, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
+        what = (
+            f"{base!r} of the adapter {model_name_or_path!r} (base_model_name_or_path in its adapter_config.json, seen "
+            f"from where it was trained)"
+        )
     try:
-        model_type = _model_type(base, revision)
-    except FileNotFoundError as error:
-        if adapter is None:
-            raise FileNotFoundError(f"{base!r} (looked from {Path.cwd()}): {error}") from error
-        raise FileNotFoundError(
-            f"The base model {base!r} of the adapter {model_name_or_path!r} cannot be loaded (looked from "
-            f"{Path.cwd()}): {error}. Start where the adapter was trained, or correct base_model_name_or_path in its "
-            f"adapter_config.json."
-        ) from error
-    if model_type not in SUPPORTED:
+        if base is None or _is_missing(base):
+            raise FileNotFoundError("no such folder")
+        config, _ = PreTrainedConfig.get_config_dict(base, revision=revision)
+    except OSError as error:
+        where = f"as a folder (looked from {Path.cwd()}) or from the Hub"
+        raise FileNotFoundError(f"{what} cannot be loaded, {where}: {error}") from error
+    if (model_type := config.get("model_type")) not in SUPPORTED:
         raise ValueError(
-            f"{base!r} is a model of type {model_type!r}. Expected one of {sorted(SUPPORTED)}: positions and "
-            f"video inputs are known for these only."
+            f"{base!r} is a model of type {model_type!r} by its config.json. Expected one of {sorted(SUPPORTED)}: "
+            f"positions and video inputs are known for these only."
         )
     return adapter, base, revision, model_type
 
 
-def _model_type(name: str | None, revision: str | None) -> str:
-    """`model_type` of a model's config.json; the reason where there is none, as a FileNotFoundError."""
-    if not name:
-        raise FileNotFoundError("it names none")
-    if not Path(name).is_dir() and is_local(name):
-        raise FileNotFoundError("no such folder")
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
-    except OSError as error:
-        where = "" if Path(name).is_dir() else "no such folder, and as a name on the Hub: "
-        raise FileNotFoundError(f"{where}{error}") from error
-    if config.get("model_type") is None:
-        raise FileNotFoundError("no config.json with a model_type in it")
-    return config["model_type"]
+def _is_missing(name: str) -> bool:
+    """Whether a name means a folder that is not there: the Hub is never asked for it."""
+    return is_local(name) and not Path(name).is_dir()
 
 
 def share_weights(folder: str | Path) -> None:

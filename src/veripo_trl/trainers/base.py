@@ -11,7 +11,6 @@ from peft import PeftModel
 from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder
 from veripo_trl.model.inputs import check_vision_tokens
 from veripo_trl.model.policy import copy_adapter_to_reference
-from veripo_trl.model.positions import use_trained_positions
 from veripo_trl.shared_prompt.scoring import prefix_can_be_shared, score_completions
 from veripo_trl.trainers.checkpoints import CheckpointMixin, with_changes
 from veripo_trl.trainers.guards import check_frames_matter, show_resolved_media
@@ -60,9 +59,7 @@ class VideoMixin(CheckpointMixin):
         self._checked = False
         if isinstance(self.model, PeftModel):
             copy_adapter_to_reference(self.model)
-        use_trained_positions(self.accelerator.unwrap_model(self.model))
         if self.ref_model is not None:
-            use_trained_positions(self.accelerator.unwrap_model(self.ref_model))
             self.ref_model.requires_grad_(False)  # its vision tower is frozen: it takes the policy's features
 
     # The first batch

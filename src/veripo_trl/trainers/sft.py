@@ -44,7 +44,7 @@ class SFTCollator:
         self.max_length = max_length
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        prompts = self.encoder.encode_rows(rows)
+        prompts = [self.encoder.encode(row) for row in rows]
         texts = [build_target(row, self.encoder.template) for row in rows]
         batch = with_answers(self.encoder, prompts, texts, [True] * len(rows), max_length=self.max_length)
         ids, width = batch["input_ids"], batch.pop("completion_width")
