@@ -145,3 +145,27 @@ LONG = ["test_loop.py", "test_bad_input.py", "test_recipes.py", "test_hub_faults
 def pytest_collection_modifyitems(items):
     order = {name: index for index, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+
+
+@pytest.fixture(scope="module")
+def decode_process():
+    from veripo_trl.media.process import DecodeProcess
+
+    process = DecodeProcess()
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def load_clip(decode_process):
+    """Loads one clip, with a decoding process that the tests of a file share, because each takes a second to start."""
+    from helpers import SMALL
+
+    from veripo_trl.media.video import VideoLoader
+
+    def load(path, settings=SMALL, *, row_id="q1", **kwargs):
+        loader = VideoLoader(settings, **kwargs)
+        loader._process = decode_process
+        return loader.load(path, row_id=row_id)
+
+    return load

@@ -22,6 +22,7 @@ from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.data.schema import rows_to_dataset
 from veripo_trl.hub.cards import dataset_card, rollout_counts
 from veripo_trl.hub.push import push_folder
+from veripo_trl.media.sampling import VideoSettings
 from veripo_trl.recipe.arguments import DataArguments
 from veripo_trl.recipe.build import make_encoder, make_policy
 from veripo_trl.trainers.dpo import VideoDPOConfig, VideoDPOTrainer
@@ -377,6 +378,16 @@ def make_clip(
             output.mux(stream.encode(frame))
         output.mux(stream.encode())
     return path
+
+
+SMALL = VideoSettings(fps=2.0, min_frames=4, max_frames=8, min_pixels=28 * 28, max_pixels=56 * 56)
+
+
+def numbers(clip):
+    """Frame numbers read back from the brightness at the right edge of a `make_clip`, which has no corner marks."""
+    height, width = clip.frames.shape[1:3]
+    grey = clip.frames[:, height // 3 : 2 * height // 3, 2 * width // 3 :].mean(axis=(1, 2, 3))
+    return np.round((grey - 30) / 4).astype(int).tolist()
 
 
 def documented(name: str) -> str:

@@ -51,7 +51,7 @@ def fetch(
     try:
         _run(_download(url, temporary, timeout_s=timeout_s, max_bytes=max_bytes))
         if kind == "image":
-            read_image(temporary, None)
+            read_image(temporary)
         else:
             check_file(temporary)
             recognise_container(temporary)

@@ -1,13 +1,13 @@
 """Decoded frames on disk, the oldest evicted: one file per clip and sampling, no pickle, for any number of processes.
 
-A file is a fixed prefix (magic, CRC-32 of all that follows, lengths), a JSON header and the raw uint8 frames.
+A file is a line with the CRC-32 of all that follows, a line of JSON and the raw uint8 frames.
 Files are written under another name and renamed, so that a reader sees a whole entry or none.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import struct
 import time
 import uuid
 import warnings
@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-PREFIX = struct.Struct("<8sIIQ")  # magic, CRC-32 of header and frames, header bytes, frame bytes
-MAGIC = b"VTFRAME1"
+VERSION = "VTFRAME2"  # of the files' form, part of their names
 ABANDONED_S = 3600.0
 # A scan lists the whole cache, so it is done once per this share of the limit.
 SCANS_PER_LIMIT = 256
@@ -25,7 +24,7 @@ SCANS_PER_LIMIT = 256
 
 def cache_key(*parts) -> str:
     """Name of an entry: a hash of everything its frames depend on (values that JSON can hold)."""
-    return hashlib.sha256(json.dumps([MAGIC.decode(), *parts]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([VERSION, *parts]).encode()).hexdigest()
 
 
 class FrameCache:
@@ -50,40 +49,43 @@ class FrameCache:
         path = self.path(key)
         try:
             with open(path, "rb") as file:
-                entry = read_entry(file)
+                checksum, header = file.readline(), file.readline()
+                frames = np.fromfile(file, np.uint8)
         except OSError:  # absent, or removed by another process just now
             return None
-        if entry is None:
+        if checksum != checksum_line(header, frames.data):
             self.damaged += 1
             path.unlink(missing_ok=True)
             return None
-        try:
-            os.utime(path)  # the time of the last use, which eviction goes by (atime is often not kept)
-        except OSError:  # removed meanwhile, or a cache that others own
-            pass
-        return entry
+        # The time of the last use, which eviction goes by: atime is often not kept.
+        with contextlib.suppress(OSError):  # removed meanwhile, or a cache that others own
+            os.utime(path)
+        metadata = json.loads(header)
+        return frames.reshape(metadata.pop("shape")), metadata
 
     def put(self, key: str, frames: np.ndarray, metadata: dict):
-        header = json.dumps({**metadata, "shape": frames.shape}).encode()
+        header = json.dumps({**metadata, "shape": frames.shape}).encode() + b"\n"
         data = np.ascontiguousarray(frames).reshape(-1).data
-        size = PREFIX.size + len(header) + len(data)
+        checksum = checksum_line(header, data)
+        size = len(checksum) + len(header) + len(data)
         if not self._writable or size > self.max_bytes:
             return
-        prefix = PREFIX.pack(MAGIC, zlib.crc32(data, zlib.crc32(header)), len(header), len(data))
         path, temporary = self.path(key), None
         try:
             self._make_room(size)
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # open()'s mode: mkstemp's is for the owner alone
+            # open() gives it the mode of other files, mkstemp would give it to the owner alone
+            temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
             with open(temporary, "xb") as file:
-                file.writelines((prefix, header, data))
+                file.writelines((checksum, header, data))
             os.replace(temporary, path)
         except OSError as error:
             self._writable = False
             if temporary is not None:
                 temporary.unlink(missing_ok=True)
             warnings.warn(
-                f"frame cache {self.directory}: {error}; this process goes on without writing to it", stacklevel=3
+                f"frame cache {self.directory}: {error}; this process goes on without writing to it",
+                stacklevel=3,
             )
 
     def _make_room(self, size):
@@ -94,20 +96,8 @@ class FrameCache:
         self._allowance -= size
 
 
-def read_entry(file) -> tuple[np.ndarray, dict] | None:
-    """Frames and metadata of an open entry, or None if it is not whole."""
-    prefix = file.read(PREFIX.size)
-    if len(prefix) < PREFIX.size:
-        return None
-    magic, checksum, header_bytes, frame_bytes = PREFIX.unpack(prefix)
-    if magic != MAGIC or os.fstat(file.fileno()).st_size != PREFIX.size + header_bytes + frame_bytes:
-        return None
-    header = file.read(header_bytes)
-    frames = np.empty(frame_bytes, dtype=np.uint8)
-    if file.readinto(frames.data) != frame_bytes or zlib.crc32(frames.data, zlib.crc32(header)) != checksum:
-        return None
-    metadata = json.loads(header)
-    return frames.reshape(metadata.pop("shape")), metadata
+def checksum_line(header: bytes, data) -> bytes:
+    return b"%08x\n" % zlib.crc32(data, zlib.crc32(header))
 
 
 def evict(directory: Path, *, max_bytes: int):

@@ -7,7 +7,6 @@ import zlib
 import numpy as np
 
 from veripo_trl.media.containers import BadFile, check_file, open_media
-from veripo_trl.media.sampling import VideoSettings, plan_size
 from veripo_trl.media.video import MediaError
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
@@ -16,19 +15,18 @@ MAX_ASPECT_RATIO = 200  # qwen-vl-utils' and the processors' own bound
 MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own bound for a decompression bomb
 
 
-def load_image(path, *, row_id, settings: VideoSettings | None = None, name=None):
+def load_image(path, *, row_id, name=None):
     """The image at `path` as an RGB PIL.Image, upright by its EXIF, transparency on white.
 
-    With `settings` it is resized as a frame would be, within their pixel limits. Raises MediaError that names `row_id`
-    and `name` or the file.
+    Raises MediaError that names `row_id` and `name` or the file.
     """
     try:
-        return read_image(os.path.realpath(path), settings)
+        return read_image(os.path.realpath(path))
     except BadFile as error:
         raise MediaError(f"row {row_id!r}, image {os.fspath(name or path)!r}: {error}") from None
 
 
-def read_image(path, settings):
+def read_image(path):
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     check_file(path)
@@ -49,15 +47,8 @@ def read_image(path, settings):
             if max(image.size) > MAX_ASPECT_RATIO * min(image.size):  # processors refuse it, without the row's id
                 sides = f"{image.width} x {image.height} pixels"
                 raise BadFile(f"aspect ratio over {MAX_ASPECT_RATIO} ({sides}); crop the image or leave the row out")
-            image = image.convert("RGB")
-    except Image.DecompressionBombError as error:
-        raise BadFile(f"{error}; make it smaller") from None
+            return image.convert("RGB")
     except UnidentifiedImageError:
         raise BadFile(f"is not an image; expected {', '.join(IMAGE_FORMATS)} by its content") from None
-    except IMAGE_ERRORS as error:
+    except (*IMAGE_ERRORS, Image.DecompressionBombError) as error:
         raise BadFile(f"cannot be decoded ({error}); convert the file or leave the row out") from None
-    if settings is not None:
-        height, width = plan_size(image.height, image.width, settings)
-        if (width, height) != image.size:
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return image

@@ -41,7 +41,7 @@ class VideoSettings:
 
 def plan_frames(source: dict, settings: VideoSettings) -> tuple[list[int], int, int]:
     """Frame indices and the height and width to resize to, for a source's total_num_frames, fps, height and width."""
-    from qwen_vl_utils.vision_process import smart_nframes  # here, because it imports torch
+    from qwen_vl_utils.vision_process import smart_nframes, smart_resize  # here, because it imports torch
 
     total, fps = source["total_num_frames"], source["fps"]
     if not fps > 0:
@@ -51,17 +51,11 @@ def plan_frames(source: dict, settings: VideoSettings) -> tuple[list[int], int, 
         limits = {"fps": settings.fps, "min_frames": settings.min_frames, "max_frames": settings.max_frames}
         count = smart_nframes(limits, total_frames=total, video_fps=fps)
     indices = np.linspace(0, total - 1, count).round().astype(int).tolist()
-    return (indices, *plan_size(source["height"], source["width"], settings))
-
-
-def plan_size(height: int, width: int, settings: VideoSettings) -> tuple[int, int]:
-    """Height and width in multiples of size_factor, within the pixel limits, as Qwen's processor rounds them."""
-    from qwen_vl_utils.vision_process import smart_resize  # here, because it imports torch
-
-    factor = settings.size_factor
+    height, width, factor = source["height"], source["width"], settings.size_factor
+    limits = {"min_pixels": settings.min_pixels, "max_pixels": settings.max_pixels}
     try:
-        sides = smart_resize(height, width, factor, min_pixels=settings.min_pixels, max_pixels=settings.max_pixels)
+        sides = smart_resize(height, width, factor, **limits)
     except ValueError as error:  # longer than 200 times its other side
         raise BadFile(f"{height} x {width} pixels: {error}; crop the file or leave the row out") from None
     # qwen-vl-utils rounds the short side of a very long frame down to 0; transformers keeps one factor, as here
-    return max(sides[0], factor), max(sides[1], factor)
+    return indices, max(sides[0], factor), max(sides[1], factor)
