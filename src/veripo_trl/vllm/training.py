@@ -27,6 +27,9 @@ from veripo_trl.vllm.inputs import (
 
 logger = logging.getLogger(__name__)
 
+# What vLLM's log-probabilities contain.
+DRAWN_BY = ("top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs")
+
 # Bounds on the gap between the engine's and the trainer's log-probabilities (`prompt_gaps`), by the weights' dtype.
 # On the tiny model it is 1e-6 in float32. Real bfloat16 models are reported to have 0.03 to 0.04 nats a token on
 # average, and single tokens up to 0.5, by rounding alone (huggingface/trl#6789, ServiceNow/Fast-LLM#525).
@@ -221,23 +224,12 @@ class GapWatch:
                 f"row {question_id!r}: {own:.2g}."
             )
             if len(self.steps) <= 2:
-                raise EngineMismatchError(f"{problem} Likely causes: {'; '.join(self.causes())}.")
+                drawn = {name: getattr(self.config, name) for name in DRAWN_BY}
+                raise EngineMismatchError(
+                    f"{problem} Likely causes: of {drawn} what vLLM's log-probabilities contain and the trainer's do "
+                    f"not; weights, or features of the old weights, that were not replaced in the engine after an "
+                    f"update; in the engine another dtype, or another frame rate, size or normalisation of pixels; a "
+                    f"version of vLLM that this project was not tested with (it pins one)."
+                )
             logger.warning("%s", problem)
         return gap
-
-    def causes(self) -> list[str]:
-        """What can be wrong, likeliest first."""
-        config, found = self.config, []
-        neutral = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (0.0, None), "repetition_penalty": (1.0,)}
-        drawn = {name: getattr(config, name) for name, none in neutral.items() if getattr(config, name) not in none}
-        drawn |= {name: value for name, value in (config.generation_kwargs or {}).items() if name != "logit_bias"}
-        if drawn:
-            found.append(f"{drawn}, which vLLM's log-probabilities contain and the trainer's do not")
-        if len(self.steps) > 1:
-            found.append("weights, or features of the old weights, that were not replaced in the engine after an update")
-        return [
-            *found,
-            "another frame rate, size or normalisation of pixels in the engine",
-            "another dtype or other weights in the engine than in the trainer",
-            "a version of vLLM that this project was not tested with (it pins one)",
-        ]
