@@ -2,6 +2,7 @@
 
 import os
 import re
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from veripo_trl.data.schema import FieldError, RowError, line_of, row_error, show
@@ -15,33 +16,42 @@ URL = re.compile(r"[a-z][a-z0-9+.\-]*://|data:", re.IGNORECASE)
 
 def check_media(dataset: "Dataset", *, allow_urls: bool = False) -> None:
     """Every media file of every row exists, is not empty, and lies in its row's media_root; else one RowError that
-    names rows and files. Each file is looked at once. Decodes nothing."""
+    names rows and files. Decodes nothing."""
     columns = ["question_id", "videos", "images", "data_source", "media_root"]
-    table = dataset.select_columns(columns).with_format("arrow")[:]  # arrow: a row at a time is ten times slower
-    seen: dict[tuple[str, str], dict | None] = {}
-    problems = []
-    for question_id, videos, images, data_source, root in zip(*(table[c].to_pylist() for c in columns), strict=True):
-        for field, paths in (("videos", videos), ("images", images)):
-            for path in paths:
-                if (root, path) not in seen:
-                    seen[root, path] = None
-                    try:
-                        resolve(root, path, field, allow_urls)
-                    except FieldError as error:
-                        seen[root, path] = error.problem
-                if seen[root, path]:
-                    problem = {"file": os.path.join(root, path), "row": None, "question_id": question_id}
-                    problems.append(problem | seen[root, path] | {"field": field, "data_source": data_source})
+    rows = dataset.select_columns(columns).with_format("arrow")[:].to_pylist()  # ten times faster than row by row
+    look = cache(partial(_problem, allow_urls=allow_urls))  # at each file once
+    problems = [
+        {
+            "file": os.path.join(row["media_root"], path),
+            "row": None,
+            "question_id": row["question_id"],
+            "data_source": row["data_source"],
+            **problem,
+        }
+        for row in rows
+        for field in ("videos", "images")
+        for path in row[field]
+        if (problem := look(row["media_root"], path, field))
+    ]
     if problems:
         raise row_error(problems)
+
+
+def _problem(root: str, path: str, field: str, allow_urls: bool) -> dict[str, str] | None:
+    try:
+        resolve(root, path, field, allow_urls)
+    except FieldError as error:
+        return error.problem
+    return None
 
 
 def resolve_media(row: dict[str, Any], *, allow_urls: bool = False) -> tuple[list[str], list[str]]:
     """Absolute paths of the row's (videos, images), symbolic links resolved; allowed URLs pass as they are.
     Raises RowError with the row's id and file if one is missing, empty, or outside of media_root."""
     try:
-        videos = [resolve(row["media_root"], path, "videos", allow_urls) for path in row["videos"]]
-        images = [resolve(row["media_root"], path, "images", allow_urls) for path in row["images"]]
+        videos, images = (
+            [resolve(row["media_root"], path, field, allow_urls) for path in row[field]] for field in ("videos", "images")
+        )
     except FieldError as error:
         file = row.get("data_source") or "row"
         problem = {"file": file, "row": None, "question_id": row.get("question_id"), **error.problem}
@@ -74,11 +84,10 @@ def resolve(root: str, path: str, field: str, allow_urls: bool) -> str:
         remedy = "Choose a media_root that holds the file itself, or replace the symbolic link by the file."
         raise FieldError(field, f"a file inside of media_root {root!r}", f"{path} -> {real}", remedy)
     if not os.path.isfile(real):
+        there = os.path.exists(real)
+        expected, wrong = ("a regular file", "is not one") if there else ("a file", "does not exist")
         remedy = "Put the file there, correct media_root, or remove the row."
-        if os.path.exists(real):
-            what = "a directory" if os.path.isdir(real) else "a pipe, socket or device"
-            raise FieldError(field, "a regular file", f"{os.path.join(root, path)}, which is {what}", remedy)
-        raise FieldError(field, "a file", f"{os.path.join(root, path)}, which does not exist", remedy)
+        raise FieldError(field, expected, f"{os.path.join(root, path)}, which {wrong}", remedy)
     if not os.path.getsize(real):
         raise FieldError(field, "a media file", f"{os.path.join(root, path)}, which is empty", "Fetch it again.")
     return real
