@@ -109,7 +109,7 @@ def load(model_paths):
 
 @pytest.fixture
 def counted(monkeypatch, tmp_path):
-    """A file with a line per decode and per processor call, in whatever process it happens."""
+    """A file with a line per clip loaded, clip not cached and processor call, in whatever process it happens."""
     import json
 
     from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
@@ -122,17 +122,22 @@ def counted(monkeypatch, tmp_path):
         with open(log, "a") as file:
             file.write(json.dumps([kind, what, os.getpid()]) + "\n")
 
-    load, call = VideoLoader.load, Qwen2_5_VLProcessor.__call__
+    load, decode, call = VideoLoader.load, VideoLoader._decode, Qwen2_5_VLProcessor.__call__
 
     def counting_load(self, path, **kwargs):
         line("decode", os.path.basename(path))
         return load(self, path, **kwargs)
+
+    def counting_decode(self, path, *args):
+        line("cache miss", os.path.basename(path))
+        return decode(self, path, *args)
 
     def counting_call(self, *args, **kwargs):
         line("process", len(kwargs.get("videos") or []))
         return call(self, *args, **kwargs)
 
     monkeypatch.setattr(VideoLoader, "load", counting_load)
+    monkeypatch.setattr(VideoLoader, "_decode", counting_decode)
     monkeypatch.setattr(Qwen2_5_VLProcessor, "__call__", counting_call)
     return lambda: [json.loads(text) for text in log.read_text().splitlines()] if log.exists() else []
 

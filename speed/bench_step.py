@@ -84,6 +84,18 @@ class StepClock(TrainerCallback):
         self.at, self.before = now, seconds
 
 
+def log_decodes(loader, log_path: Path) -> None:
+    """Write a line per clip that is not cached, also from the loader's forked workers."""
+    decode = loader._decode
+
+    def logged(path, *args):
+        with open(log_path, "a") as log:
+            log.write(f"{path}\n")
+        return decode(path, *args)
+
+    loader._decode = logged
+
+
 def decoded(log_path: Path) -> int:
     return len(log_path.read_text().splitlines()) if log_path.exists() else 0
 
@@ -104,7 +116,7 @@ def run(method: str, shape: str, args, *, shared: bool, cache: Path, epochs: int
     model, processor = random_model(shape, device=args.device, dtype=dtype)
     encoder, rows = make_questions(shape, model, processor, args, cache)
     log_path = cache.parent / f"{method}-{shape}-{shared}-{epochs}.jsonl"
-    encoder.loader.log_path = log_path
+    log_decodes(encoder.loader, log_path)
     options = {
         "output_dir": str(cache.parent / "run"), "max_steps": BATCHES * epochs, "learning_rate": 1e-6,
         "lr_scheduler_type": "constant", "shared_prefix": shared, "dataloader_num_workers": args.workers,

@@ -1,6 +1,5 @@
 """The process that decodes: hangs, kills, forks, threads."""
 
-import json
 import multiprocessing
 import os
 import pickle
@@ -144,7 +143,7 @@ def test_in_data_loader_workers(tmp_path):
     from torch.utils.data import DataLoader
 
     paths = [make_clip(tmp_path / f"{frames}.mp4", frames=frames) for frames in (8, 16, 24, 32)]
-    loader = VideoLoader(SMALL, log_path=tmp_path / "decodes.jsonl")
+    loader = VideoLoader(SMALL)
     loader.load(paths[0], row_id="parent")  # the parent has a decoding process of its own
     pid = loader.worker_pid
     rows = list(DataLoader(Clips(paths, loader), batch_size=None, num_workers=2))
@@ -155,9 +154,7 @@ def test_in_data_loader_workers(tmp_path):
     loader.load(paths[1], row_id="parent")
     loader.close()
     assert not alive(pid)
-    log = [json.loads(line) for line in (tmp_path / "decodes.jsonl").read_text().splitlines()]
-    assert sorted(str(line["row_id"]) for line in log) == ["0", "1", "2", "3", "parent", "parent"]
-    assert {line["pid"] for line in log} == {os.getpid(), *(row[2] for row in rows)}
+    assert os.getpid() not in {row[2] for row in rows}
 
 
 def test_a_pickled_loader_starts_a_process_of_its_own(tmp_path):
@@ -165,7 +162,7 @@ def test_a_pickled_loader_starts_a_process_of_its_own(tmp_path):
     loader = VideoLoader(SMALL, cache_dir=tmp_path / "cache", timeout_s=50)
     loader.load(path, row_id="q1")
     other = pickle.loads(pickle.dumps(loader))
-    assert other.worker_pid is None and other.stats["decoded"] == 0
+    assert other.worker_pid is None
     other.load(make_clip(path, frames=16), row_id="q1")
     assert other.timeout_s == 50 and other.worker_pid not in (None, loader.worker_pid)
     loader.close()

@@ -1,14 +1,16 @@
-"""Files of rows: JSON, JSONL and Parquet, and folders of them, as lists of (file, row number counted from 1, raw row)."""
+"""Files of rows: JSON, JSONL and Parquet, and folders of them, as lists of (file, row number counted from 1, raw row).
 
-import contextlib
+What cannot be read is a RowError, or a FileError where the file is damaged.
+"""
+
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from veripo_trl.data.schema import RowError, show
-from veripo_trl.files.disk import FileError, read_parquet
+from veripo_trl.files.disk import read_parquet, readable
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # JSON and JSONL may be
@@ -29,7 +31,7 @@ def read_directory(directory: Path, split: str) -> list[tuple[str, int, Any]]:
     if (directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file():
         from datasets import DatasetDict, load_from_disk
 
-        with _named_where_damaged(directory, "dataset saved by `datasets`"):
+        with readable(directory, "dataset saved by `datasets`"):
             saved = load_from_disk(str(directory))
             splits = saved if isinstance(saved, DatasetDict) else {str(saved.split or "train"): saved}
             if split not in splits:
@@ -56,10 +58,7 @@ def read_file(file: Path) -> list[tuple[str, int, Any]]:
     if not is_data_file(file):
         raise RowError(f"{file}: expected a {', '.join(SUFFIXES)} file (JSON also as {' or '.join(COMPRESSED)}).")
     if file.suffix == ".parquet":
-        try:
-            return numbered(str(file), read_parquet(file).to_pylist())
-        except FileError as error:
-            raise RowError(str(error)) from error
+        return numbered(str(file), read_parquet(file).to_pylist())
     if uncompressed(file).suffix == ".jsonl":
         lines = [line for line in numbered(str(file), _content(file).splitlines()) if line[2].strip()]
         return [(name, number, _parse(line, file, number)) for name, number, line in lines] or numbered(str(file), [])
@@ -77,7 +76,7 @@ def read_json(file: Path) -> Any:
 def _content(file: Path) -> bytes:
     import pyarrow
 
-    with _named_where_damaged(file, "file"):
+    with readable(file, "file"):
         return pyarrow.input_stream(str(file), compression=COMPRESSED.get(file.suffix)).read()
 
 
@@ -91,17 +90,6 @@ def _parse(content: bytes, file: Path, line: int) -> Any:
     except (RecursionError, ValueError):
         reason = "from there on it has a number of over 4,300 digits, or a value nested hundreds deep. Remove it."
     raise RowError(f"{file}, line {line}: {reason}")
-
-
-@contextlib.contextmanager
-def _named_where_damaged(file: str | Path, kind: str) -> Iterator[None]:
-    import pyarrow
-
-    try:
-        yield
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0].rstrip('.')}"
-        raise RowError(f"{file}: not a readable {kind} ({reason}). Copy it again, or make it anew.") from error
 
 
 def numbered(file: str, rows: Iterable) -> list[tuple[str, int, Any]]:

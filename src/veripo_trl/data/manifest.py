@@ -33,13 +33,12 @@ def read_manifest(path: str) -> dict[str, dict[str, Any]]:
 
 
 def report_dropped(manifest: str, unknown: list, dropped: Counter, kept: int) -> None:
-    if unknown and not kept and not dropped:
-        raise RowError(f"{manifest} knows none of the {len(unknown)} rows: it is the manifest of other data.")
     if unknown:
         ids = ", ".join(map(repr, unknown[:5]))
-        raise RowError(f"{manifest} does not know {len(unknown)} rows ({ids}, …). Run the check command again.")
+        raise RowError(
+            f"{manifest} does not know {len(unknown)} rows ({ids}, …), and knows {kept + dropped.total()}. If it is the "
+            f"manifest of this data, run the check command again."
+        )
     if dropped:
         reasons = "; ".join(f"{count} × {reason}" for reason, count in dropped.most_common(SHOWN))
         logger.warning("%s: kept %d rows, dropped %d (%s)", manifest, kept, dropped.total(), printable(reasons))
-    else:
-        logger.info("%s: kept all %d rows", manifest, kept)

@@ -61,10 +61,8 @@ class TransformersEngine:
 
     Attributes:
         ends: ids that end a completion. context: tokens that a prompt and its completion may have together.
-        busy_s: seconds of computing so far. prepare: nothing that the loader's workers could do for this engine.
+        busy_s: seconds of computing so far.
     """
-
-    prepare = None
 
     def __init__(self, model, encoder: PromptEncoder, decoding: Decoding):
         self.model, self.tokenizer, self.config = model, encoder.processor.tokenizer, encoder.config
@@ -120,26 +118,22 @@ def describe_completion(ids: list[int], *, tokenizer, ends: list[int]) -> dict:
 class EncodedRows(Dataset):
     """Rows by their index, encoded where they are asked for: in the loader's workers.
 
-    A row that cannot be encoded is the text of its error there, unless `strict`. `prepare`, if given, is called with each
-    prompt.
+    A row that cannot be encoded is the text of its error there, unless `strict`.
     """
 
-    def __init__(self, encoder: PromptEncoder, rows, indices: list[int], *, strict: bool, prepare=None):
-        self.encoder, self.rows, self.indices, self.strict, self.prepare = encoder, rows, indices, strict, prepare
+    def __init__(self, encoder: PromptEncoder, rows, indices: list[int], *, strict: bool):
+        self.encoder, self.rows, self.indices, self.strict = encoder, rows, indices, strict
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, place: int) -> tuple[int, EncodedPrompt | str]:
         try:
-            prompt = self.encoder.encode(self.rows[self.indices[place]])
+            return place, self.encoder.encode(self.rows[self.indices[place]])
         except ROW_ERRORS as error:
             if self.strict:
                 raise
             return place, f"{type(error).__name__}: {error}"
-        if self.prepare is not None:
-            self.prepare(prompt)
-        return place, prompt
 
 
 def use_one_thread(worker: int) -> None:
@@ -159,7 +153,6 @@ def encoded_batches(
     *,
     num_workers: int,
     strict: bool = True,
-    prepare: Callable[[EncodedPrompt], None] | None = None,
 ) -> Iterator[tuple[list[int], list[EncodedPrompt | str]]]:
     """Encode batches of row indices ahead of their use.
 
@@ -167,7 +160,7 @@ def encoded_batches(
     than these have rows. A slow video holds up its own batch only.
 
     Args:
-        num_workers: the most processes; 0 encodes here. prepare: called with each prompt where it was encoded.
+        num_workers: the most processes; 0 encodes here.
 
     Yields:
         `(indices, prompts)`, each batch when all of it is there: in any order where there are workers. With
@@ -177,7 +170,7 @@ def encoded_batches(
     wanted = 2 * max(map(len, batches), default=1)  # rows under way
     num_workers = min(num_workers, wanted)
     loader = DataLoader(
-        EncodedRows(encoder, rows, [index for _, index in places], strict=strict, prepare=prepare),
+        EncodedRows(encoder, rows, [index for _, index in places], strict=strict),
         batch_size=None,
         num_workers=num_workers,
         in_order=not num_workers,

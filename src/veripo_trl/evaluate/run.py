@@ -60,9 +60,7 @@ def answer_questions(
     batches = batches_of(len(questions), batch_size)[rank::processes]
     batches = [indices for indices in batches if any(keys[index] not in done for index in indices)]
     rows = [question["row"] for question in questions]
-    for indices, prompts in encoded_batches(
-        encoder, rows, batches, num_workers=num_workers, strict=False, prepare=engine.prepare
-    ):
+    for indices, prompts in encoded_batches(encoder, rows, batches, num_workers=num_workers, strict=False):
         if processes > 1 and os.getppid() != parent:
             raise JournalError("The process that started this one has ended.")
         found = {index: _fitting(prompt, engine) for index, prompt in zip(indices, prompts, strict=True)}

@@ -79,30 +79,39 @@ def write_parquet(table, path: str | Path) -> None:
 
 
 @contextlib.contextmanager
+def readable(path: str | Path, kind: str) -> Iterator[None]:
+    """Around the reading of a file by a library.
+
+    Raises:
+        FileError: it is not a file of this kind, or not what was written.
+    """
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0].rstrip('.')}"
+        raise FileError(
+            f"{path}: not a readable {kind} ({reason}). Copy it again, or remove it and start what wrote it."
+        ) from error
+
+
+@contextlib.contextmanager
 def open_parquet(path: str | Path) -> Iterator:
     """A `pyarrow.parquet.ParquetFile` that verifies what checksums there are, for as long as it is read.
 
     Raises:
         FileError: it is not what was written.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        # ParquetFile, which reads no partitions out of folders' names
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            # Checksums are of pages; in what is around them a wrong count would go unnoticed.
-            rows = sum(file.metadata.row_group(number).num_rows for number in range(file.num_row_groups))
-            if rows != file.metadata.num_rows:
-                raise ValueError(f"{rows} rows in its parts, {file.metadata.num_rows} in all")
-            yield file
-    except FileError:
-        raise
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0].rstrip('.')}"
-        raise FileError(
-            f"{path}: not a readable Parquet file ({reason}). Copy it again, or remove it and start what wrote it."
-        ) from error
+    # ParquetFile, which reads no partitions out of folders' names
+    with readable(path, "Parquet file"), pq.ParquetFile(path, page_checksum_verification=True) as file:
+        # Checksums are of pages; in what is around them a wrong count would go unnoticed.
+        rows = sum(file.metadata.row_group(number).num_rows for number in range(file.num_row_groups))
+        if rows != file.metadata.num_rows:
+            raise ValueError(f"{rows} rows in its parts, {file.metadata.num_rows} in all")
+        yield file
 
 
 def read_parquet(path: str | Path, columns: list[str] | None = None):

@@ -10,29 +10,23 @@ from huggingface_hub import CardData, RepoCard
 from veripo_trl.files.disk import read_parquet
 
 TAG = "veripo_trl"  # of every card that is pushed: it tells repositories that a push of ours made from all others
+FACTS = {
+    "policy": "Policy that the GRPO run started from",
+    "judge": "Judge",
+    "prompt_version": "Version of the judge's prompt",
+}
 TEMPLATE = Path(__file__).parent / "templates" / "card.md"
 
 
-def dataset_card(
-    kind: str,
-    *,
-    repo_id: str,
-    counts: dict[str, object],
-    data_files: str = "*.parquet",
-    inputs: dict[str, dict | str] | None = None,
-    policy: str | None = None,
-    judge: str | None = None,
-    prompt_version: str | None = None,
-    license: str = "unknown",
-) -> str:
+def dataset_card(kind: str, *, repo_id, counts, data_files="*.parquet", inputs=None, license="unknown", **facts) -> str:
     """The card of a dataset.
 
     Args:
         kind: "rollouts", "verdicts" or "pairs". counts: shown as a table, in order.
         data_files: where the parquet files are in the repository, so that `load_dataset(repo_id)` reads them.
         inputs: what it was made from: {role: {"repo_id", "revision"} of the Hub, or a name}.
-        policy: the model or adapter that the GRPO run started from which sampled the completions.
-        judge, prompt_version: who judged consistency, by which version of the judge's prompt.
+        facts: of `FACTS`: the model or adapter that the GRPO run started from which sampled the completions; who judged
+            consistency, by which version of the judge's prompt.
     """
     header = {
         "license": license,
@@ -40,13 +34,10 @@ def dataset_card(
         "tags": ["veripo", TAG, "trl", "video", kind],
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": data_files}]}],
     }
-    facts = {
-        "Policy that the GRPO run started from": policy and shown_name(policy),
-        "Judge": judge,
-        "Version of the judge's prompt": prompt_version,
-    }
-    facts = {key: value for key, value in facts.items() if value} | origins(inputs)
-    return fill_card(header, repo_id, counts, facts, kind=kind)
+    if facts.get("policy"):
+        facts["policy"] = shown_name(facts["policy"])
+    shown = {FACTS[name]: value for name, value in facts.items() if value}
+    return fill_card(header, repo_id, counts, shown | origins(inputs), kind=kind)
 
 
 def rollout_counts(files: Iterable[Path]) -> tuple[dict[str, object], str]:

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -36,12 +37,17 @@ class DecoderError(VeripoError):
 
 
 class DecodeProcess:
-    """The parent's end: starts the process on the first request, and again after a loss. Not thread-safe."""
+    """The parent's end: starts the process on the first request, and again after a loss.
+
+    Not thread-safe but for `lock`, which its users hold while they ask. Unpickled it is a new one, without a process.
+    """
 
     def __init__(self):
-        self._process = None
-        self._stderr = None
-        self.restarts = 0
+        self._process = self._stderr = None
+        self.owner, self.lock, self.restarts = os.getpid(), threading.Lock(), 0
+
+    def __reduce__(self):
+        return DecodeProcess, ()
 
     @property
     def pid(self):

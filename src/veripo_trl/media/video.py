@@ -5,10 +5,9 @@ Sampling and sizes are qwen-vl-utils' rules, so that the processor has nothing l
 rate and times are those of the frames, where qwen-vl-utils takes every clip for one of constant, average rate.
 """
 
-import json
 import os
-import threading
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -53,9 +52,8 @@ class VideoLoader:
     """Loads clips in a decoding process of its own, with an optional cache on disk.
 
     timeout_s bounds the decoding of one clip. backend "decord" falls back to PyAV for what decord cannot read, "pyav"
-    uses PyAV alone. decode_threads: threads of the decoder, 0 for its own choice. log_path: one JSON line is appended
-    per clip really decoded (cache hits are not), by every process that shares it. `stats` counts what this process
-    did. Can be pickled and forked: each process starts its own decoder on its first miss.
+    uses PyAV alone. decode_threads: threads of the decoder, 0 for its own choice. `stats` counts what this
+    loader did. Can be pickled and forked: each process starts its own decoder on its first miss, and counts on.
     """
 
     def __init__(
@@ -67,29 +65,17 @@ class VideoLoader:
         backend: str = "decord",
         *,
         decode_threads: int = 0,
-        log_path=None,
     ):
         if backend not in ("decord", "pyav"):
             raise ValueError(f"backend must be 'decord' or 'pyav', got {backend!r}")
         self.settings, self.backend, self.timeout_s = settings, backend, timeout_s
-        self.decode_threads, self.log_path = decode_threads, log_path
+        self.decode_threads = decode_threads
         self.cache = None if cache_dir is None else FrameCache(cache_dir, max_bytes=cache_max_bytes)
-        self._begin()
-
-    def _begin(self):
-        self._pid, self._lock, self._process = (os.getpid(), threading.Lock(), DecodeProcess())
-        self._counts = {"decoded": 0, "cache_hits": 0}
-
-    def __getstate__(self):
-        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_process", "_counts")}
-
-    def __setstate__(self, state):
-        vars(self).update(state)
-        self._begin()
+        self._process, self._counts = DecodeProcess(), Counter(decoded=0, cache_hits=0)
 
     @property
     def stats(self) -> dict:
-        """Counts of this process: clips decoded, cache hits, damaged cache entries, decoding processes lost."""
+        """Counts: clips decoded, cache hits, damaged cache entries, decoding processes lost."""
         damaged = 0 if self.cache is None else self.cache.damaged
         return {**self._counts, "cache_damaged": damaged, "restarts": self._process.restarts}
 
@@ -100,20 +86,20 @@ class VideoLoader:
 
     def close(self):
         """Stop the decoding process (the next miss starts another)."""
-        if self._pid == os.getpid():
+        if self._process.owner == os.getpid():
             self._process.close()
 
     def load(self, path, *, row_id, name=None) -> Clip:
         """The clip at `path`, sampled by the settings. Raises VideoError that names `row_id` and `name` or the file."""
-        if self._pid != os.getpid():  # forked: the process on the other end of the pipe is the parent's
+        if self._process.owner != os.getpid():  # forked: the process on the other end of the pipe is the parent's
             self._process.abandon()
-            self._begin()
+            self._process = DecodeProcess()
         try:
-            return self._load(os.path.realpath(path), row_id)
+            return self._load(os.path.realpath(path))
         except BadFile as error:
             raise VideoError(f"row {row_id!r}, video {os.fspath(name or path)!r}: {error}") from None
 
-    def _load(self, path, row_id):
+    def _load(self, path):
         status = check_file(path)
         key = cache_key(DECODING, path, status.st_size, status.st_mtime_ns, asdict(self.settings), self.backend)
         entry = None if self.cache is None else self.cache.get(key)
@@ -122,13 +108,9 @@ class VideoLoader:
             frames, metadata = entry
             return Clip(frames=frames, **metadata)
         container = recognise_container(path)
-        with self._lock:
+        with self._process.lock:
             clip = self._decode(path, container)
         self._counts["decoded"] += 1
-        if self.log_path is not None:
-            line = {"pid": os.getpid(), "row_id": row_id, "path": path, "backend": clip.backend}
-            with open(self.log_path, "a") as log:  # one short write in append mode: lines of processes do not mix
-                log.write(json.dumps(line) + "\n")
         after = os.stat(path)
         if self.cache is not None and (after.st_size, after.st_mtime_ns) == (status.st_size, status.st_mtime_ns):
             metadata = {name: value for name, value in vars(clip).items() if name != "frames"}

@@ -49,7 +49,6 @@ class EncodedPrompt:
         media: a line per image and video for people: frames × height × width and tokens.
         load_s, encode_s: seconds spent in reading media and in the processor.
         features: what frozen vision towers made of the media, see `vision_inputs`; None until one did.
-        content_keys: names of the media's content, see `vllm.inputs.name_media`; None until they are asked for.
     """
 
     question_id: str
@@ -64,7 +63,6 @@ class EncodedPrompt:
     load_s: float
     encode_s: float
     features: MutableMapping | None = None
-    content_keys: list[str] | None = None
 
     def __getstate__(self):
         """Without features, which belong to the towers of one process."""
@@ -183,9 +181,8 @@ class PromptEncoder:
         part = messages[0]["content"][-1]
         (text,) = text_ids(self.processor.tokenizer, [part["text"]])
         part["text"] = STAND_IN
-        before, after = self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        ).split(STAND_IN)
+        rendered = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        before, after = rendered.split(STAND_IN)
         return before + after, text, len(self.processor.tokenizer(after)["input_ids"])
 
     def _call_processor(self, text: str, images: list, clips: list[Clip]):

@@ -1,6 +1,7 @@
 """Vision features of prompts, computed once by a frozen tower and cached with the prompt."""
 
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from weakref import WeakKeyDictionary, ref
 
@@ -54,18 +55,12 @@ def cached_features(model, prompts: list, device) -> dict:
         compute(model, missing, device)
         found |= {id(prompt): prompt.features[tower] for prompt in missing}
     outputs = {}
+    on_device = cache(lambda tensor: tensor.to(device, non_blocking=True))  # rows of a group share theirs there, too
     rows = [found[id(prompt)] for prompt in prompts]
     for kind in PIXELS:
         own = [cached for cached in rows if kind in cached.items]
         if not own:
             continue
-        moved: dict[int, torch.Tensor] = {}  # rows of a group share theirs on the device, too
-
-        def on_device(tensor, moved=moved):
-            if id(tensor) not in moved:
-                moved[id(tensor)] = tensor.to(device, non_blocking=True)
-            return moved[id(tensor)]
-
         items = tuple(on_device(item) for cached in own for item in cached.items[kind])
         outputs[kind] = SimpleNamespace(pooler_output=items)
         if kind in own[0].levels:  # Qwen3-VL feeds features of several depths to its first layers

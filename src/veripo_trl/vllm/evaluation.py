@@ -1,11 +1,10 @@
 """The evaluation's engine over vLLM: prompts as `PromptEncoder` made them, so that training and evaluation agree."""
 
-import functools
 import time
 
 from veripo_trl.evaluate.generate import Decoding, end_ids
 from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder, vision_token_ids
-from veripo_trl.vllm.inputs import BAN, engine_options, generate_with_vllm, longest_prompt, name_media, vllm_inputs
+from veripo_trl.vllm.inputs import BAN, engine_options, generate_with_vllm, longest_prompt, vllm_inputs
 
 
 class VLLMEngine:
@@ -17,8 +16,7 @@ class VLLMEngine:
             `vllm.LLM`.
 
     Attributes:
-        ends, context, busy_s: as of `evaluate.TransformersEngine`. prepare: for `evaluate.encoded_batches`, so that
-            media are named in the loader's workers.
+        ends, context, busy_s: as of `evaluate.TransformersEngine`.
 
     Raises:
         ModuleNotFoundError: vLLM is not installed.
@@ -42,7 +40,6 @@ class VLLMEngine:
         )
         self.banned = vision_token_ids(encoder.processor, encoder.config)
         self.ends = end_ids(self.llm.model_config.try_get_generation_config().get("eos_token_id"), self.tokenizer)
-        self.prepare = functools.partial(name_media, config=encoder.config)
         self.busy_s = 0.0
 
     def complete(self, prompts: list[EncodedPrompt], indices: list[int], *, samples: int = 1) -> list[list[int]]:

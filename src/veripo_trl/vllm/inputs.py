@@ -8,12 +8,12 @@ Written for vLLM 0.30, which is imported only where it is used.
 """
 
 import functools
-import hashlib
 import types
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+import xxhash
 
 from veripo_trl.errors import VeripoError
 from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder
@@ -84,14 +84,9 @@ def _blocks(kind: str, pixels, grids: list, seconds, as_pictures: bool) -> Itera
 def content_key(item: dict) -> str:
     """A name for an item's content: pixels, sizes and frame rate. vLLM returns the old features of an equal name."""
     pixels = item["pixels"].contiguous()
-    digest = hashlib.sha256(f"{pixels.dtype} {tuple(pixels.shape)} {item['grid'].tolist()} {item['seconds']}".encode())
+    digest = xxhash.xxh3_128(f"{pixels.dtype} {tuple(pixels.shape)} {item['grid'].tolist()} {item['seconds']}".encode())
     digest.update(pixels.view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def name_media(prompt: EncodedPrompt, config) -> None:
-    """Compute a prompt's content keys where there is time for it: in the loader's workers. They read all its pixels."""
-    prompt.content_keys = [content_key(item) for item in media_items(prompt, config)]
 
 
 def engine_fields(item: dict):
@@ -149,7 +144,7 @@ def prepared_media(prompt: EncodedPrompt, config) -> list[tuple]:
     items = media_items(prompt, config)
     fields = [engine_fields(item) for item in items]
     check_positions(prompt, items, fields, config)
-    return list(zip(items, fields, prompt.content_keys or map(content_key, items), strict=True))
+    return list(zip(items, fields, map(content_key, items), strict=True))
 
 
 def by_kind(media: list[tuple], value: Callable) -> dict[str, list]:
