@@ -24,6 +24,10 @@ class ConfigError(VeripoError, ValueError):
     """A setting that cannot be used."""
 
 
+class SolutionError(VeripoError):
+    """A row's ground truth cannot be compared with any answer."""
+
+
 @contextlib.contextmanager
 def settings_checked():
     """While a run is set up, what a library refuses is a setting: its message becomes a ConfigError."""

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 
 from veripo_trl.answers.plain import HEDGE, MAX_CHARS, TAKEN_BACK, stated, unexplained, without_rejected, words_of
+from veripo_trl.errors import SolutionError
 
 
 @functools.lru_cache(maxsize=4096)
@@ -127,3 +128,23 @@ def _other_option(labels: dict[str, str]) -> str:
     letter = r"[(\[]?[A-Z][)\]]?"
     texts = "".join("|" + re.escape(option) for option in labels.values() if option)
     return rf"{letter}(?:\s*(?:,|/|or|and|nor)\s*{letter})*(?!\w)(?-i:(?!\s(?!but )[a-z])){texts}"
+
+
+def true_choice(solution: str, options: Sequence[str] | None) -> frozenset[str]:
+    tokens = [token for token in re.split(r"(?:[\s,;&()\[\].]|\band\b)+", solution) if token]
+    if len(tokens) == 1 and tokens[0].isupper() and list(tokens[0]) == sorted(tokens[0]):
+        tokens = list(tokens[0])  # "AC"
+    letters, labels = frozenset(token.upper() for token in tokens), option_labels(options)
+    if not tokens or len(letters) != len(tokens) or not all(re.fullmatch("[A-Z]", letter) for letter in letters):
+        raise SolutionError(f"solution {solution!r} of a multiple-choice row: expected letters such as 'B' or 'A,C'")
+    if labels and not letters <= labels.keys():
+        raise SolutionError(
+            f"solution {solution!r} is not among the options' letters {', '.join(labels)}; correct the solution or "
+            "the options"
+        )
+    return letters
+
+
+def partial_credit(letters: frozenset[str], truth: frozenset[str]) -> float:
+    """The share of the right letters that are named, 0 as soon as a wrong one is (TW-GRPO, arXiv 2505.24718)."""
+    return len(letters) / len(truth) if letters <= truth else 0.0

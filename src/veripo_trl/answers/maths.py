@@ -5,9 +5,10 @@ An answer over 256 characters is wrong rather than cut, since its end could take
 
 import re
 
-from veripo_trl.answers.math_process import FUNCTIONS, MAX_MATH_CHARS, calculate, to_latex
+from veripo_trl.answers.math_process import FUNCTIONS, MATH_LIMIT_S, MAX_MATH_CHARS, calculate, to_latex
 from veripo_trl.answers.numbers import number_tokens
 from veripo_trl.answers.plain import HEDGE, plain, stated
+from veripo_trl.errors import SolutionError
 
 
 def math_text(text: str) -> str:
@@ -33,3 +34,13 @@ def same_math(answer: str, truth: str) -> bool:
     if HEDGE.search(answer) and not HEDGE.search(truth):
         return False
     return calculate("is_same", math_text(truth), math_text(answer)) is True
+
+
+def check_math(solution: str) -> None:
+    if len(solution.strip()) > MAX_MATH_CHARS:
+        raise SolutionError(f"solution has {len(solution)} characters; expected {MAX_MATH_CHARS} at most")
+    if not calculate("is_maths", math_text(solution)):
+        raise SolutionError(
+            f"solution {solution!r} of a math row: math-verify cannot parse or compare it within {MATH_LIMIT_S:g} s; "
+            "write a number or a LaTeX expression, or use the problem type free-form"
+        )

@@ -11,6 +11,9 @@ import re
 
 from veripo_trl.answers.math_process import math_value
 from veripo_trl.answers.plain import HEDGE, MAX_CHARS, stated, unexplained, without_rejected
+from veripo_trl.errors import SolutionError
+
+Number = tuple[float, bool]  # value, whether it has a percent sign
 
 _NUMBER = re.compile(
     r"(?<![\w.,^/])([-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?)"
@@ -74,7 +77,7 @@ def number_tokens(text: str) -> set[tuple[float, bool]]:
     return tokens
 
 
-def read_number(text: str) -> tuple[float, bool] | None:
+def read_number(text: str, options=None) -> Number | None:
     """(value, has a percent sign) of the one finite number that `text` states; None if it states none, several,
     a bound or a hedge. What plain text cannot settle (roots, powers, pi) goes through math-verify."""
     if len(text) > MAX_CHARS:
@@ -99,7 +102,7 @@ def read_number(text: str) -> tuple[float, bool] | None:
     return (value, percent) if math.isfinite(value) else None
 
 
-def comparable(answer: tuple[float, bool], truth: tuple[float, bool]) -> list[tuple[float, float]]:
+def comparable(answer: Number, truth: Number) -> list[tuple[float, float]]:
     """The pairs of values to compare: a percent sign on one side only reads as the number or as the fraction."""
     (value, percent), (true_value, true_percent) = answer, truth
     pairs = [(value, true_value)]
@@ -113,7 +116,7 @@ def _close(value: float, truth: float) -> bool:
     return error <= 1e-9 * max(1.0, abs(truth)) or (error <= 0.005 + 1e-9 and error <= 0.02 * abs(truth))
 
 
-def same_number(answer: tuple[float, bool] | None, truth: tuple[float, bool] | None) -> bool:
+def same_number(answer: Number | None, truth: Number | None) -> bool:
     if answer is None or truth is None:
         return False
     return any(_close(value, true_value) for value, true_value in comparable(answer, truth))
@@ -123,11 +126,44 @@ def same_number(answer: tuple[float, bool] | None, truth: tuple[float, bool] | N
 _MRA_THRESHOLDS = [1 - (0.5 + i * ((0.95 - 0.5) / 9)) for i in range(10)]
 
 
-def regression_score_of(value: float, truth: float, kind: str) -> float:
-    """In [0, 1]. At truth 0 no relative error exists: 1 for an answer equal to 0, else 0."""
+def true_number(solution: str, options=None) -> Number:
+    number = read_number(solution)
+    if number is None:
+        raise SolutionError(f"solution {solution!r} of a row with numbers: expected one finite number such as '3.5'")
+    return number
+
+
+# ------------------------------------------------------------------------------------------------------ regression
+
+
+def _relative_error(value: float, truth: float) -> float:
+    """At truth 0 no relative error exists: 0 for an answer equal to 0, else without end."""
     if truth == 0:
-        return float(_close(value, truth))
-    error = abs(value - truth) / abs(truth)
-    if kind == "relative_error":
-        return 1.0 - min(error, 1.0)
-    return sum(error <= threshold for threshold in _MRA_THRESHOLDS) / 10
+        return 0.0 if _close(value, truth) else math.inf
+    return abs(value - truth) / abs(truth)
+
+
+def mean_relative_accuracy(answer: Number, truth: Number) -> float:
+    """The mean over theta in 0.50, 0.55, … 0.95 of: relative error <= 1 - theta (VSI-Bench, arXiv 2412.14171)."""
+    errors = [_relative_error(*pair) for pair in comparable(answer, truth)]
+    return max(sum(error <= threshold for threshold in _MRA_THRESHOLDS) / 10 for error in errors)
+
+
+def relative_accuracy(answer: Number, truth: Number) -> float:
+    """1 - relative error, not below 0 (Video-R1, arXiv 2503.21776)."""
+    return max(1.0 - min(_relative_error(*pair), 1.0) for pair in comparable(answer, truth))
+
+
+def absolute_range(answer: Number, truth: Number, max_range: float) -> float:
+    """1 - |error| / max_range, not below 0; values as written, percent signs aside (PRIMO R1, arXiv 2603.15600)."""
+    return max(0.0, 1.0 - abs(answer[0] - truth[0]) / max_range)
+
+
+def exponential(answer: Number, truth: Number, tau: float) -> float:
+    """exp(-|error| / tau); values as written, percent signs aside (SOLE-R1, arXiv 2603.28730)."""
+    return math.exp(-abs(answer[0] - truth[0]) / tau)
+
+
+def absolute_error(answer: Number | None, truth: Number) -> dict[str, float]:
+    """Of what can be read, as written: a mean absolute error has no value for the rest, which is counted elsewhere."""
+    return {"MAE": abs(answer[0] - truth[0])} if answer else {}

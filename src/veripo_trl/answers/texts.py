@@ -1,10 +1,12 @@
 """Texts: word error rate (OCR) and ROUGE (free-form)."""
 
 import functools
+import re
 
 from veripo_trl.answers.plain import words_of
 
 MAX_FREE_FORM_CHARS = 20_000  # ROUGE-L is quadratic
+_FILLERS = {"and", "then", "the", "a", "an"}  # "red, then blue" says what "red blue" says
 
 
 def one_minus_word_error_rate(answer: str, truth: str) -> float:
@@ -36,3 +38,8 @@ def rouge(answer: str, truth: str) -> float:
     if words_of(answer) == words_of(truth):
         return 1.0
     return sum(score.fmeasure for score in _rouge_scorer().score(truth, answer).values()) / 3
+
+
+def same_words(a: str, b: str) -> bool:
+    first, second = ([w for w in re.findall(r"\w+", words_of(text)) if w not in _FILLERS] for text in (a, b))
+    return bool(first) and first == second
