@@ -19,7 +19,7 @@ from pathlib import Path
 from transformers import set_seed
 from trl import ModelConfig
 
-from veripo_trl.answers.rewards import reward_function
+from veripo_trl.answers.rewards import check_truths, reward_functions
 from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.errors import run
 from veripo_trl.files.run_folder import only_process
@@ -51,6 +51,7 @@ def train(data_args, report, push, grpo, training_args, model_args) -> int | Non
     prepare_machine(training_args, tiny_world=data_args.tiny_world)
     data_args = pin_data(data_args)
     dataset = load_training_rows(data_args, seed=training_args.seed)
+    check_truths(grpo.rewards, dataset)
     heldout = load_eval_rows(data_args)
 
     policy = model_args.model_name_or_path
@@ -63,7 +64,7 @@ def train(data_args, report, push, grpo, training_args, model_args) -> int | Non
     store = RolloutStore(Path(training_args.output_dir) / "rollouts")
     trainer = VideoGRPOTrainer(
         model=model,
-        reward_funcs=[reward_function(name) for name in grpo.rewards],
+        reward_funcs=reward_functions(grpo.rewards, grpo.reward_kwargs),
         args=training_args,
         train_dataset=dataset,
         processing_class=processor,

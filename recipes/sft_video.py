@@ -18,6 +18,7 @@ from pathlib import Path
 from transformers import set_seed
 from trl import ModelConfig
 
+from veripo_trl.data.prompts import check_targets
 from veripo_trl.errors import run
 from veripo_trl.files.run_folder import only_process
 from veripo_trl.recipe.arguments import SHARED, StopArguments, parse
@@ -51,13 +52,15 @@ def train(data_args, report, push, stop, training_args, model_args) -> int | Non
     set_seed(training_args.seed)
     model_args, data_args = resolve_policy(model_args, data_args)
     model, processor = make_policy(model_args, data_args)
+    encoder = make_encoder(model, processor, data_args)
+    check_targets(dataset, encoder.template)
     checkpoint = open_run(training_args.output_dir, data_args, report, push, stop, training_args, model_args)
     trainer = VideoSFTTrainer(
         model=model,
         args=training_args,
         train_dataset=dataset,
         processing_class=processor,
-        encoder=make_encoder(model, processor, data_args),
+        encoder=encoder,
     )
     trainer.started = started
     show_steps(trainer)

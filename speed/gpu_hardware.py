@@ -24,10 +24,10 @@ from PIL import Image
 from transformers import TrainingArguments
 from trl import ModelConfig
 
-from veripo_trl.answers.rewards import reward_function
+from veripo_trl.answers.rewards import reward_functions
 from veripo_trl.data.schema import rows_to_dataset
 from veripo_trl.model.policy import SEEING
-from veripo_trl.recipe.arguments import DataArguments
+from veripo_trl.recipe.arguments import DataArguments, GRPOArguments
 from veripo_trl.recipe.arguments import parse as parse_arguments
 from veripo_trl.recipe.build import make_encoder
 from veripo_trl.trainers.dpo import VideoDPOTrainer
@@ -77,7 +77,8 @@ def one_step(device, config, shape, answer, search=None) -> dict:
                 parameter.register_post_accumulate_grad_hook(drop_gradient)
         encoder = make_encoder(model, processor, data)
         rows = make_rows(recipe.name, data, training, answer, Path(folder))
-        rewards = [reward_function(name) for item in settings for name in getattr(item, "rewards", [])]
+        own = [item for item in settings if isinstance(item, GRPOArguments)]
+        rewards = reward_functions(own[0].rewards, own[0].reward_kwargs) if own else []
         common = {"model": model, "args": training, "processing_class": processor, "encoder": encoder}
         trainer = make_trainer(recipe.name, common, rows_to_dataset(rows), rewards, shape, answer)
         if device == "cuda":

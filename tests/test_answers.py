@@ -14,7 +14,7 @@ import pytest
 from veripo_trl.answers import math_process
 from veripo_trl.answers.choice import read_choice
 from veripo_trl.answers.math_process import math_timeouts
-from veripo_trl.answers.numbers import read_number
+from veripo_trl.answers.numbers import read_number, relative_accuracy
 from veripo_trl.answers.score import (
     PROBLEM_TYPES,
     SolutionError,
@@ -285,12 +285,7 @@ def test_numerical(solution, answer, score):
 def test_regression(solution, answer, mra, relative):
     row = {"problem_type": "regression", "solution": solution, "options": []}
     assert score_answer(answer, **row) == pytest.approx(mra, abs=1e-12)
-    assert score_answer(answer, regression_score="relative_error", **row) == pytest.approx(relative, abs=1e-9)
-
-
-def test_unknown_regression_score_is_refused():
-    with pytest.raises(ValueError, match="mean_relative_accuracy"):
-        score_answer("1", problem_type="regression", solution="1", options=[], regression_score="mse")
+    assert score_answer(answer, score=relative_accuracy, **row) == pytest.approx(relative, abs=1e-9)
 
 
 # ---------------------------------------------------------------------------------------------------------- maths
@@ -463,7 +458,9 @@ def test_sound_truths_pass(problem_type, solution, options):
 
 # ------------------------------------------------------------------------------------------------ bad model answers
 
-TRUTHS = {"multiple choice": "B", "numerical": "3", "regression": "3", "math": "3", "OCR": "x", "free-form": "fish"}
+TRUTHS = {"multiple choice": "B", "numerical": "3", "regression": "3", "math": "3", "OCR": "x", "free-form": "fish",
+          "temporal grounding": "1 to 2", "grounded choice": "B; 1 to 2", "object and time": "2; 1 to 2",
+          "box grounding": "[1, 2, 3, 4]", "yes/no": "yes"}  # fmt: skip
 
 
 @pytest.mark.parametrize("problem_type", PROBLEM_TYPES)
@@ -481,7 +478,7 @@ TRUTHS = {"multiple choice": "B", "numerical": "3", "regression": "3", "math": "
 )  # fmt: skip
 def test_bad_answers_earn_nothing_and_never_raise(answer, problem_type):
     start = time.monotonic()
-    options = OPTIONS if problem_type == "multiple choice" else []
+    options = OPTIONS if "choice" in problem_type else []
     score = score_answer(answer, problem_type=problem_type, solution=TRUTHS[problem_type], options=options)
     assert score == 0
     assert time.monotonic() - start < 5
@@ -529,4 +526,4 @@ def test_unknown_problem_types_raise_everywhere():
     ):
         with pytest.raises(SolutionError, match="regression"):
             call()
-    assert PROBLEM_TYPES == ("multiple choice", "numerical", "regression", "math", "OCR", "free-form")
+    assert list(PROBLEM_TYPES)[:6] == ["multiple choice", "numerical", "regression", "math", "OCR", "free-form"]

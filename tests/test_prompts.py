@@ -1,9 +1,18 @@
+import dataclasses
+import json
 import re
 
 import pytest
 
 from veripo_trl.answers.score import PROBLEM_TYPES, is_well_formed
-from veripo_trl.data.prompts import PromptError, build_messages, build_target, load_template
+from veripo_trl.data.prompts import (
+    PromptError,
+    build_messages,
+    build_target,
+    check_targets,
+    load_template,
+    read_template,
+)
 
 ROW = {
     "question_id": "q1",
@@ -141,9 +150,13 @@ def test_hash_is_of_the_content(tmp_path):
         ({"layout": '"{question} {problem} {options} {instruction}"'}, r"no other placeholder, came \{question\}"),
         ({"layout": "[1]"}, "expected a text under layout"),
         ({"instructions": INSTRUCTIONS + "  riddle: guess\n"}, "multiple choice, .*came .*riddle"),
-        ({"instructions": INSTRUCTIONS.replace("  OCR: say OCR\n", "")}, "one instruction for each of .*OCR"),
         ({"instructions": INSTRUCTIONS.replace("say OCR", "7")}, "expected a text under instructions: OCR"),
         ({"more": "layuot: x\n"}, "came .*layuot"),
+        ({"more": "layouts: {riddle: x}\n"}, "layouts: expected some of multiple choice"),
+        ({"more": "layouts: {OCR: '{problem} {options}'}\n"}, r"layout needs .*\{instruction\}"),
+        ({"more": "layouts: {OCR: 7}\n"}, "expected a text under layouts: OCR"),
+        ({"more": "media_order: [audio]\n"}, "media_order: expected a list of video and image"),
+        ({"more": "target: all\n"}, "target: expected thinking or process"),
         ({"more": "target_joiner: null\n"}, "expected a text under target_joiner"),
         ({"more": "x: [\n"}, "not readable YAML"),
     ],
@@ -152,6 +165,70 @@ def test_a_wrong_template_is_refused(tmp_path, arguments, message):
     with pytest.raises(PromptError, match=message) as caught:
         template(tmp_path, **arguments)
     assert "mine.yaml" in str(caught.value)
+
+
+def test_what_a_template_lacks_is_the_defaults_and_in_no_hash(tmp_path):
+    """So that a problem type that is added changes no template's hash: rollouts and policies made with it stay usable."""
+    default = load_template("default")
+    assert (default.hash, load_template("tiny").hash) == ("1244cac5efba743d", "eafe69c4a3ebd39f")  # before there were any
+    first = "".join(f"  {kind}: say {kind}\n" for kind in list(PROBLEM_TYPES)[:6])
+    six = template(tmp_path, instructions=first)
+    assert six.instructions["yes/no"] == default.instructions["yes/no"]
+    assert text(ROW | {"problem_type": "yes/no", "options": []}, six).endswith("\nThe answer is yes or no.")
+    assert template(tmp_path, instructions=first + "  yes/no: The answer is yes or no.\n").hash == six.hash
+    assert template(tmp_path, instructions=first + "  yes/no: Yes or no?\n").hash != six.hash
+    assert template(tmp_path, instructions=first.replace("  OCR: say OCR\n", "")).hash != six.hash
+    assert load_template("tiny").instructions["yes/no"] == ""  # its layout has no place for one
+    for one in (default, six, template(tmp_path, more="target: process\nmedia_order: [image]\n")):
+        assert read_template(json.loads(json.dumps(dataclasses.asdict(one))), "veripo_trl.json") == one
+
+
+def test_a_layout_for_a_type(tmp_path):
+    own = template(tmp_path, more='layouts: {numerical: "Watch. {problem}{options} {instruction}!"}\n')
+    number = ROW | {"problem_type": "numerical", "options": []}
+    assert text(number, own) == "Watch. Which colour comes last? say numerical!"
+    assert text(ROW, own) == text(ROW, template(tmp_path))
+    assert own.hash != template(tmp_path).hash
+    bare = template(tmp_path, more='layouts: {numerical: "Watch. {problem}{options}"}\n',
+                    instructions=INSTRUCTIONS.replace("say numerical", '""'))  # fmt: skip
+    assert text(number, bare) == "Watch. Which colour comes last?"
+
+
+def test_media_in_an_order(tmp_path):
+    row = ROW | {"images": ["start.png", "now.png"]}
+    ordered = template(tmp_path, more="media_order: [image, video, image]\n")
+    (message,) = build_messages(row, ordered)
+    assert [part["type"] for part in message["content"]] == ["image", "video", "image", "text"]
+    with pytest.raises(PromptError, match=r"'q1'.*\['image', 'video', 'image'\], came \['video'\]"):
+        build_messages(ROW, ordered)
+
+
+TRACE = "<time>00:02-00:05</time> <caption>red</caption> <think>first</think>"
+
+
+def test_a_target_that_is_the_process_as_it_is(tmp_path):
+    own = template(tmp_path, more="target: process\n")
+    assert build_target(ROW | {"process": TRACE}, own) == f"{TRACE}\n<answer>B</answer>"
+    whole = f"{TRACE} so <answer>B</answer>"
+    assert build_target(ROW | {"process": whole}, own) == whole
+    rows = [ROW, ROW | {"question_id": "q2", "process": TRACE}]
+    check_targets(rows, own)
+    with pytest.raises(PromptError, match=r"'q2'.*process.*<think>.*target: process"):
+        check_targets(rows, load_template("default"))
+
+
+@pytest.mark.parametrize(
+    "problem_type, solution, taught",
+    [
+        ("temporal grounding", "5.0 to 11.0 of 33.75", "5.0 to 11.0"),
+        ("object and time", "2; 5 to 11 of 20", "2; 5 to 11"),
+        ("grounded choice", "B; 5 to 11", "B; 5 to 11"),
+        ("free-form", "one of 3", "one of 3"),
+    ],
+)
+def test_a_duration_is_not_taught(problem_type, solution, taught):
+    row = ROW | {"problem_type": problem_type, "solution": solution}
+    assert build_target(row, load_template("default")).endswith(f"<answer>{taught}</answer>")
 
 
 def test_a_layout_without_instruction_needs_empty_instructions(tmp_path):

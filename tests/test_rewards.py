@@ -1,16 +1,20 @@
 """The reward functions as TRL calls them: columns of a batch in, one float per completion out."""
 
+import math
 import sys
 
 import pytest
 from helpers import documented
 
 from veripo_trl.answers.rewards import (
+    MAKERS,
     REWARDS,
     accuracy_relative_error_reward,
     accuracy_reward,
+    check_truths,
     format_reward,
     reward_function,
+    reward_functions,
 )
 from veripo_trl.answers.score import SolutionError
 from veripo_trl.errors import ConfigError
@@ -84,11 +88,140 @@ def test_broken_is_not_wrong():
 
 
 def test_names_are_the_metrics_names():
-    assert {name: function.__name__ for name, function in REWARDS.items()} == {
-        "accuracy": "accuracy_reward",
-        "accuracy_relative_error": "accuracy_relative_error_reward",
-        "format": "format_reward",
-    }
+    made = {name: reward_function(name) for name in (*REWARDS, *MAKERS)}
+    assert {name: function.__name__ for name, function in made.items()} == {name: f"{name}_reward" for name in made}
+
+
+# --------------------------------------------------------------------------------------------- the relatives' rewards
+
+RELATIVES = [  # problem type, solution, answer; then what each reward gives
+    ("temporal grounding", "4 to 12 of 20", "6 to 10", {"accuracy": 0.5, "tiou": 0.5, "tiou_time_r1": 0.405}),
+    ("object and time", "2; 5 to 11", "2; 8 to 14", {"accuracy": 2 / 3, "tiou": 1 / 3, "object_id": 1}),
+    ("object and time", "2; 5 to 11", "2; 12 to 15", {"accuracy": 0.5, "tiou": 0, "object_id": 1}),
+    ("grounded choice", "B; 5 to 11", "B; 8 to 14", {"accuracy": 2 / 3, "grounded_letter": 1, "grounded_tiou": 1 / 3}),
+    ("box grounding", "[100, 100, 300, 300]", "[150,150,250,250]", {"accuracy": 0.25, "box_iou": 0.25}),
+    ("yes/no", "yes", "Yes, it falls.", {"accuracy": 1}),
+    ("multiple choice", "A,C", "C", {"accuracy": 0, "accuracy_soft": 0.5}),
+    ("multiple choice", "B", "B", {"accuracy": 1}),
+    ("numerical", "3", "3", {"accuracy": 1}),
+    ("free-form", "Yes, it does", "Yes.", {"accuracy": pytest.approx(0.5 / 3, abs=0.3), "yes_no_first": 1}),
+    ("free-form", "No", "The answer is no", {"accuracy": pytest.approx(0.2, abs=0.2), "yes_no_first": 0}),
+    ("free-form", "No", "Not sure", {"accuracy": 0, "yes_no_first": 0}),
+    ("free-form", "A ball", "A ball", {"accuracy": 1, "yes_no_first": 1}),
+    ("regression", "50", "40%", {"accuracy": 0.6, "accuracy_relative_error": 0.8, "accuracy_absolute_range": 0.9,
+                                 "exponential_error": 1.5 * math.exp(-1)}),
+    ("regression", "50", "many", {"accuracy": 0, "accuracy_absolute_range": 0, "exponential_error": 0}),
+]  # fmt: skip
+ACCURATE = {"accuracy_relative_error", "accuracy_soft", "accuracy_absolute_range", "yes_no_first"}
+
+
+@pytest.mark.parametrize("reward", [name for name in (*REWARDS, *MAKERS) if "format" not in name])
+def test_each_reward_of_a_mixed_batch(reward):
+    """An accuracy gives every row its own type's; what is of some types is None for the others, which TRL leaves out."""
+    kinds, solutions, answers, _ = zip(*RELATIVES, strict=True)
+    found = reward_function(reward)(
+        completions=[message(GOOD.format(answer)) for answer in answers], solution=solutions, problem_type=kinds,
+        options=[["A. x", "B. y", "C. z"] if "choice" in kind else [] for kind in kinds], completion_ids=None,
+    )  # fmt: skip
+    for (*row, given), score in zip(RELATIVES, found, strict=True):
+        expected = given.get(reward, given["accuracy"] if reward in ACCURATE else None)
+        assert score == (expected if expected is None else pytest.approx(expected)), (reward, row)
+
+
+@pytest.mark.parametrize(
+    "answer, truth, max_range, value",
+    [
+        ("50", "50", 100, 1), ("40", "50", 100, 0.9), ("51.5", "50", 100, 0.985), ("50", "0", 100, 0.5),
+        ("100", "0", 100, 0), ("-10", "50", 100, 0.4), ("200", "50", 100, 0), ("soon", "50", 100, 0),
+        (".3", ".5", 1, 0.8), ("50%", "50", 100, 1), ("50%", "1", 100, 0.51),  # .505 and .995 there: a % is a hundredth
+        ("45", "50", 100, 0.95), ("90", "50", 100, 0.6),
+    ],
+)  # fmt: skip
+def test_absolute_range(answer, truth, max_range, value):
+    reward = reward_function("accuracy_absolute_range", {"max_range": max_range})
+    assert reward([GOOD.format(answer)], [truth], ["regression"]) == pytest.approx([value])
+
+
+@pytest.mark.parametrize("answer, value", [("40", 0.8), ("5 of", 0), ("0", 1)])
+def test_the_relative_kind(answer, value):
+    """At a truth of 0, PRIMO's and Video-R1's code gives 0 even to the answer 0; ours 1."""
+    truth = "0" if answer == "0" else "50" if answer == "40" else "1"
+    assert accuracy_relative_error_reward([GOOD.format(answer)], [truth], ["regression"]) == pytest.approx([value])
+
+
+@pytest.mark.parametrize(
+    "answer, truth, options, total",
+    [
+        ("30", "30", {}, 2.5), ("40", "30", {}, 1.5518), ("50", "30", {}, 1.2030), ("-10", "30", {}, 1.0275),
+        ("35", "30", {"tau": 20}, 2.1682), ("about a fifth", "30", {}, 1), ("45%", "45", {}, 2.5),
+        ("45", "45", {"scale": 1}, 2),
+    ],
+)  # fmt: skip
+def test_exponential_error_beside_a_format_of_one(answer, truth, options, total):
+    row = [GOOD.format(answer)], [truth], ["regression"]
+    score = reward_function("exponential_error", options)(*row)[0] + 2 * format_reward(row[0])[0]
+    assert score == pytest.approx(total, abs=1e-4)
+
+
+def test_an_object_must_be_there_in_time_if_asked_for():
+    row = [GOOD.format("2; 12 to 15")], ["2; 5 to 11"], ["object and time"]
+    assert reward_function("object_id")(*row) == [1]
+    assert reward_function("object_id", {"needs_overlap": True})(*row) == [0]
+
+
+def test_segments_are_held_against_their_own_rows_duration():
+    trace = "<time>00:06-00:12</time><caption>c</caption><think>t</think><answer>A</answer>"
+    columns = {"solution": ["1 to 2 of 8", "1 to 2 of 5", "1 of 5"], "problem_type": ["temporal grounding"] * 2 + ["OCR"]}
+    assert REWARDS["segments_format"]([message(trace)] * 3, **columns) == [1, 0, 1]
+    sections = "<think><plan>p</plan><why>w</why></think><answer>A</answer>"
+    assert reward_function("structured_format", {"sections": ["plan", "why"]})([sections, GOOD]) == [1, 0]
+    assert reward_function("structured_format")([sections]) == [0]
+
+
+def test_trls_rewards_by_their_makers():
+    """Every maker that TRL 1.16 has: with options, `module:function` is called for the reward."""
+    ids = {"completion_ids": [[1] * 90, [1] * 10]}
+    overlong, repetition, cosine = reward_functions(
+        ["trl.rewards:get_soft_overlong_punishment", "trl.rewards:get_repetition_penalty_reward",
+         "trl.rewards:get_cosine_scaled_reward"],
+        {"trl.rewards:get_soft_overlong_punishment": {"max_completion_len": 100, "soft_punish_cache": 20},
+         "trl.rewards:get_repetition_penalty_reward": {}, "trl.rewards:get_cosine_scaled_reward": {"max_len": 100}},
+    )  # fmt: skip
+    assert overlong(completions=["a", "b"], **ids) == [-0.5, 0]
+    assert repetition(completions=["a", "b"], **ids)[0] < -0.9
+    names = [function.__name__ for function in (overlong, repetition, cosine)]
+    assert names == ["soft_overlong_punishment_reward", "repetition_penalty_reward", "cosine_scaled_reward"]
+    think = reward_function("trl.rewards:think_format_reward")  # without an entry it is the reward itself
+    assert think(completions=[message("<think>t</think>A"), message("A")]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "names, options, says",
+    [
+        (["exponential_error"], {"exponential_error": {"tau": 0}}, "tau: expected a number over 0; got 0"),
+        (["exponential_error"], {"exponential_error": {"tou": 1}}, "exponential_error: .*unexpected keyword.*tou"),
+        (["accuracy_absolute_range"], {"accuracy_absolute_range": {"max_range": "x"}}, "max_range: expected a number"),
+        (["structured_format"], {"structured_format": {"sections": "plan"}}, "sections: expected a list"),
+        (["accuracy"], {"accuracy": {"tau": 1}}, "accuracy has no options; those that do are accuracy_absolute_range"),
+        (["accuracy"], {"exponential_error": {}}, "exponential_error: not among rewards"),
+        (["accuracy"], {"accuracy": 3}, "expected {"),
+        (["accuracy"], [], "expected {"),
+        (["trl.rewards:get_soft_overlong_punishment"], {"trl.rewards:get_soft_overlong_punishment": {}}, "missing 2"),
+        (["json:dumps"], {"json:dumps": {"obj": 1}}, "expected it to return a function with a name"),
+    ],
+)
+def test_options_that_cannot_be_used(names, options, says):
+    with pytest.raises(ConfigError, match=says):
+        reward_functions(names, options)
+
+
+def test_a_truth_without_a_duration_is_told_before_training():
+    rows = {"question_id": ["a", "b"], "solution": ["B", "5 to 11"], "problem_type": ["multiple choice"] * 2}
+    check_truths(["accuracy", "tiou_time_r1"], rows)
+    rows["problem_type"] = ["multiple choice", "temporal grounding"]
+    check_truths(["accuracy", "tiou"], rows)
+    with pytest.raises(SolutionError, match="question_id 'b'.*needs the clip's duration"):
+        check_truths(["accuracy", "tiou_time_r1"], rows)
 
 
 def test_a_reward_of_the_users_own(tmp_path, monkeypatch):

@@ -395,7 +395,7 @@ BAD_ROWS = [
     ({"solution": None}, "solution", "null"),
     ({"solution": True}, "solution", "True"),
     ({"solution": "<answer>B</answer>"}, "solution", "<answer>B</answer>"),
-    ({"process": "<think>B</think>"}, "process", "<think>"),
+    ({"process": "<think>B"}, "process", "<think>B"),
     ({"process": 3}, "process", "3"),
     ({"videos": "v/1.mp4"}, "videos", "'v/1.mp4'"),
     ({"videos": [1]}, "videos", r"\[1\]"),

@@ -34,7 +34,9 @@ def read_box(text: str, options=None) -> Box | None:
         found = found.get("bbox_2d", found.get("bbox"))
     if not isinstance(found, list) or [type(each) in (int, float) for each in found] != [True] * 4:
         return None
-    return tuple(map(float, found)) if all(abs(each) < 1e6 for each in found) else None  # NaN is not
+    return (
+        tuple(map(float, found)) if all(abs(each) < 1e6 for each in found) else None
+    )  # NaN is not
 
 
 def true_box(solution: str, options=None) -> Box:
@@ -49,12 +51,16 @@ def true_box(solution: str, options=None) -> Box:
 
 def in_units(box: Box, width: float, height: float) -> Box:
     """A box in pixels of a picture of this size, in thousandths."""
-    return tuple(each * UNITS / size for each, size in zip(box, (width, height, width, height), strict=True))
+    return tuple(
+        each * UNITS / size for each, size in zip(box, (width, height, width, height), strict=True)
+    )
 
 
 def box_iou(a: Box, b: Box) -> float:
     """Intersection over union; 0 if either box has no width or height, or its corners reversed."""
-    areas = [(x2 - x1) * (y2 - y1) if x2 > x1 and y2 > y1 else math.nan for x1, y1, x2, y2 in (a, b)]
+    areas = [
+        (x2 - x1) * (y2 - y1) if x2 > x1 and y2 > y1 else math.nan for x1, y1, x2, y2 in (a, b)
+    ]
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     both = max(0.0, width) * max(0.0, height)
     iou = both / (sum(areas) - both)
@@ -67,4 +73,8 @@ def same_box(a: Box, b: Box) -> bool:
 
 def box_metrics(box: Box | None, truth: Box) -> dict[str, float]:
     iou = box_iou(box, truth) if box else 0.0
-    return {"mean IoU": iou, "IoU ≥ .25": float(iou >= 0.25 - 1e-9), "IoU ≥ .5": float(iou >= 0.5 - 1e-9)}
+    return {
+        "mean IoU": iou,
+        "IoU ≥ .25": float(iou >= 0.25 - 1e-9),
+        "IoU ≥ .5": float(iou >= 0.5 - 1e-9),
+    }

@@ -28,7 +28,9 @@ def read_grounded(text: str, options=None) -> Grounded | None:
 def true_grounded(solution: str, options=None) -> tuple[frozenset[str], TrueSpans]:
     letters, separator, spans = solution.partition(";")
     if not separator:
-        raise SolutionError(f"solution {solution!r}: expected a letter, ';' and spans, as in 'B; 5.0 to 11.0 of 33.75'")
+        raise SolutionError(
+            f"solution {solution!r}: expected a letter, ';' and spans, as in 'B; 5.0 to 11.0 of 33.75'"
+        )
     return true_choice(letters, options), true_spans(spans.strip())
 
 

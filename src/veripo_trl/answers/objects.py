@@ -5,11 +5,20 @@ import json
 import re
 
 from veripo_trl.answers.plain import MAX_CHARS, stated, unexplained
-from veripo_trl.answers.spans import Spans, TrueSpans, read_spans, recalls, same_spans, tiou, true_spans
+from veripo_trl.answers.spans import (
+    Spans,
+    TrueSpans,
+    read_spans,
+    recalls,
+    same_spans,
+    tiou,
+    true_spans,
+)
 from veripo_trl.errors import SolutionError
 
 _FORM = re.compile(
-    r"target\s+id\s*:?\s*(?P<id>\d{1,6})\s*[,;.]?\s*time\s+range\s*:?\s*(?P<span>.+)|(?P<bare>\d{1,6})\s*;\s*(?P<time>.+)",
+    r"target\s+id\s*:?\s*(?P<id>\d{1,6})\s*[,;.]?\s*time\s+range\s*:?\s*(?P<span>.+)"
+    r"|(?P<bare>\d{1,6})\s*;\s*(?P<time>.+)",
     re.I | re.S,
 )
 
@@ -33,7 +42,11 @@ def _from_json(text: str) -> tuple[int, Spans] | None:
         content = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    if content.keys() != {"id", "start", "end"} or type(content["id"]) is not int or content["id"] < 0:
+    if (
+        content.keys() != {"id", "start", "end"}
+        or type(content["id"]) is not int
+        or content["id"] < 0
+    ):
         return None
     times = content["start"], content["end"]
     if any(type(time) not in (int, float) for time in times) or not 0 <= times[0] <= times[1] < 1e7:
@@ -44,7 +57,9 @@ def _from_json(text: str) -> tuple[int, Spans] | None:
 def true_object(solution: str, options=None) -> tuple[int, TrueSpans]:
     match = re.fullmatch(r"\s*(\d{1,6})\s*;\s*(.+)", solution, re.S)
     if not match or len((truth := true_spans(match[2])).spans) != 1:
-        raise SolutionError(f"solution {solution!r}: expected an id, ';' and one span, as in '2; 5.0 to 11.0 of 20.0'")
+        raise SolutionError(
+            f"solution {solution!r}: expected an id, ';' and one span, as in '2; 5.0 to 11.0 of 20.0'"
+        )
     return int(match[1]), truth
 
 
@@ -71,4 +86,8 @@ def same_object(a: tuple[int, Spans], b: tuple[int, Spans]) -> bool:
 
 def object_metrics(answer: tuple[int, Spans] | None, truth) -> dict[str, float]:
     iou = object_tiou(answer, truth) if answer else 0.0
-    return {"ID accuracy": object_id(answer, truth) if answer else 0.0, "m_tIoU": iou, **recalls(iou, (0.3, 0.5))}
+    return {
+        "ID accuracy": object_id(answer, truth) if answer else 0.0,
+        "m_tIoU": iou,
+        **recalls(iou, (0.3, 0.5)),
+    }

@@ -16,14 +16,22 @@ Spans = tuple[tuple[float, float], ...]  # (start, end) in seconds
 MAX_SPANS = 20
 TOLERANCE_S = 1.5  # of an end over the duration: Charades-STA rounds its ends up by as much
 SAME_IOU = 0.95
+WITH_DURATION = (
+    "temporal grounding",
+    "grounded choice",
+    "object and time",
+)  # types whose solutions may end in one
 
 _TIME = r"\d{1,2}(?::\d\d){2}(?:\.\d+)?|\d{1,4}:\d\d(?:\.\d+)?|\d{1,7}(?:\.\d+)?|\.\d+"
 _UNIT = r"(?:\s?s(?:ec(?:ond)?s?)?\b\.?)?"
 _SPAN = re.compile(
-    rf"(?<![\w.:-])({_TIME}){_UNIT}\s*(?:\bto\b|\band\b|to|[-–—~])\s*({_TIME})(?![\d:]|\.\d){_UNIT}(?!\w)", re.I
+    rf"(?<![\w.:-])({_TIME}){_UNIT}\s*(?:\bto\b|\band\b|to|[-–—~])\s*({_TIME})(?![\d:]|\.\d){_UNIT}(?!\w)",
+    re.I,
 )
 _DURATION = re.compile(rf"\s+of\s+({_TIME}){_UNIT}\s*\.?\s*$", re.I)
-_OTHER_UNIT = re.compile(r"\b(?:ms|millisec\w*|min(?:ute)?s?|h(?:ou)?rs?|hours?|frames?|percent)\b|%", re.I)
+_OTHER_UNIT = re.compile(
+    r"\b(?:ms|millisec\w*|min(?:ute)?s?|h(?:ou)?rs?|hours?|frames?|percent)\b|%", re.I
+)
 
 
 class TrueSpans(NamedTuple):
@@ -50,20 +58,40 @@ def read_spans(text: str, options=None) -> Spans | None:
     text = _DURATION.sub("", stated(unexplained(text)))
     rest = _SPAN.sub(" ", text)
     spans = [tuple(map(seconds, match.groups())) for match in _SPAN.finditer(text)]
-    if not 0 < len(spans) <= MAX_SPANS or re.search(r"\d", rest) or HEDGE.search(rest) or _OTHER_UNIT.search(rest):
+    if (
+        not 0 < len(spans) <= MAX_SPANS
+        or re.search(r"\d", rest)
+        or HEDGE.search(rest)
+        or _OTHER_UNIT.search(rest)
+    ):
         return None
     if any(start is None or end is None or start > end for start, end in spans):
         return None
     return tuple(spans)
 
 
+def solution_duration(solution: str) -> float | None:
+    """The clip's duration in seconds, where a solution of `WITH_DURATION` ends in " of 33.75"."""
+    match = _DURATION.search(solution)
+    return seconds(match[1]) if match else None
+
+
+def without_duration(solution: str) -> str:
+    return _DURATION.sub("", solution)
+
+
 def true_spans(solution: str, options=None) -> TrueSpans:
     """ "5.0 to 11.0", "1 to 3; 5 to 8 of 33.75". Raises SolutionError for what cannot be read or lies outside."""
     expected = "expected spans in seconds such as '5.0 to 11.0', '1 to 3; 5 to 8' or '5.0 to 11.0 of 33.75'"
-    spans, match = read_spans(solution), _DURATION.search(solution)
-    duration = seconds(match[1]) if match else None
-    if spans is None or (match and not duration) or any(start >= end for start, end in spans):
-        raise SolutionError(f"solution {solution!r}: {expected}, each with its start before its end")
+    spans, duration = read_spans(solution), solution_duration(solution)
+    if (
+        spans is None
+        or (" of " in solution and not duration)
+        or any(start >= end for start, end in spans)
+    ):
+        raise SolutionError(
+            f"solution {solution!r}: {expected}, each with its start before its end"
+        )
     if duration and any(start >= duration or end > duration + TOLERANCE_S for start, end in spans):
         raise SolutionError(
             f"solution {solution!r}: expected spans within the duration (ends up to {TOLERANCE_S} s over it are taken "
@@ -107,7 +135,9 @@ def tiou_time_r1(spans: Spans, truth: TrueSpans) -> float:
     (start, end), (true_start, true_end) = (
         (min(s for s, _ in each), max(e for _, e in each)) for each in (spans, truth.spans)
     )
-    factors = (max(0.0, 1 - abs(a - b) / duration) for a, b in ((start, true_start), (end, true_end)))
+    factors = (
+        max(0.0, 1 - abs(a - b) / duration) for a, b in ((start, true_start), (end, true_end))
+    )
     return functools.reduce(lambda product, factor: product * factor, factors, tiou(spans, truth))
 
 
@@ -124,9 +154,20 @@ def same_spans(a: Spans, b: Spans) -> bool:
     return union_iou(a, b) >= SAME_IOU
 
 
+def best_ious(true: Spans, predicted: Spans) -> list[float]:
+    """For each true span the best tIoU of a predicted one: Video-Thinker's measure of a trace's segments. A prediction
+    may serve several and extra ones cost nothing, so show their number and what they cover beside it."""
+    return [
+        max((union_iou((span,), (other,)) for other in predicted), default=0.0) for span in true
+    ]
+
+
 def recalls(iou: float, thresholds=(0.3, 0.5, 0.7)) -> dict[str, float]:
     """{"R@.3": 1.0 if the IoU is at least .3, …}."""
-    return {f"R@{threshold:g}".replace("0.", "."): float(iou >= threshold - 1e-9) for threshold in thresholds}
+    return {
+        f"R@{threshold:g}".replace("0.", "."): float(iou >= threshold - 1e-9)
+        for threshold in thresholds
+    }
 
 
 def span_metrics(spans: Spans | None, truth: TrueSpans) -> dict[str, float]:

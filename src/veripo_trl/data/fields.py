@@ -70,9 +70,10 @@ def _process(value: Any) -> str | None:
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     text = _text({"process": value}, "process")
-    if match := _TAG.search(text):
-        remedy = "Write the thinking without think or answer tags: the prompt template puts them."
-        raise FieldError("process", "the bare thinking", f"{match[0]} in {show(text)}", remedy)
+    for tag in ("think", "answer"):  # whether there may be any is the template's to say
+        if text.count(f"<{tag}>") != text.count(f"</{tag}>"):
+            remedy = "Close its tags; thinking needs none, the prompt template puts them."
+            raise FieldError("process", f"<{tag}> and </{tag}> in pairs, or none", show(text), remedy)
     return text
 
 

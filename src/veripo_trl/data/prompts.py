@@ -5,15 +5,26 @@ A template is YAML:
 
     layout: the text of the user's message. {problem} and {options} stand in it once each, {instruction} once (or not
         at all if every instruction is empty). A line whose placeholders are all empty is left out.
-    instructions: one text for each of `score.PROBLEM_TYPES`.
+    instructions: a text for each of `score.PROBLEM_TYPES`. One that is missing is the default template's (none, where
+        the layout has no {instruction}).
     option_separator: between two options; a newline by default.
     target_joiner: between </think> and <answer> of an SFT target; a newline by default.
+    layouts: {problem type: a layout of its own}, for prompts that put a type's question between other words.
+    media_order: [image, video, image] for rows with just these; by default the videos come first, then the images.
+    target: what SFT teaches. "thinking", the default: the row's `process` in think tags, then the answer. "process": the
+        `process` as it is, tags and all, then the answer unless it holds an answer span itself.
+
+The hash is of what can make a prompt of VerIPO's six types differ, and of what a file says of later types that the
+default does not: so that a type that is added changes no template's hash, and what was made with one stays usable.
 """
 
+import functools
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,12 +32,16 @@ from typing import Any
 import yaml
 
 from veripo_trl.answers.score import PROBLEM_TYPES
+from veripo_trl.answers.spans import WITH_DURATION, without_duration
 from veripo_trl.errors import VeripoError
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _NAMES = ("problem", "options", "instruction")
 _DEFAULTS = {"option_separator": "\n", "target_joiner": "\n"}
-_KEYS = ("layout", "instructions", *_DEFAULTS)
+_LATER = {"layouts": {}, "media_order": [], "target": "thinking"}  # in the hash where they are set
+_KEYS = ("layout", "instructions", *_DEFAULTS, *_LATER)
+_FIRST_TYPES = ("multiple choice", "numerical", "regression", "math", "OCR", "free-form")  # in every hash
+_TAG = re.compile(r"</?(?:think|answer)>")
 _RENDERING = 2  # part of the hash: raise it when `build_messages` or `build_target` renders a template differently
 
 
@@ -44,6 +59,9 @@ class PromptTemplate:
     option_separator: str
     target_joiner: str
     hash: str
+    layouts: dict[str, str] = field(default_factory=dict)
+    media_order: list[str] = field(default_factory=list)
+    target: str = "thinking"
 
 
 def load_template(name_or_path: str | PromptTemplate) -> PromptTemplate:
@@ -71,7 +89,8 @@ def load_template(name_or_path: str | PromptTemplate) -> PromptTemplate:
 
 
 def build_messages(row: dict[str, Any], template: PromptTemplate) -> list[dict[str, Any]]:
-    """One user message: a part for each video, then each image, then the text. No system message.
+    """One user message: a part for each video, then each image (or in the template's `media_order`), then the text. No
+    system message.
 
     Options are not written again where the problem lists them already, see `lists_options`.
     """
@@ -87,8 +106,16 @@ def build_messages(row: dict[str, Any], template: PromptTemplate) -> list[dict[s
         "options": "" if lists_options(problem, options) else template.option_separator.join(options),
         "instruction": template.instructions[row["problem_type"]],
     }
-    media = [{"type": "video"} for _ in row["videos"] or []] + [{"type": "image"} for _ in row["images"] or []]
-    return [{"role": "user", "content": [*media, {"type": "text", "text": _fill(template.layout, values)}]}]
+    media = ["video"] * len(row["videos"] or []) + ["image"] * len(row["images"] or [])
+    if template.media_order:
+        if Counter(media) != Counter(template.media_order):
+            raise PromptError(
+                f"row {row.get('question_id')!r}: prompt template {template.name!r} expects {template.media_order}, came "
+                f"{media}. Give other rows a template without media_order."
+            )
+        media = template.media_order
+    text = _fill(template.layouts.get(row["problem_type"], template.layout), values)
+    return [{"role": "user", "content": [*({"type": kind} for kind in media), {"type": "text", "text": text}]}]
 
 
 def lists_options(problem: str, options: list[str]) -> bool:
@@ -105,13 +132,33 @@ def lists_options(problem: str, options: list[str]) -> bool:
 
 
 def build_target(row: dict[str, Any], template: PromptTemplate) -> str:
-    """What SFT teaches for the row: its thinking and its solution, in tags."""
-    if not row.get("process"):
+    """What SFT teaches for the row: its thinking and its solution, in tags, or its `process` as it is (`target`).
+
+    A solution's duration (" of 33.75") is for comparisons: it is not taught.
+    """
+    process = row.get("process")
+    if not process:
         raise PromptError(
             f"row {row.get('question_id')!r} of {row.get('data_source')!r}: expected `process`, the thinking that SFT "
             "teaches; came nothing. Train on rows that have it."
         )
-    return f"<think>{row['process']}</think>{template.target_joiner}<answer>{row['solution']}</answer>"
+    solution = row["solution"]
+    if row["problem_type"] in WITH_DURATION:
+        solution = without_duration(solution)
+    if template.target == "process":
+        return process if "<answer>" in process else f"{process}{template.target_joiner}<answer>{solution}</answer>"
+    if tag := _TAG.search(process):
+        raise PromptError(
+            f"row {row.get('question_id')!r}: process: expected the bare thinking, came one with {tag[0]}: prompt "
+            f"template {template.name!r} puts the tags. Write it without, or set `target: process` in the template."
+        )
+    return f"<think>{process}</think>{template.target_joiner}<answer>{solution}</answer>"
+
+
+def check_targets(rows: Iterable[dict[str, Any]], template: PromptTemplate) -> None:
+    """Raise PromptError, with the row's id, for the first that the template can make no SFT target of."""
+    for row in rows:
+        build_target(row, template)
 
 
 def _fill(layout: str, values: dict[str, str]) -> str:
@@ -143,26 +190,54 @@ def _parse(content: Any, name: str, file: str) -> PromptTemplate:
             f"prompt template {file}: expected the keys layout, instructions and any of {', '.join(_DEFAULTS)}, "
             f"came {came}."
         )
-    content = _DEFAULTS | content
-    instructions = content["instructions"]
-    if not isinstance(instructions, dict) or set(instructions) != set(PROBLEM_TYPES):
-        came = ", ".join(map(str, instructions)) if isinstance(instructions, dict) else repr(instructions)
+    content = _DEFAULTS | _LATER | content
+    given = content["instructions"]
+    if not isinstance(given, dict) or set(given) - set(PROBLEM_TYPES):
+        came = ", ".join(map(str, given)) if isinstance(given, dict) else repr(given)
         raise PromptError(
-            f"prompt template {file}: expected one instruction for each of {', '.join(PROBLEM_TYPES)}, came {came}."
+            f"prompt template {file}: expected an instruction for some of {', '.join(PROBLEM_TYPES)}, came {came}."
         )
-    texts = {key: content[key] for key in ("layout", *_DEFAULTS)}
-    texts |= {f"instructions: {key}": text for key, text in instructions.items()}
-    if wrong := [key for key, text in texts.items() if not isinstance(text, str)]:
-        raise PromptError(f"prompt template {file}: expected a text under {', '.join(wrong)}; put it in quotes.")
-    content["instructions"] = {key: instructions[key].strip() for key in PROBLEM_TYPES}
-    _check_layout(content["layout"], content["instructions"], file)
-    canonical = json.dumps({"rendering": _RENDERING, **content}, sort_keys=True, ensure_ascii=False)
+    _check_values(content, file)
+    layouts = {kind: content["layouts"].get(kind, content["layout"]) for kind in PROBLEM_TYPES}
+    inherited = {k: text.strip() if "{instruction}" in layouts[k] else "" for k, text in _default_instructions().items()}
+    content["instructions"] = {kind: given.get(kind, inherited[kind]).strip() for kind in PROBLEM_TYPES}
+    for kind, layout in layouts.items():
+        _check_layout(layout, content["instructions"][kind], file)
+    hashed = {key: value for key, value in content.items() if key not in _LATER or value != _LATER[key]}
+    hashed["instructions"] = {
+        kind: text
+        for kind, text in content["instructions"].items()
+        if kind in _FIRST_TYPES or text != inherited[kind]
+    }
+    canonical = json.dumps({"rendering": _RENDERING, **hashed}, sort_keys=True, ensure_ascii=False)
     return PromptTemplate(name=name, hash=hashlib.sha256(canonical.encode()).hexdigest()[:16], **content)
 
 
-def _check_layout(layout: str, instructions: dict[str, str], file: str) -> None:
+@functools.cache
+def _default_instructions() -> dict[str, str]:
+    file = files("veripo_trl.data") / "prompt_templates" / "default.yaml"
+    return yaml.safe_load(file.read_text(encoding="utf-8"))["instructions"]
+
+
+def _check_values(content: dict, file: str) -> None:
+    texts = {key: content[key] for key in ("layout", *_DEFAULTS)}
+    for key in ("instructions", "layouts"):
+        texts |= {f"{key}: {kind}": text for kind, text in (content[key] or {}).items()}
+    if wrong := [key for key, text in texts.items() if not isinstance(text, str)]:
+        raise PromptError(f"prompt template {file}: expected a text under {', '.join(wrong)}; put it in quotes.")
+    order = content["media_order"]
+    for key, fine, expected in (
+        ("layouts", set(content["layouts"]) <= set(PROBLEM_TYPES), f"some of {', '.join(PROBLEM_TYPES)}"),
+        ("media_order", isinstance(order, list) and set(order) <= {"video", "image"}, "a list of video and image"),
+        ("target", content["target"] in ("thinking", "process"), "thinking or process"),
+    ):
+        if not fine:
+            raise PromptError(f"prompt template {file}: {key}: expected {expected}, came {content[key]!r}.")
+
+
+def _check_layout(layout: str, instruction: str, file: str) -> None:
     found = _PLACEHOLDER.findall(layout)
-    needed = _NAMES if any(instructions.values()) else _NAMES[:2]
+    needed = _NAMES if instruction else _NAMES[:2]
     if set(found) - set(_NAMES) or len(set(found)) != len(found) or set(needed) - set(found):
         raise PromptError(
             f"prompt template {file}: layout needs {' '.join(f'{{{n}}}' for n in needed)} once each and no other "

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from trl import TrlParser
 
-from veripo_trl.answers.rewards import REWARDS, reward_function
+from veripo_trl.answers.rewards import MAKERS, REWARDS, reward_functions
 from veripo_trl.errors import ConfigError, settings_checked
 from veripo_trl.model.policy import SEEING
 from veripo_trl.recipe.console import silence
@@ -127,16 +127,21 @@ class GRPOArguments:
     rewards: list[str] = field(
         default_factory=lambda: ["accuracy", "format"],
         metadata={
-            "help": f"Reward functions: {', '.join(REWARDS)}, or module:function of the working directory or a package. "
-            "`reward_weights` weighs them."
+            "help": f"Reward functions: {', '.join((*REWARDS, *MAKERS))}, or module:function of the working directory or "
+            "a package. `reward_weights` weighs them."
         },
+    )
+    reward_kwargs: str | None = option(
+        f"Options of rewards, as a mapping or JSON: {{exponential_error: {{tau: 10}}}}; of {', '.join(MAKERS)}, and of a "
+        "module:function that makes a reward: it is called with them once, and what it returns is the reward."
     )
     cold_start: str | None = option(
         "A config of sft_video.py that makes `model_name_or_path`, run first if that is missing."
     )
 
     def __post_init__(self):
-        names = [reward_function(name).__name__ for name in self.rewards]
+        self.reward_kwargs = read_mapping("reward_kwargs", self.reward_kwargs)
+        names = [function.__name__ for function in reward_functions(self.rewards, self.reward_kwargs)]
         if len(set(names)) < len(names):
             raise ConfigError(f"rewards: expected functions of different names, they are logged by them; got {names}.")
 
@@ -162,6 +167,14 @@ def read_sources(name: str, sources: list | None) -> list | None:
         return sources and [json.loads(item) if isinstance(item, str) else item for item in sources]
     except ValueError as error:
         raise ConfigError(f'{name}: expected entries like {{"path": "rows.jsonl"}}, as JSON; got {sources!r}: {error}')
+
+
+def read_mapping(name: str, value: dict | str | None) -> dict | None:
+    """A mapping from a YAML, JSON from the command line."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ConfigError(f"{name}: expected a mapping, as JSON; got {value!r}: {error}") from error
 
 
 def parse(dataclasses: tuple, *, default_config: Path, argv: list[str] | None = None, ignored: tuple = ()) -> tuple:
