@@ -28,14 +28,13 @@ from veripo_trl.files.run_folder import only_process
 from veripo_trl.files.tables import print_table
 from veripo_trl.recipe.arguments import SHARED, DataArguments, GRPOArguments, StopArguments, option, parse
 from veripo_trl.recipe.build import revision_of, see_as_trained
-from veripo_trl.recipe.row_check import check_rows, describe, encoder_without_weights, read_checkable, settings_of
+from veripo_trl.recipe.row_check import check_rows, encoder_without_weights, read_checkable, settings_of
 from veripo_trl.tiny.world import make_world
 from veripo_trl.trainers.grpo import VideoGRPOConfig
 from veripo_trl.trainers.sft import VideoSFTConfig
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "tiny" / "sft.yaml"
 IGNORED = (*SHARED, GRPOArguments, StopArguments, VideoGRPOConfig, VideoSFTConfig)
-SHOWN = 10  # rows without an id that are printed; the rest are counted
 
 
 @dataclass
@@ -70,7 +69,7 @@ def write_manifest(data_args: DataArguments, model_args: ModelConfig, arguments:
         raise ConfigError("Expected `datasets:`, a list of {path: …}; none was given.")
     if data_args.tiny_world is not None:
         make_world(data_args.tiny_world)
-    rows, malformed, nameless = read_checkable(data_args)
+    rows, malformed = read_checkable(data_args)
     rows = rows[: arguments.limit]
     data_args = see_as_trained(data_args, model_args.model_name_or_path, revision_of(model_args))
     encoder = encoder_without_weights(model_args, data_args)
@@ -80,30 +79,22 @@ def write_manifest(data_args: DataArguments, model_args: ModelConfig, arguments:
     lines = malformed + check_rows(rows, encoder, partial, settings, num_workers=num_workers)
     write_whole(arguments.output, "".join(json.dumps(line) + "\n" for line in [settings, *lines]).encode())
     partial.unlink()
-    report(lines, nameless, arguments.output)
-    return 0 if any(line["ok"] for line in lines) else 1
+    return report(lines, arguments.output)
 
 
-def report(lines: list[dict], nameless: list[dict], output: str) -> None:
-    """Print the tables and how to go on."""
+def report(lines: list[dict], output: str) -> int:
+    """Print the tables and how to go on; the exit code."""
     good = [line["prompt_tokens"] for line in lines if line["ok"]]
-    table = {"rows": len(lines) + len(nameless), "good": len(good), "bad": len(lines) + len(nameless) - len(good)}
+    table = {"rows": len(lines), "good": len(good), "bad": len(lines) - len(good)}
     if good:
         shares = {"min": 0, "median": 50, "p90": 90, "p99": 99, "max": 100}
         table |= {f"tokens {name}": int(np.percentile(good, share)) for name, share in shares.items()}
     print_table("Rows, and tokens of the good rows' prompts", [table])
-    reasons = Counter(line["reason"] for line in lines if not line["ok"])
-    reasons.update(["no usable id"] * len(nameless))
-    if reasons:
+    if reasons := Counter(line["reason"] for line in lines if not line["ok"]):
         print_table("Bad rows", [{"reason": reason, "rows": n} for reason, n in reasons.most_common()])
-    for problem in nameless[:SHOWN]:
-        print(describe(problem))
-    if nameless:
-        print(f"{len(nameless)} rows have no usable id: no manifest can name them, so training refuses them. Repair.")
-    if good:
-        print(f"\nmanifest: {output}. Train on the {len(good)} good rows with: --manifest {output}", flush=True)
-    else:
-        print(f"\nmanifest: {output}. No good rows are left.", flush=True)
+    remedy = f"Train on the {len(good)} good rows with: --manifest {output}" if good else "No good rows are left."
+    print(f"\nmanifest: {output}. {remedy}", flush=True)
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

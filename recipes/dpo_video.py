@@ -13,7 +13,6 @@ from veripo_trl.start import start
 start()  # before torch and peft are imported
 
 import sys
-import time
 from pathlib import Path
 
 from peft import PeftModel
@@ -26,11 +25,9 @@ from veripo_trl.errors import run
 from veripo_trl.files.run_folder import only_process
 from veripo_trl.recipe.arguments import SHARED, PairArguments, parse
 from veripo_trl.recipe.build import make_encoder, make_policy, resolve_policy
-from veripo_trl.recipe.console import show_steps
-from veripo_trl.recipe.finish import finish, finish_push
-from veripo_trl.recipe.held_out import HeldOutEvaluation
+from veripo_trl.recipe.finish import finish_push, train
 from veripo_trl.recipe.prepare import open_run, prepare_machine
-from veripo_trl.recipe.training_rows import count_kinds, hub_inputs, load_eval_rows, pin_data, refuse_trained
+from veripo_trl.recipe.training_rows import count_kinds, load_eval_rows, pin_data, refuse_trained
 from veripo_trl.trainers.dpo import VideoDPOConfig, VideoDPOTrainer
 from veripo_trl.verifier.pair_dataset import load_pairs
 
@@ -39,17 +36,17 @@ ARGUMENTS = (*SHARED, PairArguments, VideoDPOConfig, ModelConfig)
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    *options, training_args, model_args = parse(ARGUMENTS, default_config=DEFAULT_CONFIG, argv=argv)
+    data_args, report, pair_args, training_args, model_args = parse(ARGUMENTS, default_config=DEFAULT_CONFIG, argv=argv)
     with only_process(training_args.output_dir):
-        return train(*options, training_args, model_args)
+        return run_stage(data_args, report, pair_args, training_args, model_args)
 
 
-def train(data_args, report, push, pair_args, training_args, model_args) -> int | None:
-    started = time.time()
-    if finish_push(training_args, push):
+def run_stage(data_args, report, pair_args, training_args, model_args) -> int | None:
+    if finish_push(training_args):
         return None
     prepare_machine(training_args, tiny_world=data_args.tiny_world)
-    model_args, data_args = resolve_policy(model_args, pin_data(data_args))
+    data_args, inputs = pin_data(data_args)
+    model_args, data_args, policy_input = resolve_policy(model_args, data_args)
     template = load_template(data_args.prompt_template)
     pairs = load_pairs(pair_args.pairs, template=template, allow_urls=data_args.allow_urls)
     check_media(pairs.dataset, allow_urls=data_args.allow_urls)
@@ -60,7 +57,7 @@ def train(data_args, report, push, pair_args, training_args, model_args) -> int 
     set_seed(training_args.seed)
     model, processor = make_policy(model_args, data_args)
     reference = None if isinstance(model, PeftModel) else make_policy(model_args, data_args)[0]
-    checkpoint = open_run(training_args.output_dir, data_args, report, push, pair_args, training_args, model_args)
+    checkpoint = open_run(training_args.output_dir, data_args, report, pair_args, training_args, model_args)
     trainer = VideoDPOTrainer(
         model=model,
         ref_model=reference,
@@ -69,12 +66,10 @@ def train(data_args, report, push, pair_args, training_args, model_args) -> int 
         processing_class=processor,
         encoder=make_encoder(model, processor, data_args),
     )
-    trainer.started = started
-    show_steps(trainer)
-    evaluation = HeldOutEvaluation(trainer, heldout, report, before=report.report_before)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    inputs = {**hub_inputs(data_args, model_args), **pairs.inputs}
-    return finish(trainer, evaluation, title="Held-out questions", push=push, pairs=kinds, inputs=inputs)
+    inputs = {**policy_input, **inputs, **pairs.inputs}
+    return train(
+        trainer, heldout, report, checkpoint=checkpoint, title="Held-out questions", pairs=kinds, inputs=inputs
+    )
 
 
 if __name__ == "__main__":

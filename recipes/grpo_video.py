@@ -13,7 +13,6 @@ from veripo_trl.start import start
 start()  # before torch and peft are imported
 
 import sys
-import time
 from pathlib import Path
 
 from transformers import set_seed
@@ -26,11 +25,9 @@ from veripo_trl.files.run_folder import only_process
 from veripo_trl.hub.cards import shown_name
 from veripo_trl.recipe.arguments import SHARED, GRPOArguments, parse
 from veripo_trl.recipe.build import make_encoder, make_policy, resolve_policy
-from veripo_trl.recipe.console import show_steps
-from veripo_trl.recipe.finish import finish, finish_push
-from veripo_trl.recipe.held_out import HeldOutEvaluation
+from veripo_trl.recipe.finish import finish_push, train
 from veripo_trl.recipe.prepare import cold_start, open_run, prepare_machine
-from veripo_trl.recipe.training_rows import hub_inputs, load_eval_rows, load_training_rows, pin_data
+from veripo_trl.recipe.training_rows import load_eval_rows, load_training_rows, pin_data
 from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer
 
 RECIPES = Path(__file__).resolve().parent
@@ -39,17 +36,16 @@ ARGUMENTS = (*SHARED, GRPOArguments, VideoGRPOConfig, ModelConfig)
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    *options, training_args, model_args = parse(ARGUMENTS, default_config=DEFAULT_CONFIG, argv=argv)
+    data_args, report, grpo, training_args, model_args = parse(ARGUMENTS, default_config=DEFAULT_CONFIG, argv=argv)
     with only_process(training_args.output_dir):
-        return train(*options, training_args, model_args)
+        return run_stage(data_args, report, grpo, training_args, model_args)
 
 
-def train(data_args, report, push, grpo, training_args, model_args) -> int | None:
-    started = time.time()
-    if finish_push(training_args, push):
+def run_stage(data_args, report, grpo, training_args, model_args) -> int | None:
+    if finish_push(training_args):
         return None
     prepare_machine(training_args, tiny_world=data_args.tiny_world)
-    data_args = pin_data(data_args)
+    data_args, inputs = pin_data(data_args)
     dataset = load_training_rows(data_args, seed=training_args.seed)
     check_truths(grpo.rewards, dataset)
     heldout = load_eval_rows(data_args)
@@ -58,9 +54,9 @@ def train(data_args, report, push, grpo, training_args, model_args) -> int | Non
     if grpo.cold_start:
         cold_start(RECIPES / "sft_video.py", grpo.cold_start, policy, seed=training_args.seed)
     set_seed(training_args.seed)
-    model_args, data_args = resolve_policy(model_args, data_args)
+    model_args, data_args, policy_input = resolve_policy(model_args, data_args)
     model, processor = make_policy(model_args, data_args)
-    checkpoint = open_run(training_args.output_dir, data_args, report, push, grpo, training_args, model_args)
+    checkpoint = open_run(training_args.output_dir, data_args, report, grpo, training_args, model_args)
     store = RolloutStore(Path(training_args.output_dir) / "rollouts")
     trainer = VideoGRPOTrainer(
         model=model,
@@ -72,13 +68,14 @@ def train(data_args, report, push, grpo, training_args, model_args) -> int | Non
         rollout_store=store,
         policy_name=shown_name(policy),  # others are given the rollouts
     )
-    trainer.started = started
-    show_steps(trainer)
-    evaluation = HeldOutEvaluation(trainer, heldout, report, before=report.report_before)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    inputs = hub_inputs(data_args, model_args)
-    return finish(
-        trainer, evaluation, title="Held-out questions", push=push, rollouts=store.count(), inputs=inputs
+    return train(
+        trainer,
+        heldout,
+        report,
+        checkpoint=checkpoint,
+        title="Held-out questions",
+        rollouts=store.count,
+        inputs={**policy_input, **inputs},
     )
 
 

@@ -12,7 +12,7 @@ from veripo_trl.start import start
 start()  # before torch and peft are imported
 
 import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import set_seed
@@ -23,11 +23,10 @@ from veripo_trl.errors import run
 from veripo_trl.files.run_folder import only_process
 from veripo_trl.recipe.arguments import SHARED, StopArguments, parse
 from veripo_trl.recipe.build import make_encoder, make_policy, resolve_policy
-from veripo_trl.recipe.console import show_steps
-from veripo_trl.recipe.finish import finish, finish_push
-from veripo_trl.recipe.held_out import HeldOutEvaluation, StopAtAccuracy
+from veripo_trl.recipe.finish import finish_push, train
+from veripo_trl.recipe.held_out import StopAtAccuracy
 from veripo_trl.recipe.prepare import open_run, prepare_machine
-from veripo_trl.recipe.training_rows import hub_inputs, load_eval_rows, load_training_rows, pin_data
+from veripo_trl.recipe.training_rows import load_eval_rows, load_training_rows, pin_data
 from veripo_trl.trainers.sft import VideoSFTConfig, VideoSFTTrainer
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "tiny" / "sft.yaml"
@@ -35,26 +34,25 @@ ARGUMENTS = (*SHARED, StopArguments, VideoSFTConfig, ModelConfig)
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    *options, training_args, model_args = parse(ARGUMENTS, default_config=DEFAULT_CONFIG, argv=argv)
+    data_args, report, stop, training_args, model_args = parse(ARGUMENTS, default_config=DEFAULT_CONFIG, argv=argv)
     with only_process(training_args.output_dir):
-        return train(*options, training_args, model_args)
+        return run_stage(data_args, report, stop, training_args, model_args)
 
 
-def train(data_args, report, push, stop, training_args, model_args) -> int | None:
-    started = time.time()
-    if finish_push(training_args, push):
+def run_stage(data_args, report, stop, training_args, model_args) -> int | None:
+    if finish_push(training_args):
         return None
     prepare_machine(training_args, tiny_world=data_args.tiny_world)
-    data_args = pin_data(data_args)
+    data_args, inputs = pin_data(data_args)
     dataset = load_training_rows(data_args, seed=training_args.seed)
     heldout = load_eval_rows(data_args)
 
     set_seed(training_args.seed)
-    model_args, data_args = resolve_policy(model_args, data_args)
+    model_args, data_args, policy_input = resolve_policy(model_args, data_args)
     model, processor = make_policy(model_args, data_args)
     encoder = make_encoder(model, processor, data_args)
     check_targets(dataset, encoder.template)
-    checkpoint = open_run(training_args.output_dir, data_args, report, push, stop, training_args, model_args)
+    checkpoint = open_run(training_args.output_dir, data_args, report, stop, training_args, model_args)
     trainer = VideoSFTTrainer(
         model=model,
         args=training_args,
@@ -62,20 +60,15 @@ def train(data_args, report, push, stop, training_args, model_args) -> int | Non
         processing_class=processor,
         encoder=encoder,
     )
-    trainer.started = started
-    show_steps(trainer)
-    stopper = None
-    if stop.stop_at_accuracy is not None:
-        stopper = StopAtAccuracy(trainer, report, stop, allow_urls=data_args.allow_urls)
-    evaluation = HeldOutEvaluation(trainer, heldout, report, before=False)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    return finish(
+    stopper = StopAtAccuracy(trainer, report, stop, allow_urls=data_args.allow_urls)
+    return train(
         trainer,
-        evaluation,
+        heldout,
+        replace(report, report_before=False),  # a base model does not know the form of the answers
+        checkpoint=checkpoint,
         title="Cold start on held-out questions",
-        push=push,
-        development=stopper.history if stopper else [],
-        inputs=hub_inputs(data_args, model_args),
+        development=stopper.seen,
+        inputs={**policy_input, **inputs},
     )
 
 

@@ -16,7 +16,7 @@ from veripo_trl.errors import ConfigError
 from veripo_trl.loop.plan import plan, read_loop
 from veripo_trl.media.sampling import VideoSettings
 from veripo_trl.model.policy import SEEING
-from veripo_trl.recipe.arguments import DataArguments, PushArguments, ReportArguments
+from veripo_trl.recipe.arguments import DataArguments, ReportArguments
 from veripo_trl.recipe.arguments import parse as parse_arguments
 from veripo_trl.trainers.dpo import VideoDPOConfig
 from veripo_trl.trainers.grpo import VideoGRPOConfig
@@ -84,8 +84,7 @@ def parse(file: Path, recipe: Path) -> dict:
         return {key: value for item in parsed for key, value in vars(item).items()}
     own, training = PARSED_BY[recipe.name]
     module = recipe_module(recipe)
-    shared = (DataArguments, ReportArguments, PushArguments)
-    kinds = (*shared, getattr(module, own), training, ModelConfig)
+    kinds = (DataArguments, ReportArguments, getattr(module, own), training, ModelConfig)
     argv = ["--config", str(file), "--bf16", "false", "--use_cpu", "true"]
     values = {}
     for item in parse_arguments(kinds, default_config=module.DEFAULT_CONFIG, argv=argv):

@@ -178,7 +178,6 @@ def test_resume_repeats_nothing_and_loses_nothing(stop, how, checkpoint, changes
     assert logged[-1]["train_loss"] == pytest.approx(before[-1]["train_loss"])
     assert [entry.get("num_tokens") for entry in logged] == [entry.get("num_tokens") for entry in before]
     assert resumed.seconds["rollout"] > 1e6 and resumed.minutes > 1e6 and logged[-1]["train_runtime"] > 1e6
-    assert all(entry["time/rollout"] < 1e5 for entry in logged[:-1])  # a step's own seconds
 
     again = run(folder, resume=folder / "checkpoint-7")  # killed before it said that it was finished: no step is made
     assert again.state.global_step == 7 and again.rollout_store.read() == stored

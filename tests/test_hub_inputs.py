@@ -15,7 +15,7 @@ from veripo_trl.hub.cards import TAG
 from veripo_trl.hub.push import push_folder
 from veripo_trl.hub.runs import local_pairs
 from veripo_trl.recipe.arguments import DataArguments
-from veripo_trl.recipe.training_rows import hub_inputs, load_training_rows, pin_data
+from veripo_trl.recipe.training_rows import load_training_rows, pin_data
 
 ROW = {"problem": "Which?", "options": ["red", "blue"], "problem_type": "multiple choice", "solution": "B"}
 
@@ -51,16 +51,13 @@ def test_solved_questions_of_a_dataset_at_its_revisions(hub, tmp_path, capsys):
         ("tester/pairs@main", {"q1", "q2"}, second),
     ):
         given = arguments(tmp_path, [entry])
-        data = pin_data(given)
+        data, inputs = pin_data(given)
         assert given.leave_out == [entry]
         rows = load_training_rows(data, seed=0)
         assert {f"q{number}" for number in range(8)} - set(rows["question_id"]) == gone
-        assert f"left out {len(gone)} rows of solved questions, {8 - len(gone)} rows stay" in capsys.readouterr().out
+        assert f"left out {len(gone)} rows of {len(gone)} solved questions, {8 - len(gone)} rows stay" in capsys.readouterr().out
         assert data.leave_out == [f"tester/pairs@{sha}"]  # what _arguments.json then says
-        model = SimpleNamespace(model_name_or_path="outputs/sft", model_revision="main")
-        assert hub_inputs(data, model) == {
-            "left out by tester/pairs": {"repo_id": "tester/pairs", "revision": sha}
-        }  # fmt: skip
+        assert inputs == {"left out by tester/pairs": {"repo_id": "tester/pairs", "revision": sha}}
 
 
 def test_solved_questions_of_other_data_are_refused(tmp_path, monkeypatch):
@@ -87,9 +84,9 @@ def test_a_path_of_this_machine_is_not_asked_for_on_the_hub(hub, tmp_path, entry
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("tester/nothing", "leave_out: tester/nothing: .*no such repository or revision"),
-        ("tester/pairs@none", "leave_out: tester/pairs@none: .*Correct the name or the revision"),
-        ("tester/empty", "leave_out: tester/empty@.*: expected a solved.json"),
+        ("tester/nothing", "tester/nothing .*no such repository or revision"),
+        ("tester/pairs@none", "tester/pairs .*Correct the name or the revision"),
+        ("tester/empty", "leave_out: tester/empty: expected a solved.json"),
     ],
 )
 def test_what_the_hub_does_not_have_is_said(hub, tmp_path, entry, message):
@@ -100,14 +97,13 @@ def test_what_the_hub_does_not_have_is_said(hub, tmp_path, entry, message):
         load_training_rows(arguments(tmp_path, [entry]), seed=0)
 
 
-def test_rows_left_out_are_counted_as_rows_and_strange_ids_are_told(tmp_path, monkeypatch, capsys, caplog):
+def test_rows_left_out_are_counted_as_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "solved.json").write_text(json.dumps({"dropped": ["q1", "other-1", "other-2"]}))
     everything = load_training_rows(arguments(tmp_path, []), seed=3)["question_id"]
     assert "left out" not in capsys.readouterr().out
     rows = load_training_rows(arguments(tmp_path, ["solved.json", "solved.json"]), seed=3)
-    assert "left out 1 rows of solved questions, 7 rows stay" in capsys.readouterr().out
-    assert "2 of 3 solved questions are not among the rows of `datasets` ('other-1', 'other-2')" in caplog.text
+    assert "left out 1 rows of 3 solved questions, 7 rows stay" in capsys.readouterr().out
     assert list(rows["question_id"]) == [question for question in everything if question != "q1"]
     (tmp_path / "solved.json").write_text(json.dumps({"dropped": list(everything)}))
     with pytest.raises(VeripoError, match="all 8 rows are of solved questions"):

@@ -28,10 +28,9 @@ from veripo_trl.model.policy import (
     read_settings,
     weights_hash,
 )  # fmt: skip
-from veripo_trl.recipe.arguments import DataArguments, PushArguments, ReportArguments
+from veripo_trl.recipe.arguments import DataArguments, ReportArguments
 from veripo_trl.recipe.build import make_encoder, make_policy, see_as_trained
-from veripo_trl.recipe.finish import finish
-from veripo_trl.recipe.held_out import HeldOutEvaluation
+from veripo_trl.recipe.finish import train
 
 EVALUATION = Path(__file__).resolve().parent.parent / "evaluation" / "evaluation_vllm.py"
 
@@ -202,12 +201,10 @@ def trained(base, folder, media_root, *, own_words: Path | None = None, **option
     seen = DataArguments(prompt_template=str(own_words or "tiny"), **SEEN)
     model, processor = load_policy(str(base), **options)
     rows = [make_row("one", media_root, videos=["wide.mp4"])]
-    changes = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None, "learning_rate": 1e-2}
+    changes = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None, "learning_rate": 1e-2, "hub_license": "mit"}
     trainer = make_trainer(model, make_encoder(model, processor, seen), rows, folder, **changes)
-    trainer.train()
-    assert not (Path(folder) / "README.md").exists()  # TRL's, as a killed run would leave it
-    evaluation = HeldOutEvaluation(trainer, None, ReportArguments(), before=False)
-    finish(trainer, evaluation, title="", push=PushArguments(hub_license="mit"))
+    train(trainer, None, ReportArguments(), checkpoint=None, title="")
+    assert not (Path(folder) / "checkpoint-1" / "README.md").exists()  # TRL's, as a killed run would leave it
     return trainer
 
 

@@ -93,7 +93,7 @@ def test_main_job_and_its_second_start(workplace):
     for place in ("results.json", "curves.png", "config.json", "model.safetensors", "_arguments.json"):
         assert (run / place).stat().st_size > 0, place
     results = json.loads((run / "results.json").read_text())
-    assert results["steps"] == 4 and results["before"] == json.loads((run / "before.json").read_text())
+    assert results["steps"] == 4
     for when in ("before", "after"):
         for decoding in ("greedy", "sampled"):
             assert results[when][decoding]["questions"] == 24
@@ -177,7 +177,7 @@ def test_a_cold_start_that_was_stopped_on_purpose_is_not_trained_further(load, m
         stop = StopArguments(stop_at_accuracy=threshold, stop_check_steps=1)
         stopper = held_out.StopAtAccuracy(trainer, ReportArguments(report_max_new_tokens=2), stop)
         trainer.train(resume_from_checkpoint=resume)
-        return trainer.state.global_step, stopper.history
+        return trainer.state.global_step, stopper.seen()
 
     assert run(0.0)[0] == 1  # any accuracy does
     steps, history = run(0.0, resume=str(tmp_path / "checkpoint-1"))

@@ -186,8 +186,8 @@ def hub_settings(kind: str, repo_id: str, settings: dict) -> dict:
     """With where a stage pushes to; private unless its configuration says otherwise."""
     if kind == "verify":
         own = {"hub_pairs_id": f"{repo_id}-pairs", "hub_verdicts_id": f"{repo_id}-verdicts"}
-    else:  # what a stage ends with; its checkpoints only where they are asked for
-        own = {"hub_model_id": repo_id, "hub_strategy": settings.get("hub_strategy", "end")}
+    else:
+        own = {"hub_model_id": repo_id}
     return settings | own | {"push_to_hub": True}
 
 

@@ -1,9 +1,7 @@
 """The options of the training recipes beside TRL's own, with their defaults; the parser of YAML and command line."""
 
-import argparse
 import json
 import os
-import sys
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -101,14 +99,6 @@ class ReportArguments:
 
 
 @dataclass
-class PushArguments:
-    """What the cards of `push_to_hub` say. Where a stage's results go are TRL's `hub_…` options; a GRPO run's rollouts
-    go beside its model, to `hub_model_id` with -rollouts."""
-
-    hub_license: str = option("Licence in the cards, by the Hub's identifier.", default="unknown")
-
-
-@dataclass
 class StopArguments:
     """Stop a cold start early, to leave room for reinforcement learning."""
 
@@ -158,7 +148,7 @@ class PairArguments:
         self.pairs = read_sources("pairs", self.pairs)
 
 
-SHARED = (DataArguments, ReportArguments, PushArguments)  # by every training recipe
+SHARED = (DataArguments, ReportArguments)  # by every training recipe
 
 
 def read_sources(name: str, sources: list | None) -> list | None:
@@ -187,7 +177,10 @@ def parse(dataclasses: tuple, *, default_config: Path, argv: list[str] | None = 
     model, the recipe's default configuration is used.
     """
     silence()
-    config, argv = _find_config(list(sys.argv[1:] if argv is None else argv), default_config)
+    finder = _Parser((), add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path)
+    given, argv = finder.parse_known_args(argv)
+    config = _find_config(given.config, default_config, argv)
     known = sorted({f.name for kind in (*dataclasses, *ignored) for f in fields(kind)})
     if config is not None:
         if int(os.environ.get("RANK", "0")) == 0:
@@ -209,22 +202,15 @@ def parse(dataclasses: tuple, *, default_config: Path, argv: list[str] | None = 
     return tuple(parsed)
 
 
-def _find_config(argv: list[str], default: Path) -> tuple[Path | None, list[str]]:
-    """(the configuration file, the other arguments)."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    finder.add_argument("--config", type=Path)
-    try:
-        found, rest = finder.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise ConfigError("--config expects a YAML file.") from error
-    if found.config is None:
+def _find_config(given: Path | None, default: Path, argv: list[str]) -> Path | None:
+    if given is None:
         own_model = any(word.split("=")[0] == "--model_name_or_path" for word in argv)
-        return (None if own_model else default), rest
+        return None if own_model else default
     configs = default.parent.parent
-    for file in (found.config, configs / found.config):
+    for file in (given, configs / given):
         if file.is_file():
-            return file, rest
-    raise ConfigError(f"--config {found.config}: no such file here or in {configs}.")
+            return file
+    raise ConfigError(f"--config {given}: no such file here or in {configs}.")
 
 
 def _read_yaml(file: Path) -> dict:

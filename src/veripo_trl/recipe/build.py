@@ -22,15 +22,16 @@ logger = logging.getLogger(__name__)
 
 
 @settings_checked()
-def resolve_policy(model_args: ModelConfig, data_args: DataArguments) -> tuple[ModelConfig, DataArguments]:
+def resolve_policy(model_args: ModelConfig, data_args: DataArguments) -> tuple[ModelConfig, DataArguments, dict]:
     """The arguments with what they leave to the policy: its commit, where it is on the Hub, and how it was trained to
-    see (`see_as_trained`)."""
+    see (`see_as_trained`); and {"model": {"repo_id", "revision"}} of one on the Hub."""
     name, origin = model_args.model_name_or_path, [None]
     if name and PartialState().is_main_process:
         origin = [locate(name, "model", revision_of(model_args))]
     if origin := broadcast_object_list(origin)[0]:
         model_args = replace(model_args, model_revision=origin["revision"])
-    return model_args, see_as_trained(data_args, name, revision_of(model_args))
+    inputs = {"model": origin} if origin else {}
+    return model_args, see_as_trained(data_args, name, revision_of(model_args)), inputs
 
 
 def revision_of(model_args: ModelConfig) -> str | None:

@@ -61,17 +61,15 @@ class StepLines(TrainerCallback):
     """Prints a line for each logging step, above the progress bar if there is one."""
 
     def __init__(self):
-        self.last: tuple[int, float] | None = None  # step and time of the line before
+        self.last = (0, time.monotonic())  # step and time of the line before
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        if self.last is None:  # not at the begin of the training, where held-out questions come first
-            self.last = (state.global_step, time.monotonic())
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.last = (state.global_step, time.monotonic())
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        step, then = self.last or (state.global_step, time.monotonic())
-        now = time.monotonic()
+    def on_log(self, args, state, control, logs, **kwargs):
+        (step, then), now = self.last, time.monotonic()
         seconds = (now - then) / max(state.global_step - step, 1)
-        line = log_line(logs or {}, step=state.global_step, max_steps=state.max_steps, seconds=seconds)
+        line = log_line(logs, step=state.global_step, max_steps=state.max_steps, seconds=seconds)
         if line is not None and state.is_world_process_zero:
             tqdm.write(line)
             sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""The end of a run: the saved policy, tables, curves, card and results, and the push to the Hub."""
+"""A trainer's run to its end: training, the saved policy, tables, curves, card and results, and the push to the Hub."""
 
 import signal
 from pathlib import Path
@@ -10,20 +10,25 @@ from veripo_trl.files.run_folder import RESULTS, TRAINED, write_results
 from veripo_trl.files.tables import print_table
 from veripo_trl.hub.push import HubError
 from veripo_trl.hub.runs import push_run, run_card
-from veripo_trl.recipe.arguments import PushArguments
+from veripo_trl.recipe.arguments import ReportArguments
+from veripo_trl.recipe.console import show_steps
 from veripo_trl.recipe.held_out import HeldOutEvaluation
 from veripo_trl.report.plots import save_charts, training_charts
 
 
-def finish(trainer, evaluation: HeldOutEvaluation, *, title: str, push: PushArguments, **results) -> int | None:
-    """End a stage: save the model, then tables on the screen, curves as a picture, the push, and results.json.
+def train(trainer, heldout, report: ReportArguments, *, checkpoint: str | None, title: str, **results) -> int | None:
+    """Train, and save the model; then tables on the screen, curves as a picture, results.json and the push.
 
     Args:
-        title: of the table of held-out questions. results: what the stage adds to results.json.
+        heldout: rows of the table at the end, or None. title: of that table. checkpoint: to go on from.
+        results: what the stage adds to results.json; a function is called at the end.
 
     Returns:
         An exit code where SIGTERM ended the training: its checkpoint is there, and the run stays unfinished.
     """
+    evaluation = HeldOutEvaluation(trainer, heldout, report)
+    show_steps(trainer)
+    trainer.train(resume_from_checkpoint=checkpoint)
     folder, state = Path(trainer.args.output_dir), trainer.state
     main = trainer.accelerator.is_main_process
     if trainer.terminated:
@@ -37,7 +42,13 @@ def finish(trainer, evaluation: HeldOutEvaluation, *, title: str, push: PushArgu
     trainer.save_model(_internal_call=True)  # without transformers' push: ours comes last, when there is all to push
     evaluation.run_after()
     if main:
-        _print_tables(trainer, evaluation, title)
+        if rows := evaluation.table():
+            print_table(f"{title} (consistency judged by {report.report_judge})", rows)
+        steps = max(state.global_step, 1)
+        print_table(
+            "Seconds per step (load and encode run in the loader's workers where there are any)",
+            [{"part": part, "seconds": seconds / steps} for part, seconds in trainer.seconds.items()],
+        )
         save_charts(folder / "curves.png", training_charts(state.log_history), title=folder.name)
         results = {
             "stage": trainer._name,
@@ -48,30 +59,19 @@ def finish(trainer, evaluation: HeldOutEvaluation, *, title: str, push: PushArgu
             "minutes": trainer.minutes,
             "history": state.log_history,
             "seconds": dict(trainer.seconds),
-            **results,
+            **{name: value() if callable(value) else value for name, value in results.items()},
         }
-        card = run_card(folder, results, repo_id=folder.absolute().name, license=push.hub_license)
+        card = run_card(folder, results, repo_id=folder.absolute().name, license=trainer.args.hub_license)
         (folder / "README.md").write_text(card, encoding="utf-8")
         print(f"\nmodel, {RESULTS} and curves.png are in {folder} ({results['minutes']:.1f} minutes)", flush=True)
         write_results(folder, results, TRAINED if trainer.args.push_to_hub else RESULTS)
     trainer.accelerator.wait_for_everyone()
     if trainer.args.push_to_hub:
-        finish_push(trainer.args, push)
+        finish_push(trainer.args)
     return None
 
 
-def _print_tables(trainer, evaluation: HeldOutEvaluation, title: str) -> None:
-    if rows := evaluation.table():
-        print_table(f"{title} (consistency judged by {evaluation.report.report_judge})", rows)
-    if trainer.seconds:
-        steps = max(trainer.state.global_step, 1)
-        print_table(
-            "Seconds per step (load and encode run in the loader's workers where there are any)",
-            [{"part": part, "seconds": seconds / steps} for part, seconds in trainer.seconds.items()],
-        )
-
-
-def finish_push(training_args, push: PushArguments) -> bool:
+def finish_push(training_args) -> bool:
     """Push a run that is trained and not pushed, perhaps by an earlier process, which then counts as finished.
 
     Returns:
@@ -85,7 +85,7 @@ def finish_push(training_args, push: PushArguments) -> bool:
         if training_args.push_to_hub:
             print(f"{folder} is trained; pushing it. Broken off, the same command goes on with the push.", flush=True)
             try:
-                results["hub"] = push_run(folder, training_args, results, license=push.hub_license)
+                results["hub"] = push_run(folder, training_args, results, license=training_args.hub_license)
             except HubError as error:
                 raise HubError(f"{error}\nOr start the run's own command again: it does not train again.") from None
         write_results(folder, results)

@@ -1,21 +1,14 @@
 """Held-out tables before and after training, with the judge that reports in them; the early stop of a cold start."""
 
-import json
-import logging
-from pathlib import Path
-
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 from trl.models import unwrap_model_for_generation
 
 from veripo_trl.data.rows import load_rows
 from veripo_trl.evaluate.generate import generate, summarize
-from veripo_trl.files.tables import write_json
 from veripo_trl.recipe.arguments import ReportArguments, StopArguments
 from veripo_trl.tiny.judge import judge as judge_by_templates
 from veripo_trl.verifier.judges import judge_by_rules
-
-logger = logging.getLogger(__name__)
 
 
 def evaluate_policy(
@@ -60,30 +53,24 @@ class HeldOutEvaluation(TrainerCallback):
     """Evaluates a trainer's policy on held-out rows: before the first step, and after, when `finish` asks for it.
 
     `before` runs inside training on purpose: only there is the model wrapped for its backend. It survives a restart in
-    `<output_dir>/before.json`. Without rows (None) it does nothing.
+    the checkpoints. Without rows (None) it does nothing.
 
     Attributes:
         before, after: {"greedy", "sampled"}: what `evaluate.summarize` gives; None where there is no such evaluation.
     """
 
-    def __init__(self, trainer, dataset, report: ReportArguments, *, before: bool):
-        self.trainer, self.dataset, self.report, self.evaluate_before = trainer, dataset, report, before
-        self.file = Path(trainer.args.output_dir) / "before.json"
+    STATE = "before"
+
+    def __init__(self, trainer, dataset, report: ReportArguments):
+        self.trainer, self.dataset, self.report = trainer, dataset, report
         self.before: dict | None = None
         self.after: dict | None = None
         trainer.add_callback(self)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if not self.evaluate_before or self.dataset is None:
-            return
-        if state.global_step == 0:
-            self.before = self._evaluate("before")
-            if state.is_world_process_zero:
-                write_json(self.file, self.before)
-        elif self.file.exists():
-            self.before = json.loads(self.file.read_text(encoding="utf-8"))
-        else:
-            logger.warning("%s is missing: a resumed run cannot tell what its policy was before.", self.file)
+        if self.report.report_before and self.dataset is not None and state.global_step == 0:
+            state.stateful_callbacks[self.STATE] = self._evaluate("before")
+        self.before = state.stateful_callbacks.get(self.STATE)
 
     def run_after(self) -> None:
         if self.dataset is not None:
@@ -118,7 +105,7 @@ class HeldOutEvaluation(TrainerCallback):
 
 
 class StopAtAccuracy(TrainerCallback):
-    """Ends training once greedy accuracy on development rows is reached.
+    """Ends training once greedy accuracy on development rows is reached, where `stop_at_accuracy` is set.
 
     What it saw, and so why training ended, is in the checkpoints: a run that is resumed from the end is at its end.
     """
@@ -127,19 +114,22 @@ class StopAtAccuracy(TrainerCallback):
 
     def __init__(self, trainer, report: ReportArguments, stop: StopArguments, *, allow_urls: bool = False):
         self.trainer, self.report, self.stop = trainer, report, stop
-        self.dataset = load_rows(stop.stop_datasets, shuffle=False, allow_urls=allow_urls, unique_ids=False)
-        self.history: list[dict] = []
-        trainer.add_callback(self)
+        if stop.stop_at_accuracy is not None:
+            self.dataset = load_rows(stop.stop_datasets, shuffle=False, allow_urls=allow_urls, unique_ids=False)
+            trainer.add_callback(self)
+
+    def seen(self) -> list[dict]:
+        """Greedy accuracy at each look: {"step"} and what `evaluate.summarize` gives."""
+        return self.trainer.state.stateful_callbacks.setdefault(self.STATE, [])
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.history = state.stateful_callbacks.setdefault(self.STATE, [])
-        control.should_training_stop = bool(self.history) and self._reached(self.history[-1])
+        control.should_training_stop = bool(self.seen()) and self._reached(self.seen()[-1])
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.stop.stop_check_steps:
             return
         summary = evaluate_policy(self.trainer, self.dataset, self.report, decoding="greedy")
-        self.history.append({"step": state.global_step, **summary})
+        self.seen().append({"step": state.global_step, **summary})
         if state.is_world_process_zero:
             parts = ", ".join(f"{key.removeprefix('accuracy: ')} {summary[key]:.2f}" for key in summary if ": " in key)
             print(

@@ -4,15 +4,16 @@ import hashlib
 import json
 import re
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor
 from trl import ModelConfig
 
 from veripo_trl.data.rows import read_rows
-from veripo_trl.data.schema import RowError, content_of, rows_to_dataset
+from veripo_trl.data.schema import RowError, content_of, line_of, row_error, rows_to_dataset
 from veripo_trl.errors import settings_checked
 from veripo_trl.files.journal import Journal
 from veripo_trl.files.tables import printable
@@ -26,19 +27,6 @@ from veripo_trl.recipe.build import encoder_from_config, revision_of
 # What a verdict does not depend on: a broken check may go on with others of these.
 NO_SETTINGS = ("eval_datasets", "holdout", "manifest", "train_vision_tower", "tiny_world", "frame_cache",
                "frame_cache_gb")  # fmt: skip
-
-
-class CheckedRows(Dataset):
-    """A dataset's rows as lines of the manifest, each made when it is asked for."""
-
-    def __init__(self, dataset, encoder: PromptEncoder):
-        self.dataset, self.encoder = dataset, encoder
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict:
-        return check_row(self.encoder, self.dataset[index])
 
 
 def check_row(encoder: PromptEncoder, row: dict) -> dict:
@@ -76,20 +64,20 @@ def reason_of(problem: dict) -> str:
     return f"{name}: {kinds.get(expected, 'outside of media_root')}"
 
 
-def describe(problem: dict) -> str:
-    place = f"{problem['file']} row {problem['row']}, {problem['field']}"
-    return printable(f"{place}: expected {problem['expected']}; came {problem['came']}. {problem['remedy']}")
+def read_checkable(data_args: DataArguments) -> tuple[list[dict], list[dict]]:
+    """(rows to encode; the manifest's lines of malformed ones).
 
-
-def read_checkable(data_args: DataArguments) -> tuple[list[dict], list[dict], list[dict]]:
-    """(rows to encode; the manifest's lines of malformed ones; problems of rows that no manifest can name)."""
+    Raises:
+        RowError: rows without a usable id, which no manifest can name.
+    """
     rows, problems = read_rows(data_args.datasets, allow_urls=data_args.allow_urls)
-    nameless = [problem for problem in problems if problem["question_id"] is None]
-    malformed = [bad(p["question_id"], reason_of(p), describe(p)) for p in problems if p["question_id"] is not None]
+    if nameless := [problem for problem in problems if problem["question_id"] is None]:
+        raise row_error(nameless, "without a usable id, which no manifest can name")
+    malformed = [bad(p["question_id"], reason_of(p), printable(line_of(p))) for p in problems]
     # Training drops rows by id, so the first of two rows with one id goes with the second.
     refused = {line["question_id"]: line for line in malformed}
     malformed += [refused[row["question_id"]] for row in rows if row["question_id"] in refused]
-    return [row for row in rows if row["question_id"] not in refused], malformed, nameless
+    return [row for row in rows if row["question_id"] not in refused], malformed
 
 
 @settings_checked()
@@ -129,8 +117,13 @@ def check_rows(rows: list[dict], encoder: PromptEncoder, file: Path, settings: d
     failed, unreached = sum(not line["ok"] for line in journal.lines.values()), []
     if todo:
         # Unordered, so that one slow video holds up no other row's line.
-        dataset = CheckedRows(rows_to_dataset(todo), encoder)
-        loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, in_order=not num_workers)
+        loader = DataLoader(
+            rows_to_dataset(todo),
+            batch_size=None,
+            collate_fn=partial(check_row, encoder),
+            num_workers=num_workers,
+            in_order=not num_workers,
+        )
         with tqdm(loader, total=len(rows), initial=len(rows) - len(todo), desc="rows", unit="row") as bar:
             for line in bar:
                 if line["ok"] is None:

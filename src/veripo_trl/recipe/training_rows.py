@@ -2,63 +2,51 @@
 
 import hashlib
 import json
-import logging
-import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from trl import ModelConfig
 
 from veripo_trl.data.media_paths import check_media
 from veripo_trl.data.rows import load_rows
 from veripo_trl.data.schema import content_of
 from veripo_trl.errors import ConfigError
-from veripo_trl.hub.ask import HubError
-from veripo_trl.hub.locate import SHA, fetch, is_local, locate
+from veripo_trl.hub.locate import fetch, locate
 from veripo_trl.recipe.arguments import DataArguments
 
-logger = logging.getLogger(__name__)
 
+def pin_data(data_args: DataArguments) -> tuple[DataArguments, dict[str, dict]]:
+    """The arguments with the commit of whatever they read from the Hub, asked once for all processes.
 
-def pin_data(data_args: DataArguments) -> DataArguments:
-    """The arguments with the commit of whatever they read from the Hub, asked once for all processes."""
-    pinned = [None]
-    if PartialState().is_main_process:
-        pinned = [
-            {
-                "datasets": _pin_sources(data_args.datasets),
-                "eval_datasets": _pin_sources(data_args.eval_datasets),
-                "leave_out": data_args.leave_out and [_solved_file(entry)[1] for entry in data_args.leave_out],
-            }
-        ]
-    return replace(data_args, **broadcast_object_list(pinned)[0])
+    Returns:
+        They, and {a dataset's path: {"repo_id", "revision"}} of all that is read there.
+    """
+    inputs: dict[str, dict] = {}
 
-
-def _pin_sources(sources: list[dict] | None) -> list[dict] | None:
-    if sources is None:
-        return None
-    pinned = []
-    for source in sources:
+    def pinned(source: dict) -> dict:
         origin = locate(source.get("path", ""), "dataset", source.get("revision"))
-        pinned.append({**source, "revision": origin["revision"]} if origin else source)
-    return pinned
+        if origin is None:
+            return source
+        inputs[source["path"]] = origin
+        return {**source, "revision": origin["revision"]}
 
+    def pinned_solved(entry: str) -> str:
+        origin = _solved_on_hub(entry)
+        if origin is None:
+            return entry
+        inputs[f"left out by {origin['repo_id']}"] = origin
+        return f"{origin['repo_id']}@{origin['revision']}"
 
-def hub_inputs(data_args: DataArguments, model_args: ModelConfig) -> dict[str, dict]:
-    """{"model" or a dataset's path: {"repo_id", "revision"}} of what a stage has read from the Hub, by its arguments
-    with their commits."""
-    sources = [*(data_args.datasets or []), *(data_args.eval_datasets or [])]
-    read = {"model": (model_args.model_name_or_path, model_args.model_revision)}
-    read |= {source["path"]: (source["path"], source.get("revision")) for source in sources}
-    read |= {f"left out by {name}": (name, sha) for name, _, sha in (e.partition("@") for e in data_args.leave_out or [])}
-    return {
-        name: {"repo_id": place, "revision": revision}
-        for name, (place, revision) in read.items()
-        if revision and SHA.fullmatch(revision) and not is_local(place)
-    }
+    found = [None]
+    if PartialState().is_main_process:
+        sources = {name: getattr(data_args, name) for name in ("datasets", "eval_datasets")}
+        changes = {name: given and [pinned(source) for source in given] for name, given in sources.items()}
+        changes["leave_out"] = data_args.leave_out and [pinned_solved(entry) for entry in data_args.leave_out]
+        found = [(changes, inputs)]
+    changes, inputs = broadcast_object_list(found)[0]
+    return replace(data_args, **changes), inputs
 
 
 def load_training_rows(data_args: DataArguments, *, seed: int):
@@ -68,9 +56,8 @@ def load_training_rows(data_args: DataArguments, *, seed: int):
     solved: dict[str, str | None] = {}
     for entry in data_args.leave_out or []:
         solved |= _solved_questions(entry)
-    dataset = load_rows(
-        data_args.datasets, seed=seed, allow_urls=data_args.allow_urls, manifest=data_args.manifest, unique_ids=True
-    )
+    manifest, urls = data_args.manifest, data_args.allow_urls
+    dataset = load_rows(data_args.datasets, seed=seed, allow_urls=urls, manifest=manifest)
     if data_args.holdout:
         dataset = split_holdout(dataset, data_args.holdout)[1]
     if solved:
@@ -81,16 +68,15 @@ def load_training_rows(data_args: DataArguments, *, seed: int):
 
 def load_eval_rows(data_args: DataArguments):
     """The held-out rows in file order, or None where the recipe names none."""
-    held_out = data_args.holdout > 0
-    sources = data_args.datasets if held_out else data_args.eval_datasets
-    if not sources:
-        return None
-    dataset = load_rows(
-        sources, shuffle=False, allow_urls=data_args.allow_urls, unique_ids=held_out,
-        manifest=data_args.manifest if held_out else None,
-    )  # fmt: skip
-    if held_out:
+    if data_args.holdout:
+        manifest, urls = data_args.manifest, data_args.allow_urls
+        dataset = load_rows(data_args.datasets, shuffle=False, allow_urls=urls, manifest=manifest)
         dataset = split_holdout(dataset, data_args.holdout)[0]
+    elif data_args.eval_datasets:
+        urls = data_args.allow_urls
+        dataset = load_rows(data_args.eval_datasets, shuffle=False, allow_urls=urls, unique_ids=False)
+    else:
+        return None
     check_media(dataset, allow_urls=data_args.allow_urls)
     return dataset
 
@@ -137,35 +123,23 @@ def _without(dataset, solved: dict[str, str | None]):
     kept = [index for index, question in enumerate(questions) if question not in solved]
     if not kept:
         raise ConfigError(f"leave_out: all {len(questions)} rows are of solved questions: nothing is left to train on.")
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"left out {len(questions) - len(kept)} rows of solved questions, {len(kept)} rows stay", flush=True)
-        if strange := sorted(set(solved).difference(questions)):
-            logger.warning(
-                "leave_out: %d of %d solved questions are not among the rows of `datasets` (%s). Is it of the same "
-                "data, with the same `id_prefix`?",
-                len(strange), len(solved), ", ".join(map(repr, strange[:3])),
-            )  # fmt: skip
+    if PartialState().is_main_process:
+        gone = len(questions) - len(kept)
+        print(f"left out {gone} rows of {len(solved)} solved questions, {len(kept)} rows stay", flush=True)
     return dataset.select(kept)
 
 
-def _solved_file(entry: str) -> tuple[Path, str]:
-    """(the file of an entry of `leave_out`; the entry, of the Hub with its commit)."""
+def _solved_on_hub(entry: str) -> dict | None:
+    """Which commit of which dataset an entry of `leave_out` means; None for a file here."""
     repo_id, _, revision = entry.partition("@")
-    try:
-        here = entry.endswith(".json") or Path(entry).expanduser().exists()  # its folder may have an @ in its name
-        if not here and (origin := locate(repo_id, "dataset", revision or None)):
-            folder = fetch(**origin, patterns=("solved.json",))
-            return folder / "solved.json", f"{repo_id}@{origin['revision']}"
-    except HubError as error:
-        raise HubError(
-            f"leave_out: {entry}: no such file here, so it was read as a Hub dataset of pairs. {error}"
-        ) from error
-    return Path(entry).expanduser(), entry
+    here = entry.endswith(".json") or Path(entry).expanduser().exists()  # its folder may have an @ in its name
+    return None if here else locate(repo_id, "dataset", revision or None)
 
 
 def _solved_questions(entry: str) -> dict[str, str | None]:
     """The questions that the `solved.json` of an entry of `leave_out` says to leave out, {id: content}."""
-    file, entry = _solved_file(entry)
+    origin = _solved_on_hub(entry)
+    file = fetch(**origin, patterns=("solved.json",)) / "solved.json" if origin else Path(entry).expanduser()
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         questions = [str(question) for question in content["dropped"]]

@@ -26,6 +26,8 @@ class VideoConfig:
     """
 
     hub_private_repo: bool | None = field(default=True, metadata={"help": "Whether a pushed repository is private."})
+    hub_license: str = field(default="unknown", metadata={"help": "Licence in the cards, by the Hub's identifier."})
+    hub_strategy: str = field(default="end", metadata={"help": "A run is pushed when it is finished: end."})
 
     UNUSED: ClassVar[dict[str, tuple]] = {}
     BECAUSE: ClassVar[str] = ""

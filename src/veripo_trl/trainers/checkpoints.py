@@ -1,9 +1,8 @@
-"""Checkpoints: written (at a termination too), loaded again with all of a trainer's state, pushed during training."""
+"""Checkpoints: written (at a termination too), loaded again with all of a trainer's state."""
 
 import copy
 import hashlib
 import json
-import logging
 import os
 import signal
 import time
@@ -11,19 +10,17 @@ from collections import defaultdict
 from functools import cached_property, partial
 from pathlib import Path
 
+import psutil
 from peft import PeftModel
 from transformers.trainer_utils import HubStrategy
-from transformers.utils import PushInProgress
 
 from veripo_trl.data.schema import RowError
 from veripo_trl.errors import VeripoError
 from veripo_trl.files.run_folder import RECORD, outlive_sigterm, sync_folder
 from veripo_trl.hub.ask import HubError
 from veripo_trl.hub.push import prepare_repo
-from veripo_trl.hub.runs import model_repo, push_model
+from veripo_trl.hub.runs import model_repo
 from veripo_trl.model.policy import save_settings, share_weights
-
-logger = logging.getLogger(__name__)
 
 # Of the arguments, what decides which rows a step sees.
 ORDER = (
@@ -37,7 +34,7 @@ class CheckpointMixin:
 
     Attributes:
         seconds: spent on each part of the work, of all starts of the run together.
-        started: when this start began; set it, to count what came before the trainer. minutes: of all starts.
+        minutes: of all starts, each from the begin of its process.
         terminated: whether SIGTERM has ended the training, with a checkpoint of the step that it came in.
     """
 
@@ -47,13 +44,13 @@ class CheckpointMixin:
         # transformers' own saves between gradient and update, each process when its signal comes.
         kwargs["args"] = with_changes(kwargs["args"], enable_jit_checkpoint=False)
         super().__init__(*args, **kwargs)
-        self.started, self._train_started = time.time(), time.time()
+        self._train_started = time.time()
         self.seconds = defaultdict(float)
         self._earlier = {"minutes": 0.0, "train_s": 0.0, "loss": 0.0}  # of the starts before this one
 
     @property
     def minutes(self) -> float:
-        return self._earlier["minutes"] + (time.time() - self.started) / 60
+        return self._earlier["minutes"] + (time.time() - psutil.Process().create_time()) / 60
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
@@ -175,10 +172,10 @@ class CheckpointMixin:
         """Create the run's repository, or say in one error why that cannot be, before hours are spent on training."""
         if not self.is_world_process_zero():
             return
-        if self.args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+        if self.args.hub_strategy != HubStrategy.END:
             raise HubError(
-                f"hub_strategy: expected end or every_save, got {self.args.hub_strategy.value}. Checkpoints hold "
-                f"pickled arguments, with paths of this machine: they stay here."
+                f"hub_strategy: expected end, got {self.args.hub_strategy.value}. A run is pushed when it is finished; "
+                f"its checkpoints, which hold pickled arguments with paths of this machine, stay here."
             )
         if self.args.hub_token is not None:
             raise HubError(
@@ -191,34 +188,6 @@ class CheckpointMixin:
             private=self.args.hub_private_repo is not False,
             branch=self.args.hub_revision or "main",
         )
-        self.push_in_progress = None
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push a checkpoint's model in the background: weights, configuration and processor, and nothing else of the
-        run's folder. A push that fails is warned of; the next one, and the last, send what is missing."""
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        if self.args.hub_always_push:
-            self._finish_current_push()
-        elif self.push_in_progress is not None and not self.push_in_progress.is_done():
-            return
-        step = self.state.global_step
-        results = {"stage": self._name, "steps": step, "model": self.model.config._name_or_path}
-        job = push_model(
-            Path(checkpoint_folder),
-            self.args,
-            results,
-            message=f"Model after {step} steps, in training",
-            staged=Path(self.args.output_dir) / "_push",  # checkpoints are deleted while training goes on
-            background=True,
-        )
-        job.add_done_callback(lambda job: _warn_of_failure(job, step))
-        self.push_in_progress = PushInProgress([job])
-
-
-def _warn_of_failure(job, step: int) -> None:
-    if (error := job.exception()) is not None:
-        logger.warning("The push of step %d failed; the last push sends what is missing. %s", step, error)
 
 
 def with_changes(args, **changes):

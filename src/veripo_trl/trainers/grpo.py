@@ -152,8 +152,6 @@ class VideoGRPOTrainer(VideoMixin, GRPOTrainer):
         self._resumed_questions: list[str] | None = None  # of a generation batch that a checkpoint was amid
         self._active: list[EncodedPrompt] = []  # prompts of the rows that a forward is running on
         self._scored: dict = {}  # what `_calculate_rewards` saw last
-        self._seconds_logged: dict[str, float] = {}
-        self._step_logged = 0
 
     # Loading
 
@@ -188,10 +186,6 @@ class VideoGRPOTrainer(VideoMixin, GRPOTrainer):
 
     def _generation_file(self, checkpoint: str) -> str:
         return os.path.join(checkpoint, f"generation_{self.args.process_index}.pt")
-
-    def _load_callback_state(self) -> None:
-        super()._load_callback_state()
-        self._seconds_logged, self._step_logged = dict(self.seconds), self.state.global_step
 
     def _encode_resumed(self, rows: list[dict]) -> None:
         """Encode the prompts of the generation batch that a checkpoint was in the middle of."""
@@ -376,12 +370,3 @@ class VideoGRPOTrainer(VideoMixin, GRPOTrainer):
         loss = super().training_step(*args, **kwargs)
         self.seconds["update"] -= self.seconds["rollout"] - rollout
         return loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        steps = self.state.global_step - self._step_logged
-        if self.model.training and steps > 0:
-            for part, seconds in self.seconds.items():
-                spent = seconds - self._seconds_logged.get(part, 0.0)
-                self._metrics["train"][f"time/{part}"].append(spent / steps)
-            self._seconds_logged, self._step_logged = dict(self.seconds), self.state.global_step
-        super().log(logs, start_time)
