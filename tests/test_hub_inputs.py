@@ -1,63 +1,25 @@
-"""What a stage reads from the Hub: questions to leave out, and the pairs that a DPO run's card names."""
+"""Questions that a stage leaves out, and the pairs that a DPO run's card names."""
 
 import json
 from types import SimpleNamespace
 
 import pytest
 import yaml
-from hub_server import HubServer
 
 from veripo_trl.data.schema import content_of
 from veripo_trl.errors import VeripoError
-from veripo_trl.hub import ask
 from veripo_trl.hub import runs as hub_runs
-from veripo_trl.hub.cards import TAG
-from veripo_trl.hub.push import push_folder
 from veripo_trl.hub.runs import local_pairs
 from veripo_trl.recipe.arguments import DataArguments
-from veripo_trl.recipe.training_rows import load_training_rows, pin_data
+from veripo_trl.recipe.training_rows import load_training_rows
 
 ROW = {"problem": "Which?", "options": ["red", "blue"], "problem_type": "multiple choice", "solution": "B"}
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with HubServer() as server:
-        server.use_in_this_process(monkeypatch, tmp_path / "hf_home")
-        monkeypatch.setattr(ask, "RETRY_WAITS_S", (0.01,) * 3)
-        monkeypatch.chdir(tmp_path)
-        yield server
 
 
 def arguments(tmp_path, leave_out: list[str]) -> DataArguments:
     rows = [{**ROW, "question_id": f"q{number}"} for number in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return DataArguments(datasets=[{"path": "rows.jsonl"}], leave_out=leave_out)
-
-
-def push_solved(tmp_path, dropped: list[str]) -> str:
-    folder = tmp_path / "pushed"
-    folder.mkdir(exist_ok=True)
-    (folder / "solved.json").write_text(json.dumps({"dropped": dropped}))
-    card = f"---\ntags: {TAG}\n---\n"
-    return push_folder(folder, "tester/pairs", repo_type="dataset", card=card, patterns=["*.json"])["revision"]
-
-
-def test_solved_questions_of_a_dataset_at_its_revisions(hub, tmp_path, capsys):
-    first, second = push_solved(tmp_path, ["q0"]), push_solved(tmp_path, ["q1", "q2"])
-    for entry, gone, sha in (
-        ("tester/pairs", {"q1", "q2"}, second),
-        (f"tester/pairs@{first}", {"q0"}, first),
-        ("tester/pairs@main", {"q1", "q2"}, second),
-    ):
-        given = arguments(tmp_path, [entry])
-        data, inputs = pin_data(given)
-        assert given.leave_out == [entry]
-        rows = load_training_rows(data, seed=0)
-        assert {f"q{number}" for number in range(8)} - set(rows["question_id"]) == gone
-        assert f"left out {len(gone)} rows of {len(gone)} solved questions, {8 - len(gone)} rows stay" in capsys.readouterr().out
-        assert data.leave_out == [f"tester/pairs@{sha}"]  # what _arguments.json then says
-        assert inputs == {"left out by tester/pairs": {"repo_id": "tester/pairs", "revision": sha}}
 
 
 def test_solved_questions_of_other_data_are_refused(tmp_path, monkeypatch):
@@ -73,28 +35,12 @@ def test_solved_questions_of_other_data_are_refused(tmp_path, monkeypatch):
                 load_training_rows(data, seed=0)
 
 
-@pytest.mark.parametrize("entry", ["verify/solved.json", "outputs/verify", "tester/pairs", "./pairs", "../pairs"])
-def test_a_path_of_this_machine_is_not_asked_for_on_the_hub(hub, tmp_path, entry):
-    (tmp_path / "tester" / "pairs").mkdir(parents=True)  # exists here: no dataset
-    with pytest.raises(VeripoError, match=f"leave_out: {entry}: expected a solved.json"):
-        load_training_rows(arguments(tmp_path, [entry]), seed=0)
-    assert hub.log == []
-
-
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        ("tester/nothing", "tester/nothing .*no such repository or revision"),
-        ("tester/pairs@none", "tester/pairs .*Correct the name or the revision"),
-        ("tester/empty", "leave_out: tester/empty: expected a solved.json"),
-    ],
-)
-def test_what_the_hub_does_not_have_is_said(hub, tmp_path, entry, message):
-    push_solved(tmp_path, ["q0"])
-    (tmp_path / "pushed" / "other.json").write_text("{}")
-    push_folder(tmp_path / "pushed", "tester/empty", repo_type="dataset", card="# x\n", patterns=["other.json"])
-    with pytest.raises(VeripoError, match=message):
-        load_training_rows(arguments(tmp_path, [entry]), seed=0)
+@pytest.mark.parametrize("file", ["verify/solved.json", "outputs/verify", "tester/pairs", "pa@irs/solved.json"])
+def test_what_is_no_file_of_solved_questions_is_refused(tmp_path, monkeypatch, file):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tester" / "pairs").mkdir(parents=True)
+    with pytest.raises(VeripoError, match=f"leave_out: {file}: expected a solved.json"):
+        load_training_rows(arguments(tmp_path, [file]), seed=0)
 
 
 def test_rows_left_out_are_counted_as_rows(tmp_path, monkeypatch, capsys):

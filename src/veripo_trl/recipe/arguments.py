@@ -41,8 +41,8 @@ class DataArguments:
     )
     manifest: str | None = option("Written by recipes/check_rows.py: rows it marks bad are left out.")
     leave_out: list[str] | None = option(
-        "Files solved.json of verify_rollouts.py, or datasets of its pairs on the Hub, org/name or org/name@revision: "
-        "the questions that they drop are left out."
+        "Files solved.json of verify_rollouts.py (on the Hub it lies beside the pairs): the questions that they drop are "
+        "left out."
     )
     allow_urls: bool = option(
         "Let rows name videos and images by http(s) URL; each is downloaded once, to ~/.cache/veripo_trl.", default=False

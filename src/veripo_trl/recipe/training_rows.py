@@ -13,7 +13,7 @@ from veripo_trl.data.media_paths import check_media
 from veripo_trl.data.rows import load_rows
 from veripo_trl.data.schema import content_of
 from veripo_trl.errors import ConfigError
-from veripo_trl.hub.locate import fetch, locate
+from veripo_trl.hub.locate import locate
 from veripo_trl.recipe.arguments import DataArguments
 
 
@@ -32,18 +32,10 @@ def pin_data(data_args: DataArguments) -> tuple[DataArguments, dict[str, dict]]:
         inputs[source["path"]] = origin
         return {**source, "revision": origin["revision"]}
 
-    def pinned_solved(entry: str) -> str:
-        origin = _solved_on_hub(entry)
-        if origin is None:
-            return entry
-        inputs[f"left out by {origin['repo_id']}"] = origin
-        return f"{origin['repo_id']}@{origin['revision']}"
-
     found = [None]
     if PartialState().is_main_process:
         sources = {name: getattr(data_args, name) for name in ("datasets", "eval_datasets")}
         changes = {name: given and [pinned(source) for source in given] for name, given in sources.items()}
-        changes["leave_out"] = data_args.leave_out and [pinned_solved(entry) for entry in data_args.leave_out]
         found = [(changes, inputs)]
     changes, inputs = broadcast_object_list(found)[0]
     return replace(data_args, **changes), inputs
@@ -54,8 +46,8 @@ def load_training_rows(data_args: DataArguments, *, seed: int):
     if not data_args.datasets:
         raise ConfigError("Expected `datasets:`, a list of {path: …}; none was given.")
     solved: dict[str, str | None] = {}
-    for entry in data_args.leave_out or []:
-        solved |= _solved_questions(entry)
+    for file in data_args.leave_out or []:
+        solved |= _solved_questions(file)
     manifest, urls = data_args.manifest, data_args.allow_urls
     dataset = load_rows(data_args.datasets, seed=seed, allow_urls=urls, manifest=manifest)
     if data_args.holdout:
@@ -129,24 +121,15 @@ def _without(dataset, solved: dict[str, str | None]):
     return dataset.select(kept)
 
 
-def _solved_on_hub(entry: str) -> dict | None:
-    """Which commit of which dataset an entry of `leave_out` means; None for a file here."""
-    repo_id, _, revision = entry.partition("@")
-    here = entry.endswith(".json") or Path(entry).expanduser().exists()  # its folder may have an @ in its name
-    return None if here else locate(repo_id, "dataset", revision or None)
-
-
-def _solved_questions(entry: str) -> dict[str, str | None]:
-    """The questions that the `solved.json` of an entry of `leave_out` says to leave out, {id: content}."""
-    origin = _solved_on_hub(entry)
-    file = fetch(**origin, patterns=("solved.json",)) / "solved.json" if origin else Path(entry).expanduser()
+def _solved_questions(file: str) -> dict[str, str | None]:
+    """The questions that a `solved.json` says to leave out, {id: content}."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
         questions = [str(question) for question in content["dropped"]]
         contents = content.get("contents", [None] * len(questions))
         return dict(zip(questions, contents, strict=True))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f'leave_out: {entry}: expected a solved.json of verify_rollouts.py, {{"dropped": [question ids], …}}, '
+            f'leave_out: {file}: expected a solved.json of verify_rollouts.py, {{"dropped": [question ids], …}}, '
             f"got {type(error).__name__}: {error}."
         ) from error

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from trl.trainer.utils import RepeatSampler
 
@@ -114,18 +115,15 @@ def with_answers(
                 f"limit is max_length={max_length}. Rows and pairs are never cut: raise max_length, lower max_frames, "
                 f"fps or max_pixels, or leave the question out."
             )
-    width = max(map(len, answers))
     prompt_ids, prompt_mask = left_pad(prompts, tokenizer.pad_token_id)
-    answer_ids = torch.full((len(answers), width), tokenizer.pad_token_id)
-    answer_mask = torch.zeros((len(answers), width), dtype=torch.long)
-    for row, answer in enumerate(answers):
-        answer_ids[row, : len(answer)] = torch.tensor(answer)
-        answer_mask[row, : len(answer)] = 1
+    answers = [torch.tensor(answer, dtype=torch.long) for answer in answers]
+    answer_ids = pad_sequence(answers, batch_first=True, padding_value=tokenizer.pad_token_id)
+    answer_mask = pad_sequence([torch.ones_like(answer) for answer in answers], batch_first=True)
     return {
         "input_ids": torch.cat([prompt_ids, answer_ids], dim=1),
         "attention_mask": torch.cat([prompt_mask, answer_mask], dim=1),
         "completion_mask": torch.cat([torch.zeros_like(prompt_mask), answer_mask], dim=1),
-        "completion_width": width,
+        "completion_width": answer_ids.size(1),
     }
 
 
