@@ -24,10 +24,10 @@ from veripo_trl.data.prompts import load_template
 from veripo_trl.errors import run
 from veripo_trl.files.run_folder import only_process
 from veripo_trl.recipe.arguments import SHARED, PairArguments, parse
-from veripo_trl.recipe.build import make_encoder, make_policy, resolve_policy
+from veripo_trl.recipe.build import make_encoder, make_policy, resolve
 from veripo_trl.recipe.finish import finish_push, train
 from veripo_trl.recipe.prepare import open_run, prepare_machine
-from veripo_trl.recipe.training_rows import count_kinds, load_eval_rows, pin_data, refuse_trained
+from veripo_trl.recipe.training_rows import count_kinds, load_eval_rows, refuse_trained
 from veripo_trl.trainers.dpo import VideoDPOConfig, VideoDPOTrainer
 from veripo_trl.verifier.pair_dataset import load_pairs
 
@@ -45,8 +45,7 @@ def run_stage(data_args, report, pair_args, training_args, model_args) -> int | 
     if finish_push(training_args):
         return None
     prepare_machine(training_args, tiny_world=data_args.tiny_world)
-    data_args, inputs = pin_data(data_args)
-    model_args, data_args, policy_input = resolve_policy(model_args, data_args)
+    model_args, data_args, inputs = resolve(model_args, data_args)
     template = load_template(data_args.prompt_template)
     pairs = load_pairs(pair_args.pairs, template=template, allow_urls=data_args.allow_urls)
     check_media(pairs.dataset, allow_urls=data_args.allow_urls)
@@ -66,9 +65,14 @@ def run_stage(data_args, report, pair_args, training_args, model_args) -> int | 
         processing_class=processor,
         encoder=make_encoder(model, processor, data_args),
     )
-    inputs = {**policy_input, **inputs, **pairs.inputs}
     return train(
-        trainer, heldout, report, checkpoint=checkpoint, title="Held-out questions", pairs=kinds, inputs=inputs
+        trainer,
+        heldout,
+        report,
+        checkpoint=checkpoint,
+        title="Held-out questions",
+        pairs=kinds,
+        inputs=inputs | pairs.inputs,
     )
 
 

@@ -22,11 +22,11 @@ from veripo_trl.data.prompts import check_targets
 from veripo_trl.errors import run
 from veripo_trl.files.run_folder import only_process
 from veripo_trl.recipe.arguments import SHARED, StopArguments, parse
-from veripo_trl.recipe.build import make_encoder, make_policy, resolve_policy
+from veripo_trl.recipe.build import make_encoder, make_policy, resolve
 from veripo_trl.recipe.finish import finish_push, train
 from veripo_trl.recipe.held_out import StopAtAccuracy
 from veripo_trl.recipe.prepare import open_run, prepare_machine
-from veripo_trl.recipe.training_rows import load_eval_rows, load_training_rows, pin_data
+from veripo_trl.recipe.training_rows import load_eval_rows, load_training_rows
 from veripo_trl.trainers.sft import VideoSFTConfig, VideoSFTTrainer
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "tiny" / "sft.yaml"
@@ -43,12 +43,11 @@ def run_stage(data_args, report, stop, training_args, model_args) -> int | None:
     if finish_push(training_args):
         return None
     prepare_machine(training_args, tiny_world=data_args.tiny_world)
-    data_args, inputs = pin_data(data_args)
+    model_args, data_args, inputs = resolve(model_args, data_args)
     dataset = load_training_rows(data_args, seed=training_args.seed)
     heldout = load_eval_rows(data_args)
 
     set_seed(training_args.seed)
-    model_args, data_args, policy_input = resolve_policy(model_args, data_args)
     model, processor = make_policy(model_args, data_args)
     encoder = make_encoder(model, processor, data_args)
     check_targets(dataset, encoder.template)
@@ -68,7 +67,7 @@ def run_stage(data_args, report, stop, training_args, model_args) -> int | None:
         checkpoint=checkpoint,
         title="Cold start on held-out questions",
         development=stopper.seen,
-        inputs={**policy_input, **inputs},
+        inputs=inputs,
     )
 
 

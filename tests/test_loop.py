@@ -62,7 +62,7 @@ def workplace(tmp_path_factory):
         "sft": {**train, "max_steps": 110, "stop_at_accuracy": None, "save_strategy": "no", "warmup_steps": 10,
                 "per_device_train_batch_size": 16, "eval_datasets": None},
         "grpo": {**train, "max_steps": 4, "save_steps": 1, "save_total_limit": 9, "per_device_train_batch_size": 64,
-                 "logging_steps": 1, "report_samples": 1, "cold_start": None, "learning_rate": 1e-5},
+                 "logging_steps": 1, "report_samples": 1, "learning_rate": 1e-5},
         "verify": {},
         "dpo": {"eval_datasets": train["eval_datasets"], "num_train_epochs": 3, "save_steps": 1, "logging_steps": 1,
                 "save_total_limit": 99, "per_device_train_batch_size": 4, "report_samples": 1},
@@ -341,11 +341,11 @@ def test_dry_run_finds_what_the_stages_would_stop_at(tmp_path, capsys, monkeypat
     bare = {"tiny_world": None, "eval_datasets": None}
     iteration = [
         {"name": "a", "recipe": "grpo_video.py", "config": "tiny/grpo.yaml",
-         "overrides": {**bare, "cold_start": None, "datasets": [{"path": "rows.jsonl"}]}},
+         "overrides": {**bare, "datasets": [{"path": "rows.jsonl"}]}},
         {"name": "b", "recipe": "sft_video.py", "config": "tiny/sft.yaml",
          "overrides": {**bare, "datasets": [{"path": "held.jsonl"}]}},
         {"name": "c", "recipe": "grpo_video.py", "config": "tiny/grpo.yaml",
-         "overrides": {**bare, "cold_start": None, "datasets": [{"path": "outputs/loop/a-1/rows.jsonl"}],
+         "overrides": {**bare, "datasets": [{"path": "outputs/loop/a-1/rows.jsonl"}],
                        "model_name_or_path": "outputs/none"}},
         {"name": "d", "recipe": "verify_rollouts.py", "config": "tiny/verify.yaml", "judge_command": ["no-such"]},
         {"name": "e", "recipe": "dpo_video.py", "config": "dpo.yaml"},
@@ -567,7 +567,7 @@ def test_a_lost_terminal_keeps_no_loop_from_ending(monkeypatch):
 
 
 def test_a_skipped_dpo_hands_on_the_policy_that_it_starts_from(tmp_path):
-    (tmp_path / "own.yaml").write_text("model_name_or_path: their/base\ncold_start: sft.yaml\n")
+    (tmp_path / "own.yaml").write_text("model_name_or_path: their/base\n")
     stages = [
         {"name": "v", "recipe": "verify_rollouts.py", "config": "tiny/verify.yaml", "overrides": {"rollouts": ["r"]}},
         {"name": "d", "recipe": "dpo_video.py", "config": "tiny/dpo.yaml", "overrides": {"model_name_or_path": "mine"}},
@@ -575,7 +575,7 @@ def test_a_skipped_dpo_hands_on_the_policy_that_it_starts_from(tmp_path):
     ]
     (tmp_path / "loop.yaml").write_text(yaml.safe_dump({"output_dir": "run", "iterations": 1, "iteration": stages}))
     settings = plan(read_loop(str(tmp_path / "loop.yaml")), {"d-1"})[2]["settings"]
-    assert settings["model_name_or_path"] == "mine" and "cold_start" not in settings
+    assert settings["model_name_or_path"] == "mine"
 
 
 def test_a_key_that_a_later_stage_does_not_know_is_found_before_the_first():
@@ -588,7 +588,7 @@ def test_what_a_configuration_names_itself_is_kept(tmp_path, monkeypatch):
     """Other pairs are mixed in; solved questions are the loop's; its YAML finds what lies beside it."""
     config = {"pairs": ['{"path": "x", "media_root": "clips"}', {"path": "mine", "kinds": ["penalty"]}]}
     (tmp_path / "dpo.yaml").write_text(yaml.safe_dump(config))
-    (tmp_path / "grpo.yaml").write_text("{leave_out: [mine.json], cold_start: tiny/sft.yaml}")
+    (tmp_path / "grpo.yaml").write_text("{leave_out: [mine.json]}")
     iteration = [
         {"name": "s", "recipe": "grpo_video.py", "config": "grpo.yaml"},
         {"name": "v", "recipe": "verify_rollouts.py", "config": "tiny/verify.yaml"},
@@ -597,8 +597,8 @@ def test_what_a_configuration_names_itself_is_kept(tmp_path, monkeypatch):
     (tmp_path / "loop.yaml").write_text(yaml.safe_dump({"output_dir": "run", "iterations": 2, "iteration": iteration}))
     first, _, align, second, *_ = [stage["settings"] for stage in plan(read_loop(str(tmp_path / "loop.yaml")))]
     assert align["pairs"] == [{"path": "run/v-1/pairs", "media_root": "clips"}, {"path": "mine", "kinds": ["penalty"]}]
-    assert first["cold_start"] == "tiny/sft.yaml" and first["leave_out"] is None
-    assert "cold_start" not in second and second["leave_out"] == ["run/v-1/solved.json"]
+    assert first["leave_out"] is None
+    assert second["leave_out"] == ["run/v-1/solved.json"]
 
 
 def test_a_terminated_loop_ends_what_its_launcher_started(tmp_path):

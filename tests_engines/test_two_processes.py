@@ -160,15 +160,15 @@ def runs(clips, model_paths, tmp_path_factory):
     """Folders of the runs by number of processes, and the output of the launch that resumed the last one."""
     model = model_paths["qwen2_5_vl"]
     folders = {processes: tmp_path_factory.mktemp(f"processes{processes}") for processes in (1, 2)}
-    # The recipe from nothing: a world to make, a cold start to run, held-out rows that do not divide by two.
+    # The recipe from nothing: a world to make, held-out rows that do not divide by two.
     held_out = {"path": str(clips / "three clips.jsonl"), "media_root": str(clips)}
     world = folders[2] / "world"
     from_nothing = scenario(
-        "from nothing", "clips", clips=clips, model=folders[2] / "start", folder=folders[2], per_device=2,
-        max_steps=1, tiny_world=world, cold_start="tiny/sft.yaml", eval_datasets=json.dumps(held_out),
+        "from nothing", "clips", clips=clips, model=model, folder=folders[2], per_device=2,
+        max_steps=1, tiny_world=world, eval_datasets=json.dumps(held_out),
         datasets=json.dumps({"path": str(world / "rl.jsonl"), "media_root": str(clips)}),
     )  # fmt: skip
-    from_nothing |= {"make_world": str(clips / "clips.jsonl"), "make_start": str(model)}
+    from_nothing["make_world"] = str(clips / "clips.jsonl")
     del from_nothing["completions"]  # really sampled
     plain = [*build(SAME_BATCH, clips, model, folders[2], processes=2), from_nothing]
     run, late = build(["resumed", "terminated"], clips, model, folders[2], processes=2)
@@ -258,14 +258,10 @@ def test_a_broken_run_resumes_in_both_processes(runs):
     assert f"going on from {runs[2] / 'terminated' / 'checkpoint-1'}" in runs["resuming"]
 
 
-def test_world_and_cold_start_are_made_once(runs):
+def test_the_world_is_made_once(runs):
     found = lines(runs[2], "from nothing")
     made = [(line["kind"], line["rank"]) for line in found if line["kind"].startswith("world ")]
     assert made == [("world begins", 0), ("world ends", 0), ("world begins", 1), ("world ends", 1)]
-    starts = [line for line in found if line["kind"] == "cold start"]
-    assert [line["rank"] for line in starts] == [0]
-    # it is no member of the group that waits for it
-    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} & set(starts[0]["env"])
 
 
 def test_the_held_out_rows_are_shared_out_and_counted_once(runs):

@@ -2,8 +2,8 @@
 
     python tests_engines/two_process_driver.py SCENARIOS.json
 
-SCENARIOS.json is a list of {name, argv, log, and optionally completions, break_at, terminate_at, make_world,
-make_start}. They run one after the other, so that their processes pay for their imports once. Used by
+SCENARIOS.json is a list of {name, argv, log, and optionally completions, break_at, terminate_at,
+make_world}. They run one after the other, so that their processes pay for their imports once. Used by
 test_two_processes.py only.
 """
 
@@ -15,10 +15,8 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 from veripo_trl.media.video import VideoLoader
-from veripo_trl.recipe import prepare
 from veripo_trl.tiny import world
 from veripo_trl.trainers.grpo import VideoGRPOTrainer
 
@@ -123,17 +121,6 @@ def make_world_slowly(record: Record, rows: str):
     return make
 
 
-def start_by_copy(record: Record, model: str):
-    """Stands in for `subprocess` in the recipe: the cold start copies a model."""
-
-    def start(command, *, env):
-        record.add("cold start", command=command, env=sorted(env))
-        shutil.copytree(model, command[command.index("--output_dir") + 1])
-        return SimpleNamespace(wait=lambda: 0)
-
-    return SimpleNamespace(Popen=start)
-
-
 def main() -> None:
     recipe = load_recipe()
     kept = {
@@ -144,7 +131,6 @@ def main() -> None:
             (VideoGRPOTrainer, "_generate_single_turn"),
             (VideoGRPOTrainer, "_store_rollouts"),
             (world, "make_world"),
-            (prepare, "subprocess"),
         )
     }
     for scenario in json.loads(Path(sys.argv[1]).read_text()):
@@ -160,8 +146,6 @@ def main() -> None:
             terminate(scenario["terminate_at"])
         if "make_world" in scenario:
             world.make_world = make_world_slowly(record, scenario["make_world"])
-        if "make_start" in scenario:
-            prepare.subprocess = start_by_copy(record, scenario["make_start"])
         started = time.monotonic()
         code = recipe.main(scenario["argv"])
         took_s = time.monotonic() - started

@@ -59,7 +59,7 @@ def look_at_inputs(stage: dict, made: list[str]) -> None:
         if to_find(source.path):
             pair_files(source)
     model, revision = settings.get("model_name_or_path"), settings.get("model_revision", "main")
-    if model and to_find(model) and (Path(model).exists() or not settings.get("cold_start")):
+    if model and to_find(model):
         find_base(model, None if revision == "main" else revision)
 
 

@@ -151,7 +151,6 @@ def plan(loop: dict, skipped: set[str] = frozenset(), *, read=None) -> list[dict
             settings |= {"rollouts": [rollouts], "verdict_cache": str(run / "verdict_cache.sqlite")}
         elif policy:
             settings["model_name_or_path"] = policy
-            settings.pop("cold_start", None)
         if kind == "grpo":
             settings["leave_out"] = list(solved) or None
         if kind == "dpo" and pairs:

@@ -12,14 +12,8 @@ from trl import TrlParser
 from veripo_trl.answers.rewards import MAKERS, REWARDS, reward_functions
 from veripo_trl.errors import ConfigError, settings_checked
 from veripo_trl.model.policy import SEEING
+from veripo_trl.options import option
 from veripo_trl.recipe.console import silence
-
-REPORT_JUDGES = ("rules", "tiny")
-
-
-def option(help: str, default=None):
-    """A field of a dataclass of options."""
-    return field(default=default, metadata={"help": help})
 
 
 def _as_trained(name: str, text: str):
@@ -33,39 +27,33 @@ class DataArguments:
     datasets: list[str] | None = option(
         "List of {path, split, where, limit, media_root, name, revision, id_prefix}; JSON on the command line."
     )
-    eval_datasets: list[str] | None = option("Held-out rows, in the same form, for the table at the end.")
+    eval_datasets: list[str] | None = option("Held-out rows, likewise, for the table at the end.")
     holdout: int = option(
         "Hold this many rows of `datasets` out of training, for that table: chosen by a hash of their ids, so that they "
         "are the same under every seed, on resume, and in every stage with the same `datasets`.",
         default=0,
     )
-    manifest: str | None = option("Written by recipes/check_rows.py: rows it marks bad are left out.")
+    manifest: str | None = option("Of recipes/check_rows.py: rows that it marks bad are left out.")
     leave_out: list[str] | None = option(
         "Files solved.json of verify_rollouts.py (on the Hub it lies beside the pairs): the questions that they drop are "
         "left out."
     )
-    allow_urls: bool = option(
-        "Let rows name videos and images by http(s) URL; each is downloaded once, to ~/.cache/veripo_trl.", default=False
-    )
-    prompt_template: str | None = _as_trained("prompt_template", "A template of the package or a YAML file.")
+    allow_urls: bool = option("Media may be http(s) URLs, downloaded to ~/.cache/veripo_trl.", False)
+    prompt_template: str | None = _as_trained("prompt_template", "A name or a YAML file.")
     fps: float | None = _as_trained("fps", "Frames sampled per second of video.")
     min_frames: int | None = _as_trained("min_frames", "Fewest frames per video.")
     max_frames: int | None = _as_trained("max_frames", "Most frames per video.")
-    min_pixels: int | None = _as_trained("min_pixels", "Smallest area of one frame, in pixels.")
-    max_pixels: int | None = _as_trained("max_pixels", "Largest area of one frame, in pixels.")
-    max_image_pixels: int | None = _as_trained("max_image_pixels", "Largest area of one image, in pixels.")
-    max_prompt_tokens: int | None = option("A longer prompt, vision tokens included, is refused. Never cut.")
-    video_backend: str = option(
-        "decord (PyAV where decord cannot), or pyav alone, for files on which decord is slow.", default="decord"
-    )
-    decode_threads: int = option("Threads of a video's decoder; 0 for its own choice.", default=0)
-    decode_timeout_s: float = option(
-        "Seconds before one video's decoding is given up, with the row's id. Raise it for videos of hours.", default=60.0
-    )
+    min_pixels: int | None = _as_trained("min_pixels", "Smallest area of a frame, in pixels.")
+    max_pixels: int | None = _as_trained("max_pixels", "Largest area of a frame, in pixels.")
+    max_image_pixels: int | None = _as_trained("max_image_pixels", "Largest area of an image.")
+    max_prompt_tokens: int | None = option("A longer prompt, vision tokens included, is refused.")
+    video_backend: str = option("decord (PyAV where decord cannot), or pyav alone.", "decord")
+    decode_threads: int = option("Threads of a video's decoder; 0 for its own choice.", 0)
+    decode_timeout_s: float = option("Of one video's decoding; raise it for videos of hours.", 60.0)
     frame_cache: str | None = option("Folder for sampled frames, on a fast disk; none by default.")
-    frame_cache_gb: float = option("Largest size of that folder.", default=20.0)
-    train_vision_tower: bool = option("Train the vision tower too.", default=False)
-    tiny_world: str | None = option("Make the embedded world in this folder first, unless it is there.")
+    frame_cache_gb: float = option("Largest size of that folder.", 20.0)
+    train_vision_tower: bool = option("Train the vision tower too.", False)
+    tiny_world: str | None = option("Make the embedded world in this folder, unless it is there.")
 
     def __post_init__(self):
         for name in ("datasets", "eval_datasets"):
@@ -81,30 +69,22 @@ class DataArguments:
 class ReportArguments:
     """The held-out evaluation behind the table at the end of a stage."""
 
-    report_batch_size: int = option("Questions per batch and process.", default=8)
-    report_samples: int = option(
-        "Answers per question sampled at temperature 1, beside the greedy one.", default=2
-    )
-    report_max_new_tokens: int = option("Longest answer, in tokens.", default=1024)
+    report_batch_size: int = option("Questions per batch and process.", 8)
+    report_samples: int = option("Sampled answers per question, beside the greedy one.", 2)
+    report_max_new_tokens: int = option("Longest answer, in tokens.", 1024)
     report_judge: str = option(
-        "Who judges consistency here: rules, or tiny (reads the embedded world's own templates).", default="rules"
+        "Who judges consistency: rules, or tiny, by the embedded world's templates.", "rules", choices=("rules", "tiny")
     )
-    report_before: bool = option(
-        "Evaluate before training too; the loop has that from the stage before.", default=True
-    )
-
-    def __post_init__(self):
-        if self.report_judge not in REPORT_JUDGES:
-            raise ConfigError(f"report_judge: expected one of {REPORT_JUDGES}, got {self.report_judge!r}.")
+    report_before: bool = option("Evaluate before training too.", True)
 
 
 @dataclass
 class StopArguments:
     """Stop a cold start early, to leave room for reinforcement learning."""
 
-    stop_datasets: list[str] | None = option("Development rows for the early stop, in the form of `datasets`.")
-    stop_at_accuracy: float | None = option("Stop once greedy accuracy on the development rows reaches this.")
-    stop_check_steps: int = option("Steps between two looks.", default=50)
+    stop_datasets: list[str] | None = option("Development rows, in the form of `datasets`.")
+    stop_at_accuracy: float | None = option("Stop once greedy accuracy on them reaches this.")
+    stop_check_steps: int = option("Steps between two looks.", 50)
 
     def __post_init__(self):
         self.stop_datasets = read_sources("stop_datasets", self.stop_datasets)
@@ -117,16 +97,12 @@ class GRPOArguments:
     rewards: list[str] = field(
         default_factory=lambda: ["accuracy", "format"],
         metadata={
-            "help": f"Reward functions: {', '.join((*REWARDS, *MAKERS))}, or module:function of the working directory or "
-            "a package. `reward_weights` weighs them."
+            "help": f"{', '.join((*REWARDS, *MAKERS))}, or module:function; `reward_weights` weighs them."
         },
     )
     reward_kwargs: str | None = option(
         f"Options of rewards, as a mapping or JSON: {{exponential_error: {{tau: 10}}}}; of {', '.join(MAKERS)}, and of a "
         "module:function that makes a reward: it is called with them once, and what it returns is the reward."
-    )
-    cold_start: str | None = option(
-        "A config of sft_video.py that makes `model_name_or_path`, run first if that is missing."
     )
 
     def __post_init__(self):
@@ -140,7 +116,7 @@ class GRPOArguments:
 class PairArguments:
     """Where DPO's preference pairs are."""
 
-    pairs: list[str] | None = option("List of {path, media_root, revision, kinds, limit}; JSON on the command line.")
+    pairs: list[str] | None = option("List of {path, media_root, revision, kinds, limit}, or JSON.")
 
     def __post_init__(self):
         if not self.pairs:

@@ -22,16 +22,34 @@ logger = logging.getLogger(__name__)
 
 
 @settings_checked()
-def resolve_policy(model_args: ModelConfig, data_args: DataArguments) -> tuple[ModelConfig, DataArguments, dict]:
-    """The arguments with what they leave to the policy: its commit, where it is on the Hub, and how it was trained to
-    see (`see_as_trained`); and {"model": {"repo_id", "revision"}} of one on the Hub."""
-    name, origin = model_args.model_name_or_path, [None]
-    if name and PartialState().is_main_process:
-        origin = [locate(name, "model", revision_of(model_args))]
-    if origin := broadcast_object_list(origin)[0]:
-        model_args = replace(model_args, model_revision=origin["revision"])
-    inputs = {"model": origin} if origin else {}
-    return model_args, see_as_trained(data_args, name, revision_of(model_args)), inputs
+def resolve(model_args: ModelConfig, data_args: DataArguments) -> tuple[ModelConfig, DataArguments, dict]:
+    """The arguments with the commits of all that they read from the Hub, asked once for all processes, and with how the
+    policy was trained to see (`see_as_trained`).
+
+    Returns:
+        They, and {"model" or a dataset's path: {"repo_id", "revision"}} of what is read there.
+    """
+    name, found = model_args.model_name_or_path, [None]
+    if PartialState().is_main_process:
+        origin = locate(name, "model", revision_of(model_args)) if name else None
+        inputs = {"model": origin} if origin else {}
+        sources = {key: getattr(data_args, key) for key in ("datasets", "eval_datasets")}
+        pinned = {key: given and [_pinned(source, inputs) for source in given] for key, given in sources.items()}
+        found = [(pinned, inputs)]
+    pinned, inputs = broadcast_object_list(found)[0]
+    if "model" in inputs:
+        model_args = replace(model_args, model_revision=inputs["model"]["revision"])
+    data_args = see_as_trained(replace(data_args, **pinned), name, revision_of(model_args))
+    return model_args, data_args, inputs
+
+
+def _pinned(source: dict, inputs: dict) -> dict:
+    """A source of rows with its commit, which is noted in `inputs`."""
+    origin = locate(source.get("path", ""), "dataset", source.get("revision"))
+    if origin is None:
+        return source
+    inputs[source["path"]] = origin
+    return {**source, "revision": origin["revision"]}
 
 
 def revision_of(model_args: ModelConfig) -> str | None:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-# Of what a trainer logs, under the name that it is printed with.
+# Of what a trainer logs, under the name that it is printed with. GRPO's loss, zero but for clipping and KL, is not.
 SHOWN = {
     "loss": "loss",
     "eval_loss": "held-out loss",
@@ -38,27 +38,8 @@ def _wanted(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(LOGGED[record.name])
 
 
-def log_line(logs: dict, *, step: int, max_steps: int, seconds: float) -> str | None:
-    """One line for what a trainer logs at a step, or None where nothing of it is shown.
-
-    Args:
-        seconds: per step, since the line before.
-    """
-    rewards = [key for key in logs if key.startswith("rewards/") and key.endswith("/mean")]
-    names = {
-        key: key.removeprefix("rewards/").removesuffix("/mean").removesuffix("_reward") for key in rewards
-    }
-    names = {"reward": "reward", **names, **SHOWN}
-    if rewards:
-        del names["loss"]  # GRPO's is zero but for what clipping and the KL term leave
-    values = [f"{name} {float(logs[key]):.4g}" for key, name in names.items() if key in logs]
-    if not values:
-        return None
-    return "  ".join([f"step {step:>{len(str(max_steps))}}/{max_steps}", *values, f"{seconds:.1f} s a step"])
-
-
 class StepLines(TrainerCallback):
-    """Prints a line for each logging step, above the progress bar if there is one."""
+    """Prints a short line for each logging step, above the progress bar if there is one."""
 
     def __init__(self):
         self.last = (0, time.monotonic())  # step and time of the line before
@@ -67,11 +48,17 @@ class StepLines(TrainerCallback):
         self.last = (state.global_step, time.monotonic())
 
     def on_log(self, args, state, control, logs, **kwargs):
+        names = {"reward": "reward"}
+        for key in logs:
+            if key.startswith("rewards/") and key.endswith("/mean"):
+                names[key] = key.removeprefix("rewards/").removesuffix("/mean").removesuffix("_reward")
+        names |= SHOWN if len(names) == 1 else {key: SHOWN[key] for key in SHOWN if key != "loss"}
+        values = [f"{name} {float(logs[key]):.4g}" for key, name in names.items() if key in logs]
         (step, then), now = self.last, time.monotonic()
-        seconds = (now - then) / max(state.global_step - step, 1)
-        line = log_line(logs, step=state.global_step, max_steps=state.max_steps, seconds=seconds)
-        if line is not None and state.is_world_process_zero:
-            tqdm.write(line)
+        if values and state.is_world_process_zero:
+            place = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
+            seconds = (now - then) / max(state.global_step - step, 1)
+            tqdm.write("  ".join([place, *values, f"{seconds:.1f} s a step"]))
             sys.stdout.flush()
         if state.global_step > step:
             self.last = (state.global_step, now)

@@ -1,11 +1,8 @@
-"""Before training: the machine, whether and from which checkpoint to resume, the record of settings, a cold start."""
+"""Before training: the machine, whether and from which checkpoint to resume, the record of settings."""
 
 import json
 import os
 import resource
-import signal
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,9 +10,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from veripo_trl.errors import VeripoError
 from veripo_trl.files.disk import read_json
-from veripo_trl.files.run_folder import RESULTS, changed_keys, last_checkpoint, move_finished_aside
+from veripo_trl.files.run_folder import changed_keys, last_checkpoint, move_finished_aside
 from veripo_trl.files.secrets import without_secrets
 from veripo_trl.files.tables import write_json
 
@@ -70,27 +66,3 @@ def save_arguments(output_dir: str, *arguments, resumed: bool = False) -> None:
         if changed := ", ".join(changed):
             print(f"{output_dir} goes on with changed settings: {changed}", flush=True)
     write_json(file, record)
-
-
-def cold_start(script: Path, config: str, model_path: str, *, seed: int) -> None:
-    """Make the starting policy with the SFT recipe, in a process of its own, unless it is there already."""
-    state, folder = PartialState(), Path(model_path)
-    saved = any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
-    # One that was killed while it saved has a config.json too; what was finished has its results.
-    if (folder / ARGUMENTS_FILE).exists() and not (folder / RESULTS).exists():
-        saved = False
-    if state.is_main_process and not saved:
-        command = [sys.executable, str(script), "--config", config]
-        command += ["--output_dir", model_path, "--seed", str(seed)]
-        print(f"{model_path} is not there yet. Cold start: {' '.join(command)}", flush=True)
-        # A process of its own, not a member of this one's group.
-        launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        kept = ("ACCELERATE_", "TORCHELASTIC_", "GROUP_", "ROLE_")
-        env = {k: v for k, v in os.environ.items() if k not in launcher and not k.startswith(kept)}
-        process = subprocess.Popen(command, env=env)
-        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # it writes a checkpoint
-        code = process.wait()
-        signal.signal(signal.SIGTERM, before)
-        if code:
-            raise VeripoError(f"the cold start ended with exit code {code}, see above. The same command goes on with it.")
-    state.wait_for_everyone()

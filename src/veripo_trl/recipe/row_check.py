@@ -3,10 +3,12 @@
 import hashlib
 import json
 import re
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor
@@ -14,19 +16,39 @@ from trl import ModelConfig
 
 from veripo_trl.data.rows import read_rows
 from veripo_trl.data.schema import RowError, content_of, line_of, row_error, rows_to_dataset
-from veripo_trl.errors import settings_checked
+from veripo_trl.errors import ConfigError, settings_checked
 from veripo_trl.files.journal import Journal
-from veripo_trl.files.tables import printable
+from veripo_trl.files.tables import print_table, printable
 from veripo_trl.media.downloads import NetworkError
 from veripo_trl.media.video import MediaError
 from veripo_trl.model.encoding import PromptEncoder, PromptTooLongError
 from veripo_trl.model.policy import find_base
+from veripo_trl.options import option
 from veripo_trl.recipe.arguments import DataArguments
 from veripo_trl.recipe.build import encoder_from_config, revision_of
 
 # What a verdict does not depend on: a broken check may go on with others of these.
 NO_SETTINGS = ("eval_datasets", "holdout", "manifest", "train_vision_tower", "tiny_world", "frame_cache",
                "frame_cache_gb")  # fmt: skip
+
+
+@dataclass
+class CheckArguments:
+    """What the check adds to the training recipe's arguments."""
+
+    output: str = option(
+        "The manifest, a .jsonl file; `<output>.partial` while it grows. With `frame_cache` set, the check also fills "
+        "that folder, so that training finds its frames decoded.",
+        "manifest.jsonl",
+    )
+    limit: int | None = option("Check the first n rows only; the manifest knows no others.")
+    num_workers: int | None = option("Processes that decode, 0: this one. Default: one per core.")
+
+    def __post_init__(self):
+        if not self.output.endswith(".jsonl"):
+            raise ConfigError(f"--output {self.output}: expected a name that ends in .jsonl.")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"--limit: expected 1 or more, got {self.limit}.")
 
 
 def check_row(encoder: PromptEncoder, row: dict) -> dict:
@@ -70,6 +92,8 @@ def read_checkable(data_args: DataArguments) -> tuple[list[dict], list[dict]]:
     Raises:
         RowError: rows without a usable id, which no manifest can name.
     """
+    if not data_args.datasets:
+        raise ConfigError("Expected `datasets:`, a list of {path: …}; none was given.")
     rows, problems = read_rows(data_args.datasets, allow_urls=data_args.allow_urls)
     if nameless := [problem for problem in problems if problem["question_id"] is None]:
         raise row_error(nameless, "without a usable id, which no manifest can name")
@@ -139,3 +163,18 @@ def check_rows(rows: list[dict], encoder: PromptEncoder, file: Path, settings: d
             + "\n".join(line["detail"] for line in unreached[:10])
         )
     return [journal.lines[row["question_id"]] for row in rows]
+
+
+def report(lines: list[dict], output: str) -> int:
+    """Print the tables and how to go on; the exit code."""
+    good = [line["prompt_tokens"] for line in lines if line["ok"]]
+    table = {"rows": len(lines), "good": len(good), "bad": len(lines) - len(good)}
+    if good:
+        shares = {"min": 0, "median": 50, "p90": 90, "p99": 99, "max": 100}
+        table |= {f"tokens {name}": int(np.percentile(good, share)) for name, share in shares.items()}
+    print_table("Rows, and tokens of the good rows' prompts", [table])
+    if reasons := Counter(line["reason"] for line in lines if not line["ok"]):
+        print_table("Bad rows", [{"reason": reason, "rows": n} for reason, n in reasons.most_common()])
+    remedy = f"Train on the {len(good)} good rows with: --manifest {output}" if good else "No good rows are left."
+    print(f"\nmanifest: {output}. {remedy}", flush=True)
+    return 0 if good else 1

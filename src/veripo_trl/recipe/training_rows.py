@@ -1,44 +1,17 @@
-"""The rows that a stage trains on and is evaluated with: commits of the Hub, rows held out, solved questions left out."""
+"""The rows that a stage trains on and is evaluated with: rows held out, solved questions left out."""
 
 import hashlib
 import json
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 from veripo_trl.data.media_paths import check_media
 from veripo_trl.data.rows import load_rows
 from veripo_trl.data.schema import content_of
 from veripo_trl.errors import ConfigError
-from veripo_trl.hub.locate import locate
 from veripo_trl.recipe.arguments import DataArguments
-
-
-def pin_data(data_args: DataArguments) -> tuple[DataArguments, dict[str, dict]]:
-    """The arguments with the commit of whatever they read from the Hub, asked once for all processes.
-
-    Returns:
-        They, and {a dataset's path: {"repo_id", "revision"}} of all that is read there.
-    """
-    inputs: dict[str, dict] = {}
-
-    def pinned(source: dict) -> dict:
-        origin = locate(source.get("path", ""), "dataset", source.get("revision"))
-        if origin is None:
-            return source
-        inputs[source["path"]] = origin
-        return {**source, "revision": origin["revision"]}
-
-    found = [None]
-    if PartialState().is_main_process:
-        sources = {name: getattr(data_args, name) for name in ("datasets", "eval_datasets")}
-        changes = {name: given and [pinned(source) for source in given] for name, given in sources.items()}
-        found = [(changes, inputs)]
-    changes, inputs = broadcast_object_list(found)[0]
-    return replace(data_args, **changes), inputs
 
 
 def load_training_rows(data_args: DataArguments, *, seed: int):

@@ -2,7 +2,7 @@
 
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from peft import PeftModel
 from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder
 from veripo_trl.model.inputs import check_vision_tokens
 from veripo_trl.model.policy import copy_adapter_to_reference
+from veripo_trl.options import option
 from veripo_trl.shared_prompt.scoring import prefix_can_be_shared, score_completions
 from veripo_trl.trainers.checkpoints import CheckpointMixin, with_changes
 from veripo_trl.trainers.guards import check_frames_matter, show_resolved_media
@@ -25,9 +26,9 @@ class VideoConfig:
         BECAUSE: a sentence that says why.
     """
 
-    hub_private_repo: bool | None = field(default=True, metadata={"help": "Whether a pushed repository is private."})
-    hub_license: str = field(default="unknown", metadata={"help": "Licence in the cards, by the Hub's identifier."})
-    hub_strategy: str = field(default="end", metadata={"help": "A run is pushed when it is finished: end."})
+    hub_private_repo: bool | None = option("Whether a pushed repository is private.", True)
+    hub_license: str = option("Licence in the cards, by the Hub's identifier.", "unknown")
+    hub_strategy: str = option("A run is pushed when it is finished: end.", "end")
 
     UNUSED: ClassVar[dict[str, tuple]] = {}
     BECAUSE: ClassVar[str] = ""

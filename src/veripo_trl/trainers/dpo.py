@@ -1,7 +1,7 @@
 """DPO on text, image and video pairs: what TRL's `DPOTrainer` leaves out, and nothing else."""
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +12,7 @@ from trl import DPOConfig, DPOTrainer
 
 from veripo_trl.errors import settings_checked
 from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder, encode_unique
+from veripo_trl.options import option
 from veripo_trl.trainers.base import VideoConfig, VideoMixin
 from veripo_trl.trainers.loading import with_answers
 
@@ -20,12 +21,8 @@ from veripo_trl.trainers.loading import with_answers
 class VideoDPOConfig(VideoConfig, DPOConfig):
     """TRL's `DPOConfig` without truncation, which would cut vision tokens, and with private repositories."""
 
-    max_length: int | None = field(
-        default=None, metadata={"help": "Longest sequence, prompt and answer. A longer pair is refused, never cut."}
-    )
-    shared_prefix: bool = field(
-        default=True, metadata={"help": "Compute the prompt that the answers of a question share once."}
-    )
+    max_length: int | None = option("Longest prompt with answer; a longer pair is refused, never cut.")
+    shared_prefix: bool = option("Compute the prompt that a question's answers share once.", True)
 
     UNUSED = {
         **dict.fromkeys(("precompute_ref_log_probs", "sync_ref_model", "padding_free"), (False,)),

@@ -17,7 +17,7 @@ places:
 import os
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -31,6 +31,7 @@ from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.errors import VeripoError, settings_checked
 from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder, encode_unique, vision_token_ids
 from veripo_trl.model.inputs import vision_inputs
+from veripo_trl.options import option
 from veripo_trl.shared_prompt.rollout import cut_at_end, sample_completions, whole_groups
 from veripo_trl.trainers.base import VideoConfig, VideoMixin
 from veripo_trl.trainers.checkpoints import with_changes
@@ -56,30 +57,18 @@ STORED = ("question_id", "problem", "options", "problem_type", "solution", "vide
 class VideoGRPOConfig(VideoConfig, GRPOConfig):
     """TRL's `GRPOConfig`, with the method's defaults (arXiv 2505.19000) and private repositories."""
 
-    loss_type: str = field(default="grpo", metadata={"help": "Loss, as in TRL; `grpo` averages within a completion."})
-    beta: float = field(default=0.0, metadata={"help": "KL coefficient; 0 needs no reference model."})
-    disable_dropout: bool = field(
-        default=True,
-        metadata={"help": "Without it a LoRA's dropout makes update and reference score other policies than sampled."},
+    loss_type: str = option("Loss, as in TRL; `grpo` averages within a completion.", "grpo")
+    beta: float = option("KL coefficient; 0 needs no reference model.", 0.0)
+    disable_dropout: bool = option("A LoRA's dropout scores other policies than sampled.", True)
+    rollout_batch_size: int | None = option(
+        "Completions generated at once per process. Default: whole groups, at most per_device_train_batch_size or one "
+        "group. A group cut in pieces computes its prompt for each piece."
     )
-    rollout_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Completions generated at once per process. Default: whole groups, at most "
-            "per_device_train_batch_size or one group. A group cut in pieces computes its prompt for each piece."
-        },
+    max_vllm_logp_gap: float | None = option(
+        "Largest difference between the log-probabilities of vLLM and of the trainer, as the mean per token of a prompt's "
+        "completions, at which a run starts. Default: 1e-3 in float32, 0.1 in half precision."
     )
-    max_vllm_logp_gap: float | None = field(
-        default=None,
-        metadata={
-            "help": "Largest difference between the log-probabilities of vLLM and of the trainer, as the mean per token "
-            "of a prompt's completions, at which a run starts. Default: 1e-3 in float32, 0.1 in half precision."
-        },
-    )
-    shared_prefix: bool = field(
-        default=True,
-        metadata={"help": "Compute a group's prompt once wherever its completions are scored, the update included."},
-    )
+    shared_prefix: bool = option("Compute a group's prompt once wherever it is scored.", True)
 
     UNUSED = {
         "chat_template_kwargs": (None, {}),

@@ -1,6 +1,6 @@
 """Supervised fine-tuning on text, image and video rows: the cold start before GRPO."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from trl import SFTConfig, SFTTrainer
@@ -10,6 +10,7 @@ from veripo_trl.data.schema import RowError
 from veripo_trl.errors import settings_checked
 from veripo_trl.model.encoding import PromptEncoder
 from veripo_trl.model.inputs import model_inputs
+from veripo_trl.options import option
 from veripo_trl.trainers.base import VideoConfig, VideoMixin
 from veripo_trl.trainers.checkpoints import with_changes
 from veripo_trl.trainers.loading import with_answers
@@ -19,9 +20,7 @@ from veripo_trl.trainers.loading import with_answers
 class VideoSFTConfig(VideoConfig, SFTConfig):
     """TRL's `SFTConfig` without truncation, which would cut vision tokens, and with private repositories."""
 
-    max_length: int | None = field(
-        default=None, metadata={"help": "Longest sequence, prompt and answer. A longer row is refused, never cut."}
-    )
+    max_length: int | None = option("Longest prompt with answer; a longer row is refused, never cut.")
 
     UNUSED = {
         "completion_only_loss": (None, True),
