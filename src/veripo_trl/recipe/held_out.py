@@ -56,25 +56,24 @@ class HeldOutEvaluation(TrainerCallback):
     the checkpoints. Without rows (None) it does nothing.
 
     Attributes:
-        before, after: {"greedy", "sampled"}: what `evaluate.summarize` gives; None where there is no such evaluation.
+        found: {"before", "after"}: {"greedy", "sampled"}: what `evaluate.summarize` gives, None where there is none.
     """
 
     STATE = "before"
 
     def __init__(self, trainer, dataset, report: ReportArguments):
         self.trainer, self.dataset, self.report = trainer, dataset, report
-        self.before: dict | None = None
-        self.after: dict | None = None
+        self.found: dict[str, dict | None] = {"before": None, "after": None}
         trainer.add_callback(self)
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.report.report_before and self.dataset is not None and state.global_step == 0:
             state.stateful_callbacks[self.STATE] = self._evaluate("before")
-        self.before = state.stateful_callbacks.get(self.STATE)
+        self.found["before"] = state.stateful_callbacks.get(self.STATE)
 
     def run_after(self) -> None:
         if self.dataset is not None:
-            self.after = self._evaluate("after")
+            self.found["after"] = self._evaluate("after")
 
     def _evaluate(self, when: str) -> dict[str, dict]:
         return {
@@ -86,7 +85,6 @@ class HeldOutEvaluation(TrainerCallback):
 
     def table(self) -> list[dict]:
         """The rows of the table at the end."""
-        summaries = {"before": self.before or {}, "after": self.after or {}}
         return [
             {
                 "policy": when,
@@ -99,8 +97,8 @@ class HeldOutEvaluation(TrainerCallback):
                 "accurate+consistent": summary["accurate_and_consistent"],
                 "think tokens": summary["think_tokens"],
             }
-            for when in summaries
-            for decoding, summary in summaries[when].items()
+            for when, summaries in self.found.items()
+            for decoding, summary in (summaries or {}).items()
         ]
 
 

@@ -248,8 +248,6 @@ class VideoGRPOTrainer(VideoMixin, GRPOTrainer):
         self._metrics[mode]["sampling/largest_prompt_gap"].append(gap)
 
     def _tokenize_prompts(self, prompts: list):
-        if len(prompts) != len(self._active):
-            raise RuntimeError(f"Expected {len(self._active)} prompts, one per encoded row, but got {len(prompts)}.")
         return [prompt.input_ids.tolist() for prompt in self._active], None, {}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
