@@ -201,7 +201,8 @@ def trained(base, folder, media_root, *, own_words: Path | None = None, **option
     seen = DataArguments(prompt_template=str(own_words or "tiny"), **SEEN)
     model, processor = load_policy(str(base), **options)
     rows = [make_row("one", media_root, videos=["wide.mp4"])]
-    changes = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None, "learning_rate": 1e-2, "hub_license": "mit"}
+    changes = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None, "learning_rate": 1e-2}
+    changes["hub_license"] = "mit"
     trainer = make_trainer(model, make_encoder(model, processor, seen), rows, folder, **changes)
     train(trainer, None, ReportArguments(), checkpoint=None, title="")
     assert not (Path(folder) / "checkpoint-1" / "README.md").exists()  # TRL's, as a killed run would leave it

@@ -65,8 +65,8 @@ class VideoGRPOConfig(VideoConfig, GRPOConfig):
         "group. A group cut in pieces computes its prompt for each piece."
     )
     max_vllm_logp_gap: float | None = option(
-        "Largest difference between the log-probabilities of vLLM and of the trainer, as the mean per token of a prompt's "
-        "completions, at which a run starts. Default: 1e-3 in float32, 0.1 in half precision."
+        "Largest difference between the log-probabilities of vLLM and of the trainer, as the mean per token of a "
+        "prompt's completions, at which a run starts. Default: 1e-3 in float32, 0.1 in half precision."
     )
     shared_prefix: bool = option("Compute a group's prompt once wherever it is scored.", True)
 
