@@ -35,10 +35,8 @@ SEAMS = {
         "mm_token_type_ids image_position_ids"
     ),
     (GRPOTrainer, "training_step"): "self model inputs num_items_in_batch",
-    (GRPOTrainer, "log"): "self logs start_time",
     (GRPOTrainer, "_save_rng_state"): "self output_dir",
     (GRPOTrainer, "_load_rng_state"): "self checkpoint",
-    (GRPOTrainer, "_load_callback_state"): "self",
     (Trainer, "get_train_dataloader"): "self",
     (Trainer, "get_batch_samples"): "self epoch_iterator num_batches device",
     (Trainer, "training_step"): "self model inputs num_items_in_batch",
@@ -55,8 +53,6 @@ SEAMS = {
     (Trainer, "_load_from_checkpoint"): "self resume_from_checkpoint model",
     (Trainer, "_load_best_model"): "self",
     (Trainer, "init_hf_repo"): "self token private",
-    (Trainer, "_push_from_checkpoint"): "self checkpoint_folder",
-    (Trainer, "_finish_current_push"): "self",
     (Trainer, "save_model"): "self output_dir _internal_call",
     (Trainer, "_save"): "self output_dir state_dict",
     (Trainer, "create_model_card"): (
