@@ -79,7 +79,7 @@ def test_seam(seam, parameters):
     assert found == parameters, f"{owner.__name__}.{method} of TRL {trl.__version__} now takes ({found})"
 
 
-CALLED = {"compute_ref_log_probs", "_finish_current_push", "save_model"}  # called by ours, not replaced
+CALLED = {"compute_ref_log_probs", "save_model"}  # called by ours, not replaced
 
 
 MIXINS = (VideoMixin, CheckpointMixin)  # before any trainer
