@@ -130,11 +130,11 @@ def measure_cache(config, processor, rows, args) -> tuple[list[dict], bool]:
                     "load s": median(prompt.load_s for prompt in runs),
                     "processor s": median(prompt.encode_s for prompt in runs),
                     "tokens": len(runs[0]),
-                    "clips decoded": encoder.loader.stats["decoded"] - 1,
-                    "cache hits": encoder.loader.stats["cache_hits"],
+                    "clips decoded": encoder.loader.decoded - 1,
+                    "cache hits": encoder.loader.cache_hits,
                 }
             )
-        equal = encoder.loader.stats["decoded"] == len(rows) + 1
+        equal = encoder.loader.decoded == len(rows) + 1
         encoder.loader.close()
     for cold, cached in zip(prompts["cold"], prompts["cached"], strict=True):
         equal = equal and torch.equal(cold.pixel_values_videos, cached.pixel_values_videos)

@@ -23,8 +23,8 @@ def test_a_cached_clip_needs_no_decoding_process(tmp_path):
     assert entry.stat().st_mode == path.stat().st_mode  # others may use it too
     second = VideoLoader(SMALL, cache_dir=cache)
     again = second.load(path, row_id="q1")
-    assert second.worker_pid is None
-    assert second.stats == {"decoded": 0, "cache_hits": 1, "cache_damaged": 0, "restarts": 0}
+    assert second._process.pid is None
+    assert (second.decoded, second.cache_hits) == (0, 1)
     assert (again.frames == clip.frames).all() and again.frames.dtype == np.uint8
     assert {**vars(again), "frames": None} == {**vars(clip), "frames": None}
 
@@ -81,7 +81,7 @@ def test_a_damaged_entry_is_rebuilt(tmp_path, load_clip, name):
     DAMAGE[name](entry)
     loader = VideoLoader(SMALL, cache_dir=cache)
     assert (loader.load(path, row_id="q1").frames == clip.frames).all()
-    assert loader.stats["decoded"] == loader.stats["cache_damaged"] == 1
+    assert loader.decoded == loader.cache.damaged == 1
     assert entry.read_bytes() == whole
     loader.close()
 
@@ -132,7 +132,7 @@ def test_a_cache_that_cannot_be_written_is_warned_of_once(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(loader.load(path, row_id="q1").frames) == 8
-    assert loader.stats["decoded"] == 2
+    assert loader.decoded == 2
     loader.close()
 
 

@@ -500,11 +500,11 @@ def test_an_unreadable_file_keeps_the_decoding_process(tmp_path):
     loader = VideoLoader(SMALL)
     good = make_clip(tmp_path / "good.mp4")
     loader.load(good, row_id=1)
-    pid = loader.worker_pid
+    pid = loader._process.pid
     with pytest.raises(VideoError):
         loader.load(tmp_path / "bad.mkv", row_id=2)
     assert numbers(loader.load(good, row_id=3))[-1] == 31
-    assert loader.worker_pid == pid and loader.stats["restarts"] == 0
+    assert loader._process.pid == pid and loader._process.restarts == 0
     loader.close()
 
 

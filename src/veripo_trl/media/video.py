@@ -7,7 +7,6 @@ rate and times are those of the frames, where qwen-vl-utils takes every clip for
 
 import os
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -48,41 +47,29 @@ class Clip:
     backend: str  # "decord" or "pyav"
 
 
+@dataclass(eq=False)
 class VideoLoader:
     """Loads clips in a decoding process of its own, with an optional cache on disk.
 
     timeout_s bounds the decoding of one clip. backend "decord" falls back to PyAV for what decord cannot read, "pyav"
-    uses PyAV alone. decode_threads: threads of the decoder, 0 for its own choice. `stats` counts what this
-    loader did. Can be pickled and forked: each process starts its own decoder on its first miss, and counts on.
+    uses PyAV alone. decode_threads: threads of the decoder, 0 for its own choice. `decoded` and `cache_hits` count
+    clips. Can be pickled and forked: each process starts its own decoder on its first miss.
     """
 
-    def __init__(
-        self,
-        settings: VideoSettings,
-        cache_dir=None,
-        cache_max_bytes: int = 50 * 1024**3,
-        timeout_s: float = 60.0,
-        backend: str = "decord",
-        *,
-        decode_threads: int = 0,
-    ):
-        if backend not in ("decord", "pyav"):
-            raise ValueError(f"backend must be 'decord' or 'pyav', got {backend!r}")
-        self.settings, self.backend, self.timeout_s = settings, backend, timeout_s
-        self.decode_threads = decode_threads
-        self.cache = None if cache_dir is None else FrameCache(cache_dir, max_bytes=cache_max_bytes)
-        self._process, self._counts = DecodeProcess(), Counter(decoded=0, cache_hits=0)
+    settings: VideoSettings
+    cache_dir: str | None = None
+    cache_max_bytes: int = 50 * 1024**3
+    timeout_s: float = 60.0
+    backend: str = "decord"
+    decode_threads: int = 0
 
-    @property
-    def stats(self) -> dict:
-        """Counts: clips decoded, cache hits, damaged cache entries, decoding processes lost."""
-        damaged = 0 if self.cache is None else self.cache.damaged
-        return {**self._counts, "cache_damaged": damaged, "restarts": self._process.restarts}
-
-    @property
-    def worker_pid(self) -> int | None:
-        """Process id of the decoding process, or None before the first miss."""
-        return self._process.pid
+    def __post_init__(self):
+        if self.backend not in ("decord", "pyav"):
+            raise ValueError(f"backend must be 'decord' or 'pyav', got {self.backend!r}")
+        self.cache = None
+        if self.cache_dir is not None:
+            self.cache = FrameCache(self.cache_dir, max_bytes=self.cache_max_bytes)
+        self._process, self.decoded, self.cache_hits = DecodeProcess(), 0, 0
 
     def close(self):
         """Stop the decoding process (the next miss starts another)."""
@@ -104,13 +91,13 @@ class VideoLoader:
         key = cache_key(DECODING, path, status.st_size, status.st_mtime_ns, asdict(self.settings), self.backend)
         entry = None if self.cache is None else self.cache.get(key)
         if entry is not None:
-            self._counts["cache_hits"] += 1
+            self.cache_hits += 1
             frames, metadata = entry
             return Clip(frames=frames, **metadata)
         container = recognise_container(path)
         with self._process.lock:
             clip = self._decode(path, container)
-        self._counts["decoded"] += 1
+        self.decoded += 1
         after = os.stat(path)
         if self.cache is not None and (after.st_size, after.st_mtime_ns) == (status.st_size, status.st_mtime_ns):
             metadata = {name: value for name, value in vars(clip).items() if name != "frames"}

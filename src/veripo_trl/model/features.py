@@ -98,6 +98,18 @@ def same_weights(tower, other) -> bool:
     return known[2]
 
 
+def media_inputs(prompts: list, device) -> dict[str, torch.Tensor]:
+    """The vision tensors of a batch, in row order, moved to `device`."""
+    inputs = {}
+    for kind, pixels in PIXELS.items():
+        if given := [prompt for prompt in prompts if getattr(prompt, pixels) is not None]:
+            grid = np.concatenate([getattr(prompt, f"{kind}_grid_thw") for prompt in given])
+            values = torch.cat([getattr(prompt, pixels) for prompt in given])
+            inputs[pixels] = values.to(device, non_blocking=True)
+            inputs[f"{kind}_grid_thw"] = torch.from_numpy(grid).to(device)
+    return inputs
+
+
 @torch.no_grad()
 def compute(model, prompts: list, device) -> None:
     """Run the tower on the media of `prompts`, all of a kind at once, and give each prompt its own features."""
@@ -106,20 +118,19 @@ def compute(model, prompts: list, device) -> None:
     for prompt in prompts:
         prompt.features = WeakKeyDictionary() if prompt.features is None else prompt.features
         prompt.features[tower] = CachedFeatures(version, {}, {})
+    inputs = media_inputs(prompts, device)
     for kind, pixels in PIXELS.items():
-        owners = [prompt for prompt in prompts if getattr(prompt, pixels) is not None]
-        if not owners:
+        if pixels not in inputs:
             continue
-        grids = [getattr(prompt, f"{kind}_grid_thw") for prompt in owners]
         features = model.get_image_features if kind == "image" else model.get_video_features
-        values = torch.cat([getattr(prompt, pixels) for prompt in owners]).to(device, non_blocking=True)
-        grid = torch.from_numpy(np.concatenate(grids)).to(device)
         # In the tower's own dtype, whoever asks first: a rollout runs without the autocast of the update.
         with torch.autocast(torch.device(device).type, enabled=False):
-            output = features(values, grid)
+            output = features(inputs[pixels], inputs[f"{kind}_grid_thw"])
         items = iter(output.pooler_output)
         levels = [iter(level) for level in output.get("deepstack_features") or []]
-        for prompt, grid in zip(owners, grids, strict=True):
+        for prompt in prompts:
+            if (grid := getattr(prompt, f"{kind}_grid_thw")) is None:
+                continue
             cached = prompt.features[tower]
             cached.items[kind] = [next(items).cpu() for _ in grid]
             if levels:

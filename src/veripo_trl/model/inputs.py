@@ -4,11 +4,10 @@ Every forward of a trainer (rollout, old and reference log-probabilities, update
 all of them see the same pixels at the same positions.
 """
 
-import numpy as np
 import torch
 
 from veripo_trl.model.encoding import EncodedPrompt
-from veripo_trl.model.features import cached_features, tower_is_frozen
+from veripo_trl.model.features import cached_features, media_inputs, tower_is_frozen
 
 
 def pad_positions(prompts: list[EncodedPrompt], *, prompt_width: int, completion_width: int) -> torch.Tensor:
@@ -22,17 +21,6 @@ def pad_positions(prompts: list[EncodedPrompt], *, prompt_width: int, completion
         positions[:, row, prompt_width - len(prompt) : prompt_width] = torch.from_numpy(prompt.positions)
         positions[:, row, prompt_width:] = torch.arange(completion_width) + prompt.next_position
     return positions
-
-
-def media_inputs(prompts: list[EncodedPrompt], device) -> dict[str, torch.Tensor]:
-    """The vision tensors of a batch, in row order, moved to `device`."""
-    inputs = {}
-    for pixels, grid in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
-        if given := [prompt for prompt in prompts if getattr(prompt, pixels) is not None]:
-            values = torch.cat([getattr(prompt, pixels) for prompt in given])
-            grids = np.concatenate([getattr(prompt, grid) for prompt in given])
-            inputs |= {pixels: values.to(device, non_blocking=True), grid: torch.from_numpy(grids).to(device)}
-    return inputs
 
 
 def vision_inputs(model, prompts: list[EncodedPrompt], device) -> dict:

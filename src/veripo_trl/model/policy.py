@@ -241,12 +241,7 @@ def weights_hash(model_name_or_path: str, revision: str | None = None) -> str | 
             return None
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():
-                part = tensors.get_slice(key)
-                row = (
-                    (part[:1] if part.get_shape() else tensors.get_tensor(key))
-                    .reshape(-1)
-                    .contiguous()
-                )
+                row = tensors.get_slice(key)[:1].contiguous().reshape(-1)
                 rows[key] = hashlib.sha256(row.view(torch.uint8).numpy().tobytes()).hexdigest()
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
