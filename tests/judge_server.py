@@ -131,7 +131,7 @@ class _Connection(asyncio.Protocol):
             reply = Reply(status=404, body=b'{"error": {"message": "no such path"}}')
         elif judge.api_key is not None and headers.get("authorization") != f"Bearer {judge.api_key}":
             reply = Reply(status=401, body=b'{"error": {"message": "wrong key"}}')
-        elif not judge.json_schema and "response_format" in parsed:
+        elif not judge.json_schema and parsed.get("response_format"):
             reply = Reply(status=400, body=b'{"error": {"message": "response_format is not supported"}}')
         else:
             reply = judge.script(number, parsed)

@@ -40,11 +40,6 @@ def test_repetition_of_a_loop_is_high_and_of_prose_low():
     assert repetition_share(" ".join(f"the ball {i} rolls to {i * 7}" for i in range(60))) == 0.0
 
 
-def test_repetition_refuses_a_length_of_zero():
-    with pytest.raises(ValueError, match="ngram: expected 1 or more, got 0"):
-        repetition_share("a b", ngram=0)
-
-
 CHOICE = {"problem_type": "multiple choice", "solution": "B", "options": ["A. red", "B. blue"]}
 NUMBER = {"problem_type": "regression", "solution": "10", "options": []}
 
@@ -80,10 +75,8 @@ def test_a_truncation_saved_with_the_tokenizer_does_not_cap_the_length(tokenizer
     (free,) = check_rollouts([rollout], tokenizer=tokenizer)
     tokenizer.backend_tokenizer.enable_truncation(max_length=3)
     (capped,) = check_rollouts([rollout], tokenizer=tokenizer)
-    kept = tokenizer.backend_tokenizer.truncation
     tokenizer.backend_tokenizer.no_truncation()
     assert capped["think_tokens"] == free["think_tokens"] > 3
-    assert kept["max_length"] == 3  # and the tokenizer is left as it was
 
 
 def test_the_graded_score_of_a_regression_is_the_rewards(tokenizer):

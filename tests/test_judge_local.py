@@ -95,7 +95,8 @@ def test_replies_are_read_and_go_to_their_items(model_path, monkeypatch):
         batches.append([len(prompt) for prompt in prompts])
         texts = [judge.tokenizer.decode(prompt) for prompt in prompts]
         words = [text.count("So ") for text in texts]
-        return [json.dumps({"concluded_answer": "AB"[n % 2], "consistent": n % 2 == 1, "reason": str(n)}) for n in words]
+        replies = [{"concluded_answer": "AB"[n % 2], "consistent": n % 2 == 1, "reason": str(n)} for n in words]
+        return [(json.dumps(reply), False) for reply in replies]
 
     monkeypatch.setattr(judge, "_generate", generate)
     items = [{"think": "So " * (n * 7 % 50), "answer": "B", "problem_type": "multiple choice",
@@ -113,7 +114,7 @@ def test_replies_are_read_and_go_to_their_items(model_path, monkeypatch):
 def test_what_is_read_at_once_is_judged_in_full_batches(model_path, monkeypatch):
     judge = LocalJudge(str(model_path), PROMPT, batch_size=4, max_new_tokens=4, device="cpu")
     batches = []
-    monkeypatch.setattr(judge, "_generate", lambda prompts: batches.append(len(prompts)) or [None] * len(prompts))
+    monkeypatch.setattr(judge, "_generate", lambda prompts: batches.append(len(prompts)) or [("", True)] * len(prompts))
     list(verify_stream(rollouts(100), judge=judge, tokenizer=judge.tokenizer, cache=None))
     assert batches == [4] * 25
 
@@ -184,7 +185,7 @@ def test_the_wire_to_a_real_server(model_path):
     finally:
         process.terminate()
         process.wait(30)
-    assert (judge.requests, judge.retries, judge.json_schema) == (6, 0, True), judge.summary()
+    assert (judge.requests, judge.retries) == (6, 0), judge.summary()
     assert {verdict["consistency"] for verdict in verdicts} == {"unknown"}
     # replies of a language model, not errors of the wire
     assert set(judge.failures) <= {"not JSON", "cut off", "no text"} and sum(judge.failures.values()) == 6

@@ -173,7 +173,6 @@ def test_a_readable_reply(text):
         (f"{REPLY}\n{REPLY}", "not JSON"),
         ("[" * 15_000, "not JSON"),
         (REPLY.replace('"so B"', "1" * 5_000), "not JSON"),  # Python converts no integer of that length
-        (REPLY.replace("so B", "x" * 20_000), "not JSON"),
         (f"[{REPLY}]", "wrong schema"),
         ("null", "wrong schema"),
         ("true", "wrong schema"),

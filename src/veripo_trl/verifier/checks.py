@@ -22,8 +22,6 @@ def repetition_share(think: str, *, ngram: int = 10) -> float:
 
     Words are what stands between white space, case aside.
     """
-    if ngram < 1:
-        raise ValueError(f"ngram: expected 1 or more, got {ngram}")
     think = think.lower()
     words = think.split() if think.isascii() else _WORD.findall(think)
     total = len(words) - ngram + 1
@@ -45,7 +43,8 @@ def check_rollouts(
 
     Args:
         rollouts: dicts with `completion, problem_type, solution, options`.
-        tokenizer: a fast tokenizer, the policy's own: the thinking's length is counted in its tokens.
+        tokenizer: the policy's own: the thinking's length is counted in its tokens. What it was saved with to truncate
+            or pad is switched off.
         reward: the one that the policy was trained with for accuracy (`answers.rewards.reward_function`). Called for
             each rollout as TRL does, with `completions` (messages) and the rollout's columns.
 
@@ -72,8 +71,8 @@ def check_rollouts(
                 "answer": answer,
             }
         )
-    readable = [check for check in checks if check["think"]]
-    for check, tokens in zip(readable, _token_counts([check["think"] for check in readable], tokenizer), strict=True):
+    counts = _token_counts([check["think"] or "" for check in checks], tokenizer)
+    for check, tokens in zip(checks, counts, strict=True):
         check["think_tokens"] = tokens
     return checks
 
@@ -81,18 +80,18 @@ def check_rollouts(
 def _accuracy(rollout: dict, reward: Callable) -> float:
     columns = {name: [value] for name, value in rollout.items() if name != "completion"}
     try:
-        (accuracy,) = reward(completions=[[{"role": "assistant", "content": rollout["completion"]}]], **columns)
+        (accuracy,) = reward(
+            completions=[[{"role": "assistant", "content": rollout["completion"]}]], **columns
+        )
     except SolutionError as error:
         raise SolutionError(f"rollout {rollout['rollout_id']!r}: {error}") from error
     except TypeError as error:
-        raise AccuracyError(
-            f"rollout {rollout['rollout_id']!r}: {reward.__name__}: {error}. The verifier gives it `completions` and the "
-            f"rollout's columns ({', '.join(columns)}), no `prompts` and no `completion_ids`."
-        ) from error
+        accuracy = error
     if not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:
         raise AccuracyError(
             f"rollout {rollout['rollout_id']!r}: the reward {reward.__name__} gives {accuracy!r}; as accuracy the "
-            "verifier needs a number from 0 to 1 for every rollout."
+            "verifier needs a number from 0 to 1 for every rollout. It gives `completions` and the rollout's columns "
+            f"({', '.join(columns)}), no `prompts` and no `completion_ids`."
         )
     return float(accuracy)
 
@@ -103,15 +102,10 @@ def _token_counts(texts: list[str], tokenizer) -> list[int]:
     if not tokenizer.is_fast:
         return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     # The backend directly: building a BatchEncoding costs more than tokenizing. A truncation that the tokenizer was
-    # saved with would cap the count.
+    # saved with would cap the count; its own calls set theirs.
     backend = tokenizer.backend_tokenizer
-    truncation, padding = backend.truncation, backend.padding
     backend.no_truncation()
     backend.no_padding()
-    try:
-        return [len(encoding) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    finally:
-        if truncation is not None:
-            backend.enable_truncation(**truncation)
-        if padding is not None:
-            backend.enable_padding(**padding)
+    return [
+        len(encoding) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)
+    ]

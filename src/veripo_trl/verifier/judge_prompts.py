@@ -18,11 +18,11 @@ from veripo_trl.answers.numbers import read_number
 from veripo_trl.answers.score import answers_match
 from veripo_trl.errors import VeripoError
 from veripo_trl.verifier.conclusions import same_text
-from veripo_trl.verifier.judges import Judge
+from veripo_trl.verifier.judges import NUMERIC, Judge, verdict
 
-MAX_THINK_CHARS = 20_000  # about 5,000 tokens; of a longer thinking the judge sees the end, where it concludes
+# About 5,000 tokens; of a longer thinking the judge sees the end, where it concludes.
+MAX_THINK_CHARS = 20_000
 MAX_ANSWER_CHARS = 2_000
-MAX_REPLY_CHARS = 20_000
 MAX_REASON_CHARS = 300
 REPLY_SCHEMA = {
     "type": "object",
@@ -34,12 +34,12 @@ REPLY_SCHEMA = {
     "required": ["concluded_answer", "consistent", "reason"],
     "additionalProperties": False,
 }
-_PARTS = {"thinking": "thinking", "answer": "given-answer", "options": "options"}  # placeholder: tag
+_KINDS = {"concluded_answer": str | None, "consistent": bool | None, "reason": str}
+_TAGS = {"thinking": "thinking", "answer": "given-answer", "options": "options"}  # of placeholders
 _RENDERING = 1  # part of the version: raise it when `judge_messages` renders a prompt differently
 # Begins a tag or a special token in some chat template: <|im_end|>, </s>, <start_of_turn>, <｜User｜>, [/INST].
-_TAG = re.compile(r"<(?=[A-Za-z/|!｜▁])")
+_TAG = re.compile(r"<(?=[A-Za-z/|!｜▁])|\[(?=/?[A-Z_]{3,}\])")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_BRACKET_TAG = re.compile(r"\[(?=/?[A-Z_]{3,}\])")
 
 
 class JudgePromptError(VeripoError):
@@ -73,16 +73,19 @@ def load_judge_prompt(path: str | Path) -> JudgePrompt:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise JudgePromptError(f"judge prompt {path}: expected a YAML file such as consistency.yaml: {error}") from error
-    texts = isinstance(content, dict) and all(isinstance(text, str) for text in content.values())
-    if not texts or set(content) != {"system", "user"} or any(content["user"].count(f"{{{p}}}") != 1 for p in _PARTS):
+        raise JudgePromptError(
+            f"judge prompt {path}: expected a YAML file such as consistency.yaml: {error}"
+        ) from error
+    fits = isinstance(content, dict) and all(isinstance(text, str) for text in content.values())
+    fits = fits and content.keys() == {"system", "user"}
+    if not fits or any(content["user"].count(f"{{{part}}}") != 1 for part in _TAGS):
         raise JudgePromptError(
             f"judge prompt {path}: expected two texts, system and user, and in user exactly once each of "
-            f"{', '.join(f'{{{part}}}' for part in _PARTS)}; came {content!r:.200}."
+            f"{', '.join(f'{{{part}}}' for part in _TAGS)}; came {content!r:.200}."
         )
-    canonical = json.dumps({"rendering": _RENDERING, "schema": REPLY_SCHEMA, **content}, sort_keys=True)
-    version = hashlib.sha256(canonical.encode()).hexdigest()[:16]
-    return JudgePrompt(system=content["system"].strip(), user=content["user"].strip(), version=version)
+    versioned = {"rendering": _RENDERING, "schema": REPLY_SCHEMA, **content}
+    version = hashlib.sha256(json.dumps(versioned, sort_keys=True).encode()).hexdigest()[:16]
+    return JudgePrompt(content["system"].strip(), content["user"].strip(), version)
 
 
 # ------------------------------------------------------------------------------------------------------- asking
@@ -90,14 +93,14 @@ def load_judge_prompt(path: str | Path) -> JudgePrompt:
 
 def judged_text(item: dict) -> str:
     """All that a judge may see of an item, in one canonical text: what verdicts are cached by."""
-    think = item["think"]
-    parts = [think[-MAX_THINK_CHARS:], max(len(think) - MAX_THINK_CHARS, 0), item["answer"], list(item["options"] or ())]
-    return json.dumps(parts, ensure_ascii=False)
+    think, options = item["think"], list(item["options"] or ())
+    left_out = max(len(think) - MAX_THINK_CHARS, 0)
+    return json.dumps([think[left_out:], left_out, item["answer"], options], ensure_ascii=False)
 
 
 def harmless(text: str) -> str:
     """`text` without anything that opens or closes a tag or is a special token: "<|im_end|>" becomes "‹|im_end|>"."""
-    return _BRACKET_TAG.sub("［", _TAG.sub("‹", text))
+    return _TAG.sub(lambda match: {"<": "‹", "[": "［"}[match[0]], text)
 
 
 def judge_messages(prompt: JudgePrompt, item: dict) -> list[dict[str, str]]:
@@ -105,32 +108,30 @@ def judge_messages(prompt: JudgePrompt, item: dict) -> list[dict[str, str]]:
     # The code depends on the text alone, so that the same text is the same request.
     code = hashlib.sha256(judged_text(item).encode("utf-8", "replace")).hexdigest()[:16]
     think, options = item["think"], "\n".join(item["options"] or ())
-    left_out = len(think) - MAX_THINK_CHARS
-    if left_out > 0:
-        think = f"[The first {left_out} characters are left out here.]\n{think[-MAX_THINK_CHARS:]}"
-    texts = {"thinking": think, "answer": item["answer"], "options": options}
-    values = {
-        name: f"<{tag}-{code}>\n{harmless(texts[name])}\n</{tag}-{code}>" if texts[name] else ""
-        for name, tag in _PARTS.items()
-    }
+    left_out = max(len(think) - MAX_THINK_CHARS, 0)
+    note = f"[The first {left_out} characters are left out here.]\n" if left_out else ""
+    texts = {"thinking": note + think[left_out:], "answer": item["answer"], "options": options}
+    values = {"code": code}
+    for part, tag in _TAGS.items():
+        tagged = f"<{tag}-{code}>\n{harmless(texts[part])}\n</{tag}-{code}>"
+        values[part] = tagged if texts[part] else ""
     lines = [line for line in prompt.user.split("\n") if options or line.strip() != "{options}"]
-    values["code"] = code
     # One pass: braces in a rollout are text, never placeholders.
-    text = re.sub(r"\{(thinking|answer|options|code)\}", lambda match: values[match[1]], "\n".join(lines))
+    pattern, user = r"\{(thinking|answer|options|code)\}", "\n".join(lines)
+    user = re.sub(pattern, lambda match: values[match[1]], user)
     system = [{"role": "system", "content": prompt.system}] if prompt.system else []
-    return [*system, {"role": "user", "content": text}]
+    return [*system, {"role": "user", "content": user}]
 
 
 # ------------------------------------------------------------------------------------------------------ reading
 
 
-def _no_double_keys(pairs: list[tuple]) -> dict:
-    if len(dict(pairs)) != len(pairs):
-        raise ReplyError("wrong schema", "a key occurs twice")
-    return dict(pairs)
+def _pairs(pairs: list[tuple]) -> dict | list:
+    """An object; if a key occurs twice, its pairs, which no schema fits."""
+    return dict(pairs) if len(dict(pairs)) == len(pairs) else pairs
 
 
-def read_reply(text: str | None) -> dict:
+def read_reply(text: object) -> dict:
     """The reply as `{"concluded_answer", "consistent", "reason"}`: the whole text must be that one JSON object.
 
     White space, one code fence and a leading `<think>…</think>` around it are accepted.
@@ -138,18 +139,15 @@ def read_reply(text: str | None) -> dict:
     Raises:
         ReplyError: anything else, with the cause "no text", "not JSON" or "wrong schema".
     """
-    text = (text or "").strip()
+    text = text.strip() if isinstance(text, str) else ""
     if not text:
         raise ReplyError("no text")
-    if len(text) > MAX_REPLY_CHARS:
-        raise ReplyError("not JSON", f"{len(text)} characters")
     body = re.sub(r"^<think>.*?</think>\s*", "", text, flags=re.S)
     body = re.sub(r"^```(?:json)?\s*\n(.*)\n\s*```$", r"\1", body, flags=re.S)
     try:
-        reply = json.loads(body, object_pairs_hook=_no_double_keys)
-    except ReplyError:
-        raise
-    except (ValueError, RecursionError) as error:  # a plain ValueError: an integer of more digits than Python converts
+        reply = json.loads(body, object_pairs_hook=_pairs)
+    # A plain ValueError: an integer of more digits than Python converts.
+    except (ValueError, RecursionError) as error:
         raise ReplyError("not JSON", f"{error} in {text!r:.80}") from None
     return check_reply(reply)
 
@@ -160,15 +158,15 @@ def check_reply(reply: object) -> dict:
     Raises:
         ReplyError: other keys or types than the schema's, or text that is no Unicode, with the cause "wrong schema".
     """
-    if not isinstance(reply, dict) or reply.keys() != REPLY_SCHEMA["properties"].keys():
-        raise ReplyError("wrong schema", f"expected the keys {', '.join(REPLY_SCHEMA['properties'])}, came {reply!r:.80}")
-    kinds = {"concluded_answer": str | None, "consistent": bool | None, "reason": str}
-    for key, kind in kinds.items():
+    if not isinstance(reply, dict) or reply.keys() != _KINDS.keys():
+        expected = f"expected the keys {', '.join(_KINDS)}"
+        raise ReplyError("wrong schema", f"{expected}, came {reply!r:.80}")
+    for key, kind in _KINDS.items():
         # JSON may spell half of a surrogate pair; no file of verdicts could hold it.
         if not isinstance(reply[key], kind) or _SURROGATE.search(str(reply[key])):
             raise ReplyError("wrong schema", f"{key} is {ascii(reply[key]):.80}")
-    if len(reply["concluded_answer"] or "") > MAX_ANSWER_CHARS:
-        raise ReplyError("wrong schema", f"concluded_answer has {len(reply['concluded_answer'])} characters")
+    if (length := len(reply["concluded_answer"] or "")) > MAX_ANSWER_CHARS:
+        raise ReplyError("wrong schema", f"concluded_answer has {length} characters")
     reason = " ".join(reply["reason"].split())
     if len(reason) > MAX_REASON_CHARS:
         reason = f"{reason[:MAX_REASON_CHARS]}…"
@@ -185,26 +183,24 @@ def settle(reply: dict, item: dict) -> dict:
     concluded, said, reason = reply["concluded_answer"], reply["consistent"], reply["reason"]
     kind, options, answer = item["problem_type"], item["options"], item["answer"]
 
-    def unknown(cause: str) -> dict:
-        return {"consistency": "unknown", "concluded_answer": concluded, "reason": f"{cause}: {reason}"}
-
     concluded = (concluded or "").replace("‹", "<").replace("［", "[").strip() or None
+    unclear = None
     if concluded is None:
-        return unknown("no conclusion" if said is None else "contradiction")
-    if said is None:
-        return unknown("undecided")
-    if kind == "multiple choice" and options and read_choice(concluded, options) is None:
-        return unknown("unreadable conclusion")
-    if kind in ("numerical", "regression") and read_number(concluded) is None:
-        return unknown("unreadable conclusion")
-    if kind in ("OCR", "free-form"):
+        unclear = "no conclusion" if said is None else "contradiction"
+    elif said is None:
+        unclear = "undecided"
+    elif kind == "multiple choice" and options and read_choice(concluded, options) is None:
+        unclear = "unreadable conclusion"
+    elif kind in NUMERIC and read_number(concluded) is None:
+        unclear = "unreadable conclusion"
+    elif kind in ("OCR", "free-form"):
         same = same_text(concluded, answer, exact=kind == "OCR")
-        same = said if same is None else same  # the same in other words is what the comparison cannot see
+        same = said if same is None else same  # which may say the same in other words
     else:
         same = answers_match(concluded, answer, problem_type=kind, options=options)
-    if same != said:
-        return unknown("contradiction")
-    return {"consistency": "consistent" if same else "inconsistent", "concluded_answer": concluded, "reason": reason}
+    if unclear or same != said:
+        return verdict("unknown", concluded, f"{unclear or 'contradiction'}: {reason}")
+    return verdict("consistent" if same else "inconsistent", concluded, reason)
 
 
 class ModelJudge(Judge):
@@ -216,29 +212,34 @@ class ModelJudge(Judge):
         super().__init__()
         self.prompt, self.prompt_version = prompt, prompt.version
 
-    def messages(self, item: dict) -> list[dict[str, str]]:
-        return judge_messages(self.prompt, item)
+    def identify(self, shown: str, *asked_with) -> None:
+        """Set the name: `shown`, and a digest of all that another reply is to be expected from."""
+        text = json.dumps([*asked_with, MAX_THINK_CHARS], sort_keys=True)
+        self.name = f"{shown}:{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
-    def read(self, item: dict, text: str | None) -> dict:
+    def read(self, item: dict, text: str | None, *, cut_off: bool) -> dict:
         """The verdict from a reply's text."""
+        if cut_off:
+            return self.unknown(ReplyError("cut off", "the reply reached the limit on its tokens"))
         try:
             reply = read_reply(text)
         except ReplyError as error:
             return self.unknown(error)
-        verdict = settle(reply, item)
-        if verdict["consistency"] == "unknown" and verdict["reason"].startswith("contradiction:"):
+        settled = settle(reply, item)
+        if settled["consistency"] == "unknown" and settled["reason"].startswith("contradiction:"):
             self.failures["contradiction"] += 1
-        return {**verdict, "reply": reply}
+        return {**settled, "reply": reply}
 
     def unknown(self, error: ReplyError) -> dict:
         """The verdict without a readable reply: counted, not cached, and so asked for again by the next run."""
         self.failures[error.cause] += 1
-        return {"consistency": "unknown", "concluded_answer": None, "reason": str(error), "reply": None}
+        return {**verdict("unknown", None, str(error)), "reply": None}
 
     def summary(self) -> str:
         """One line: prompts, and verdicts that are unknown because of the judge, by cause."""
-        return f"{self.requests:,} prompts; {self.unusable()}"
-
-    def unusable(self) -> str:
         causes = ", ".join(f"{cause} {count:,}" for cause, count in self.failures.most_common())
-        return f"without a usable verdict: {causes}." if causes else "every reply was readable."
+        usable = f"without a usable verdict: {causes}." if causes else "every reply was readable."
+        return f"{self.asked()}; {usable}"
+
+    def asked(self) -> str:
+        return f"{self.requests:,} prompts"

@@ -1,15 +1,14 @@
 """A judge in this process: any causal language model of transformers with a chat template."""
 
 import asyncio
-import hashlib
-import json
+import math
 from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from veripo_trl.hub.locate import is_local
-from veripo_trl.verifier.judge_prompts import MAX_THINK_CHARS, JudgePrompt, ModelJudge, ReplyError
+from veripo_trl.verifier.judge_prompts import JudgePrompt, ModelJudge, ReplyError, judge_messages
 from veripo_trl.verifier.judges import shown_model
 
 
@@ -39,23 +38,20 @@ class LocalJudge(ModelJudge):
     def __post_init__(self):
         super().__init__(self.prompt)
         name, revision = self.model_name_or_path, self.revision
-        if self.batch_size < 1 or self.max_new_tokens < 1:
-            came = f"{self.batch_size}, {self.max_new_tokens}"
-            raise ValueError(f"batch_size, max_new_tokens: expected 1 or more, got {came}.")
-        device = torch.empty(0, device=self.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        if min(self.batch_size, self.max_new_tokens) < 1:
+            raise ValueError("batch_size, max_new_tokens: expected 1 or more of each.")
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.concurrency = 8 * self.batch_size  # to be sorted by length
         self.tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="left")
         if self.tokenizer.chat_template is None:
             raise ValueError("it has no chat template: choose a model that was tuned for chat.")
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=self.dtype).to(device).eval()
-        # All that another reply is to be expected from. A path stands in it only as its digest.
-        identity = [name, revision, self.dtype, self.max_new_tokens, MAX_THINK_CHARS]
-        digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
-        self.name = f"local:{shown_model(name, is_path=is_local(name))}@{revision or 'main'}:{digest}"
-        self._asked: list[dict] = []
-        self._judged: dict[int, dict] = {}
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=self.dtype)
+        self.model = model.to(device).eval()
+        shown = shown_model(name, is_path=is_local(name))
+        options = [self.dtype, self.max_new_tokens]
+        self.identify(f"local:{shown}@{revision or 'main'}", name, revision, *options)
+        self._asked, self._judged = [], {}
 
     async def __call__(self, item: dict) -> dict:
         self._asked.append(item)
@@ -67,36 +63,46 @@ class LocalJudge(ModelJudge):
 
     def _judge(self, items: list[dict]) -> None:
         """Verdicts by the ids of their items; sorted by length, so that little is padded."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        tokenizer, config = self.tokenizer, self.model.config.get_text_config()
+        limit = (getattr(config, "max_position_embeddings", None) or math.inf) - self.max_new_tokens
         prompts = []
         for item in items:
-            messages = self.messages(item)
-            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
-            if limit is not None and len(ids) + self.max_new_tokens > limit:
-                error = ReplyError("too long", f"{len(ids)} + {self.max_new_tokens} tokens, the model takes {limit}")
+            messages = judge_messages(self.prompt, item)
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(ids) > limit:
+                error = ReplyError(
+                    "too long", f"{len(ids)} tokens, the model takes {limit} and its reply"
+                )
                 self._judged[id(item)] = self.unknown(error)
             else:
                 prompts.append((ids, item))
         prompts.sort(key=lambda prompt: len(prompt[0]))
         for start in range(0, len(prompts), self.batch_size):
             batch = prompts[start : start + self.batch_size]
-            for (_, item), text in zip(batch, self._generate([ids for ids, _ in batch]), strict=True):
-                cut_off = ReplyError("cut off", f"the reply reached {self.max_new_tokens} tokens")
-                self._judged[id(item)] = self.unknown(cut_off) if text is None else self.read(item, text)
+            replies = self._generate([ids for ids, _ in batch])
+            for (_, item), (text, cut_off) in zip(batch, replies, strict=True):
+                self._judged[id(item)] = self.read(item, text, cut_off=cut_off)
 
     @torch.no_grad()
-    def _generate(self, prompts: list[list[int]]) -> list[str | None]:
-        """The replies' texts; None for one that was cut off."""
+    def _generate(self, prompts: list[list[int]]) -> list[tuple[str, bool]]:
+        """For each prompt (text of the reply, whether it was cut off)."""
         self.requests += len(prompts)
-        inputs = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(self.model.device)
+        inputs = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(
+            self.model.device
+        )
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         pad = self.tokenizer.pad_token_id
-        output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, pad_token_id=pad, **greedy)
+        output = self.model.generate(
+            **inputs, max_new_tokens=self.max_new_tokens, pad_token_id=pad, **greedy
+        )
         declared = self.model.generation_config.eos_token_id
-        ends = {self.tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])}
-        return [
-            self.tokenizer.decode(ids, skip_special_tokens=True) if ends & set(ids) else None
-            for ids in output[:, inputs["input_ids"].size(1) :].tolist()
-        ]
+        ends = {
+            self.tokenizer.eos_token_id,
+            *(declared if isinstance(declared, list) else [declared]),
+        }
+        replies = output[:, inputs["input_ids"].size(1) :].tolist()
+        texts = self.tokenizer.batch_decode(replies, skip_special_tokens=True)
+        return [(text, not ends & set(ids)) for text, ids in zip(texts, replies, strict=True)]

@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 
 from veripo_trl.answers.rewards import accuracy_reward
 from veripo_trl.verifier.checks import check_rollouts
-from veripo_trl.verifier.judge_prompts import MAX_ANSWER_CHARS, ReplyError, check_reply, judged_text, settle
+from veripo_trl.verifier.judge_prompts import (
+    MAX_ANSWER_CHARS,
+    ReplyError,
+    check_reply,
+    judged_text,
+    settle,
+)
+from veripo_trl.verifier.judges import verdict
 from veripo_trl.verifier.reply_cache import VerdictCache
 
 BATCH = 16  # rollouts that are checked at once; a judge's server waits meanwhile, so not many
@@ -40,9 +47,56 @@ def verify_stream(
         JudgeError: the judge cannot go on; what it had said is in the cache. SolutionError: an unreadable truth.
     """
     loop, rollouts = asyncio.new_event_loop(), iter(rollouts)
-    asking = _Asking(judge, cache)
-    tasks: deque[asyncio.Task] = deque()  # in input order, from the first whose verdict was not yielded
+    slots = asyncio.Semaphore(judge.concurrency)
+    asked: dict[bytes, asyncio.Task] = {}  # what is being asked, for others with the same text
+    # In input order, from the first whose verdict was not yielded.
+    tasks: deque[asyncio.Task] = deque()
     unfinished: set[asyncio.Task] = set()
+
+    async def ask(item: dict, key: bytes | None = None) -> dict:
+        async with slots:
+            judged = await judge(item)
+        if key and cache is not None and judged["reply"] is not None:
+            cache.put(key, judged["reply"], judge=judge.name, prompt_version=judge.prompt_version)
+        return judged
+
+    async def judged(item: dict) -> dict:
+        """`ask`, unless the cache knows, or the same text is being asked."""
+        if not judge.caches:
+            return await ask(item)
+        key = VerdictCache.key(judge.name, judge.prompt_version, judged_text(item))
+        try:
+            reply = check_reply(None if cache is None else cache.get(key))
+        except ReplyError:  # none, or no longer a reply: asked for anew, and replaced
+            if key not in asked:
+                asked[key] = loop.create_task(ask(item, key))
+                # Its error is the waiting ones': asked for here too, or asyncio reports it where those are cancelled.
+                asked[key].add_done_callback(
+                    lambda task: asked.pop(key) and task.cancelled() or task.exception()
+                )
+            said = await asked[key]
+            if (reply := said["reply"]) is None:
+                return said
+        return settle(reply, item)  # two rows may ask the same text under different problem types
+
+    async def verify(rollout: dict, check: dict) -> dict:
+        think, answer = check.pop("think"), check.pop("answer")
+        if not think or not answer:
+            # Never shown to a judge: there is nothing that it could compare.
+            said = verdict("unknown", None, "no spans: not one readable think and answer span")
+        elif len(answer) > MAX_ANSWER_CHARS:
+            said = verdict("unknown", None, f"long answer: {len(answer)} characters")
+        else:
+            task = {key: rollout[key] for key in ("problem_type", "options")}
+            said = await judged({"think": think, "answer": answer, **task})
+        return {
+            "rollout_id": rollout["rollout_id"],
+            "question_id": rollout["question_id"],
+            **check,
+            **{key: said[key] for key in ("consistency", "concluded_answer", "reason")},
+            "judge": judge.name,
+            "prompt_version": judge.prompt_version,
+        }
 
     async def wait(at_most: int) -> None:
         # Not for all: requests are to be sent while rollouts are checked.
@@ -55,7 +109,8 @@ def verify_stream(
     async def end() -> None:
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)  # asks each for its error, or asyncio reports it too
+        # Asks each for its error, or asyncio reports it too.
+        await asyncio.gather(*tasks, return_exceptions=True)
         await judge.close()
 
     batches = iter(lambda: list(itertools.islice(rollouts, BATCH)), [])
@@ -63,7 +118,7 @@ def verify_stream(
         for batch in itertools.chain(batches, [[]]):  # the empty one: no more to read
             checks = check_rollouts(batch, tokenizer=tokenizer, ngram=ngram, reward=reward)
             for rollout, check in zip(batch, checks, strict=True):
-                tasks.append(loop.create_task(asking.verdict(rollout, check)))
+                tasks.append(loop.create_task(verify(rollout, check)))
                 unfinished.add(tasks[-1])
             loop.run_until_complete(wait(2 * judge.concurrency if batch else 0))
             while tasks and tasks[0].done():
@@ -71,62 +126,3 @@ def verify_stream(
     finally:
         loop.run_until_complete(end())
         loop.close()
-
-
-class _Asking:
-    """From a checked rollout to its verdict; asks the judge what the cache does not know, each text once."""
-
-    def __init__(self, judge, cache: VerdictCache | None):
-        self.judge, self.cache = judge, cache
-        self.slots = asyncio.Semaphore(judge.concurrency)
-        self.asked: dict[bytes, asyncio.Future] = {}  # what is being asked, for others with the same text
-
-    async def verdict(self, rollout: dict, check: dict) -> dict:
-        think, answer = check.pop("think"), check.pop("answer")
-        judged = {"consistency": "unknown", "concluded_answer": None}
-        if not think or not answer:  # never shown to a judge: there is nothing that it could compare
-            judged["reason"] = "no spans: not one readable think and answer span"
-        elif len(answer) > MAX_ANSWER_CHARS:
-            judged["reason"] = f"long answer: {len(answer)} characters"
-        else:
-            item = {"think": think, "answer": answer} | {key: rollout[key] for key in ("problem_type", "options")}
-            judged = await (self.once(item) if self.judge.caches else self.ask(item))
-        return {
-            "rollout_id": rollout["rollout_id"],
-            "question_id": rollout["question_id"],
-            **check,
-            **{key: judged[key] for key in ("consistency", "concluded_answer", "reason")},
-            "judge": self.judge.name,
-            "prompt_version": self.judge.prompt_version,
-        }
-
-    async def ask(self, item: dict) -> dict:
-        async with self.slots:
-            return await self.judge(item)
-
-    async def once(self, item: dict) -> dict:
-        """`ask`, unless the cache knows, or the same text is being asked."""
-        judge = self.judge
-        key = VerdictCache.key(judge.name, judge.prompt_version, judged_text(item))
-        if (reply := self.cached(key)) is not None:
-            return settle(reply, item)
-        if key in self.asked:
-            judged = await self.asked[key]
-            # Two rows may ask the same text under different problem types.
-            return judged if judged["reply"] is None else settle(judged["reply"], item)
-        self.asked[key] = asyncio.get_running_loop().create_future()
-        try:
-            judged = await self.ask(item)
-            if self.cache is not None and judged["reply"] is not None:
-                self.cache.put(key, judged["reply"], judge=judge.name, prompt_version=judge.prompt_version)
-            self.asked[key].set_result(judged)
-            return judged
-        finally:
-            self.asked.pop(key).cancel()  # without effect if there is a result
-
-    def cached(self, key: bytes) -> dict | None:
-        """A reply of the cache that is still a reply; any other is asked for anew, and replaced."""
-        try:
-            return None if self.cache is None else check_reply(self.cache.get(key))
-        except ReplyError:
-            return None
