@@ -8,8 +8,7 @@ import pytest
 
 from veripo_trl.tiny.judge import judge as judge_by_templates
 from veripo_trl.tiny.questions import SplitSize, make_split
-from veripo_trl.verifier.conclusions import conclude
-from veripo_trl.verifier.judges import judge_by_rules
+from veripo_trl.verifier.judges import conclude_by_rules, judge_by_rules
 
 DATA = Path(__file__).resolve().parent / "data"
 COLOURS = ["A. red", "B. green", "C. blue", "D. dark red"]
@@ -155,11 +154,6 @@ TEXTS = [
     ("Therefore the answer is 3 apples.", "math", "3"),
     ("Let x be small.", "math", None),
 ]
-
-
-def conclude_by_rules(think: str, **task) -> str | None:
-    conclusion = conclude(think, **task)
-    return conclusion.answer if conclusion.announced else None
 
 
 @pytest.mark.parametrize("think, options, expected", CHOICE)

@@ -258,10 +258,15 @@ _NUMERAL = re.compile(
     r"|(?:thir|for|fif|six|seven|eigh|nine)t(?:een|y))\b",
     re.I,
 )
+_QUANTITY = (
+    r"(?:number|count|total|sum|distance|length|width|height|depth|size|area|volume|speed|duration|time|value|estimate"
+    r"|amount|share|probability|average|difference|side|radius|age|price|weight)"
+)
 _AMOUNTS = re.compile(
-    rf"{_CUE.pattern}|=|≈|:(?!\d)|\b(?:is|are|was|be|makes|gives|giving|leaves|leaving|means|measures|yields|making"
-    r"|totall?ing|equals?|results? in|altogether|total of|adds? up to|amounts? to|sums? to|call it|i\.e\.,?"
-    r"|(?:comes?|works) (?:out )?(?:to|at)|(?:i|we) (?:estimate|get|find))(?!\w)",
+    rf"{_CUE.pattern}|=|≈|:(?!\d)|\b(?:{_QUANTITY}\b[^,;]*? (?:is|are|was|be)|are(?=.*(?:total|in all))|makes|giving"
+    r"|gives|leaves|leaving|means|measures|yields|making|totall?ing|equals?|results? in|total of|adds? up to|call it"
+    r"|amounts? to|sums? to|i\.e\.,?|(?:in total|in all|altogether)(?=,? \D)|(?:comes?|works) (?:out )?(?:to|at)"
+    r"|(?:i|we) (?:estimate|get|find))(?!\w)",
     re.I,
 )
 
@@ -288,9 +293,12 @@ def _number_in(sentence: str, last: bool, options: tuple[str, ...]) -> Conclusio
     return Conclusion(f"{number[0]!r}{'%' if number[1] else ''}", cued, cued)
 
 
+_EQUALS = re.compile(rf"{_AMOUNTS.pattern}|\b(?:is|are)\b", re.I)
+
+
 def _expression_in(sentence: str, last: bool, options: tuple[str, ...]) -> Conclusion | None:
     sentence = _settled(sentence)
-    tail = _tail(sentence, _AMOUNTS)
+    tail = _tail(sentence, _EQUALS)
     if tail is None:
         return None
     # several results, two forms of one, or two names

@@ -23,6 +23,13 @@ def verdict(consistency: str, concluded_answer: str | None, reason: str = "") ->
     return {"consistency": consistency, "concluded_answer": concluded_answer, "reason": reason}
 
 
+def conclude_by_rules(think: str, **task) -> str | None:
+    """The answer that the thinking announces last, in a form `answers_match` reads; None if it announces none, several at
+    once, or takes the last one back. `task`: `problem_type`, `options`."""
+    conclusion = conclude(think, **task)
+    return conclusion.answer if conclusion.announced else None
+
+
 def judge_by_rules(completion: str, *, problem_type: str, options=None) -> str:
     """ "consistent", "inconsistent" or "unknown" for a completion. Unknown: no single think or answer span, no clear
     conclusion, or texts that may say the same in other words."""
