@@ -57,8 +57,8 @@ class Words:
 
     is_fast = False
 
-    def __call__(self, texts, add_special_tokens):
-        return {"input_ids": [text.split() for text in texts]}
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": text.split()}
 
 
 def verify(judge, count: int = 40, cache=None) -> list[dict]:

@@ -97,10 +97,8 @@ def _accuracy(rollout: dict, reward: Callable) -> float:
 
 
 def _token_counts(texts: list[str], tokenizer) -> list[int]:
-    if not texts:
-        return []
     if not tokenizer.is_fast:
-        return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        return [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     # The backend directly: building a BatchEncoding costs more than tokenizing. A truncation that the tokenizer was
     # saved with would cap the count; its own calls set theirs.
     backend = tokenizer.backend_tokenizer

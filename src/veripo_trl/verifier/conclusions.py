@@ -138,6 +138,8 @@ _REFUTED_AFTER = re.compile(
     rf"(?:{_NEGATED}|\b(?:wrong|incorrect|false|excluded|eliminated|ruled|rejected|dismissed|impossible|unlikely"
     r"|contradict\w*|fails?|misses|lacks|too|(?:is|are|be|been|both|all|now|already) out)\b)"
 )
+# What is said of an option beside the conclusion: "A, while B describes the start", "Since B says so, A".
+_ASIDE = re.compile(rf"(?:^|,? )(?:because|since|while|whereas|although|as)\b[^,]*{_L}[^,]*,?")
 # Words before an option's letter; after any other word the letter may be its noun's name.
 _BEFORE_LETTER = re.compile(
     rf"^(?:{_CUE.pattern}|(?:option|choice|is|be|or|and|not|with|to)$)", re.I
@@ -190,7 +192,7 @@ def _marked(sentence: str, options: tuple[str, ...]) -> str:
 
 def _choice_in(sentence: str, last: bool, options: tuple[str, ...]) -> Conclusion | None:
     """A letter outranks an option's text: it is what will be answered."""
-    text = _marked(_settled(sentence), options)
+    text = _ASIDE.sub("", _marked(_settled(sentence), options))
     if not re.search(_L, text):
         return _option_text_in(text, last, options)
     named, place = set(), 0
@@ -293,6 +295,10 @@ def _number_in(sentence: str, last: bool, options: tuple[str, ...]) -> Conclusio
     return Conclusion(f"{number[0]!r}{'%' if number[1] else ''}", cued, cued)
 
 
+# Several results, two forms of one, or two names.
+_SEVERAL = re.compile(
+    r"±|\\pm\b|=.*\b(?:or|where)\b.*=|\bis\b[^,;]*\band\b[^,;]*\bis\b|\d.*(?:\babout\b|≈).*\d"
+)
 _EQUALS = re.compile(rf"{_AMOUNTS.pattern}|\b(?:is|are)\b", re.I)
 
 
@@ -301,8 +307,7 @@ def _expression_in(sentence: str, last: bool, options: tuple[str, ...]) -> Concl
     tail = _tail(sentence, _EQUALS)
     if tail is None:
         return None
-    # several results, two forms of one, or two names
-    if re.search(r"±|\\pm\b|=.*\b(?:or|where)\b.*=|\d.*(?:\babout\b|≈).*\d", sentence):
+    if _SEVERAL.search(sentence):
         return Conclusion(None)
     if dollars := re.findall(r"\$([^$]+)\$", sentence):
         return Conclusion(dollars[-1].rsplit("=", 1)[-1].strip() or None)
