@@ -414,9 +414,10 @@ def _boxed(text: str, read: Callable, options: tuple[str, ...]) -> Conclusion:
 
 
 def conclude(think: str, *, problem_type: str, options: Sequence[str] | None = None) -> Conclusion:
-    """What the thinking announces last, else what its last sentence names. Raises KeyError for an unknown problem type
-    (rows are checked when they load)."""
-    read, options = _READERS[problem_type], tuple(options or ())
+    """What the thinking announces last, else what its last sentence names; nothing for a problem type without rules."""
+    read, options = _READERS.get(problem_type), tuple(options or ())
+    if read is None:
+        return Conclusion(None, announced=False, named=False)
     retracted, unannounced, remark = False, None, None
     for place, sentence in enumerate(reversed(_sentences(think[-MAX_THINK_CHARS:]))):
         story = place >= NARRATED and not (read is _choice_in or _EXPLICIT.search(sentence))

@@ -13,12 +13,10 @@ from pathlib import Path
 
 import yaml
 
-from veripo_trl.answers.choice import read_choice
-from veripo_trl.answers.numbers import read_number
-from veripo_trl.answers.score import answers_match
+from veripo_trl.answers.score import PROBLEM_TYPES, answers_match
 from veripo_trl.errors import VeripoError
 from veripo_trl.verifier.conclusions import same_text
-from veripo_trl.verifier.judges import NUMERIC, Judge, verdict
+from veripo_trl.verifier.judges import Judge, verdict
 
 # About 5,000 tokens; of a longer thinking the judge sees the end, where it concludes.
 MAX_THINK_CHARS = 20_000
@@ -189,9 +187,7 @@ def settle(reply: dict, item: dict) -> dict:
         unclear = "no conclusion" if said is None else "contradiction"
     elif said is None:
         unclear = "undecided"
-    elif kind == "multiple choice" and options and read_choice(concluded, options) is None:
-        unclear = "unreadable conclusion"
-    elif kind in NUMERIC and read_number(concluded) is None:
+    elif PROBLEM_TYPES[kind].read(concluded, options) is None:
         unclear = "unreadable conclusion"
     elif kind in ("OCR", "free-form"):
         same = same_text(concluded, answer, exact=kind == "OCR")

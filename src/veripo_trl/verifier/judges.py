@@ -15,7 +15,7 @@ from veripo_trl.user_functions import user_function
 from veripo_trl.verifier.conclusions import conclude, same_text
 
 CONSISTENCIES = ("consistent", "inconsistent", "unknown")
-NUMERIC = ("numerical", "regression")
+_NUMERIC = ("numerical", "regression")
 _KINDS = {"consistency": str, "concluded_answer": str | None, "reason": str}  # of a verdict
 
 
@@ -45,7 +45,7 @@ def _match(concluded: str, answer: str, problem_type: str, options: tuple) -> bo
     if problem_type in ("OCR", "free-form"):
         return same_text(concluded, answer, exact=problem_type == "OCR")
     same = answers_match(concluded, answer, problem_type=problem_type, options=options)
-    return same or (problem_type in NUMERIC and _is_rounded(float(concluded.rstrip("%")), answer))
+    return same or (problem_type in _NUMERIC and _is_rounded(float(concluded.rstrip("%")), answer))
 
 
 def _is_rounded(value: float, answer: str) -> bool:
@@ -87,7 +87,7 @@ def _verdict_by_rules(item: dict) -> dict:
         return verdict("unknown", concluded, "other words: they may say the same")
     if same is None or not conclusion.named:
         return verdict("unknown", concluded, "no conclusion: the rules read none")
-    if problem_type in NUMERIC and _is_converted(concluded, think, answer):
+    if problem_type in _NUMERIC and _is_converted(concluded, think, answer):
         return verdict("unknown", concluded, "another unit: they may say the same")
     return verdict("inconsistent", concluded)
 
