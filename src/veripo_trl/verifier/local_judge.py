@@ -38,9 +38,9 @@ class LocalJudge(ModelJudge):
     def __post_init__(self):
         super().__init__(self.prompt)
         name, revision = self.model_name_or_path, self.revision
-        if min(self.batch_size, self.max_new_tokens) < 1:
-            raise ValueError("batch_size, max_new_tokens: expected 1 or more of each.")
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if (least := min(self.batch_size, self.max_new_tokens)) < 1:
+            raise ValueError(f"batch_size, max_new_tokens: expected 1 or more, got {least}.")
+        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.concurrency = 8 * self.batch_size  # to be sorted by length
         self.tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="left")
         if self.tokenizer.chat_template is None:
