@@ -47,11 +47,11 @@ def run_stage(data_args, report, pair_args, training_args, model_args) -> int | 
     prepare_machine(training_args, tiny_world=data_args.tiny_world)
     model_args, data_args, inputs = resolve(model_args, data_args)
     template = load_template(data_args.prompt_template)
-    pairs = load_pairs(pair_args.pairs, template=template, allow_urls=data_args.allow_urls)
-    check_media(pairs.dataset, allow_urls=data_args.allow_urls)
+    pairs, pair_inputs = load_pairs(pair_args.pairs, template=template, allow_urls=data_args.allow_urls)
+    check_media(pairs, allow_urls=data_args.allow_urls)
     heldout = load_eval_rows(data_args)
-    refuse_trained(heldout, pairs.dataset, holdout=data_args.holdout)
-    kinds = count_kinds(pairs.dataset)
+    refuse_trained(heldout, pairs, holdout=data_args.holdout)
+    kinds = count_kinds(pairs)
 
     set_seed(training_args.seed)
     model, processor = make_policy(model_args, data_args)
@@ -61,7 +61,7 @@ def run_stage(data_args, report, pair_args, training_args, model_args) -> int | 
         model=model,
         ref_model=reference,
         args=training_args,
-        train_dataset=pairs.dataset,
+        train_dataset=pairs,
         processing_class=processor,
         encoder=make_encoder(model, processor, data_args),
     )
@@ -72,7 +72,7 @@ def run_stage(data_args, report, pair_args, training_args, model_args) -> int | 
         checkpoint=checkpoint,
         title="Held-out questions",
         pairs=kinds,
-        inputs=inputs | pairs.inputs,
+        inputs=inputs | pair_inputs,
     )
 
 

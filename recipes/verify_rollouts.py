@@ -4,8 +4,8 @@
     python recipes/verify_rollouts.py --rollouts outputs/my_grpo/rollouts --output_dir outputs/my_verify \\
         --judge server --judge_url http://127.0.0.1:8000/v1 --judge_model Qwen/Qwen3-4B-Instruct-2507
 
-Writes <output_dir>/verdicts (one per rollout), pairs, solved.json (questions the next iteration leaves out), pairs.png
-and results.json. One process does it all; a judge server brings its own GPUs. Broken off, it is started again with the
+Writes <output_dir>/verdicts (one per rollout), pairs, solved.json (questions the next iteration leaves out) and
+results.json. One process does it all; a judge server brings its own GPUs. Broken off, it is started again with the
 same command: what a judge model said is kept in the verdict cache, and the pairs come out the same.
 """
 
@@ -17,11 +17,13 @@ import contextlib
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
 
 from veripo_trl.answers.rewards import reward_function
+from veripo_trl.data.prompts import load_template
 from veripo_trl.errors import run
 from veripo_trl.files.run_folder import only_process
 from veripo_trl.files.tables import write_json
@@ -29,10 +31,9 @@ from veripo_trl.recipe import verify_stage as recipe
 from veripo_trl.recipe.arguments import parse
 from veripo_trl.recipe.prepare import save_arguments
 from veripo_trl.recipe.verify_stage import VerifyArguments
-from veripo_trl.verifier.curriculum import choose_solved
-from veripo_trl.verifier.files import PAIR_SCHEMA, VERDICT_SCHEMA, judged_questions, write_files
+from veripo_trl.verifier import files
 from veripo_trl.verifier.pairs import PairOptions, build_pairs
-from veripo_trl.verifier.summary import Findings, plot, print_summary
+from veripo_trl.verifier.summary import count, print_summary
 from veripo_trl.verifier.verify import verify_stream
 
 RECIPES = Path(__file__).resolve().parent
@@ -50,40 +51,50 @@ def main(argv: list[str] | None = None) -> None:
 def verify(arguments: VerifyArguments, options: PairOptions) -> None:
     started = time.time()
     recipe.check_repositories(arguments)
-    rollouts, inputs = recipe.find_rollouts(arguments)
-    template = recipe.load_matching_template(arguments.prompt_template, rollouts.templates)
-    tokenizer = recipe.load_tokenizer(arguments.tokenizer, rollouts)
+    found, inputs = recipe.find_rollouts(arguments)
+    rollouts = files.read_rollouts(found, limit=arguments.limit)
+    template = load_template(arguments.prompt_template)
+    files.refuse_other_template(template, rollouts["prompt_template"].to_pylist(), "rollouts")
+    policies = Counter(rollouts["policy"].to_pylist())
+    tokenizer = recipe.load_tokenizer(arguments.tokenizer, found, policies)
     judge = recipe.make_judge(arguments, RECIPES.parent / "verifier_prompts")
     cache = recipe.open_cache(arguments, judge)
-    folder = recipe.open_folder(arguments.output_dir)  # after all that can be wrong with the arguments
+    # after all that can be wrong with the arguments
+    folder = recipe.open_folder(arguments.output_dir)
     save_arguments(str(folder), arguments, options)
 
-    found, reward = Findings(), reward_function(arguments.accuracy_reward)
+    reward = reward_function(arguments.accuracy_reward)
     with cache or contextlib.nullcontext():
         verdicts = verify_stream(
-            rollouts, judge=judge, tokenizer=tokenizer, cache=cache, ngram=options.ngram, reward=reward
+            files.rows_of(rollouts), judge=judge, tokenizer=tokenizer, cache=cache, reward=reward
         )
-        verdicts = tqdm(verdicts, total=rollouts.rollouts, desc="verdicts", unit="rollout", smoothing=0.05)
-        write_files(found.of_verdicts(verdicts), folder / "verdicts", VERDICT_SCHEMA)
-    questions = tqdm(judged_questions(rollouts, folder / "verdicts"), desc="pairs", unit="question")
-    pairs, dropped = build_pairs(found.of_questions(questions), options, template=template, folder=folder)
-    write_files(found.of_pairs(pairs), folder / "pairs", PAIR_SCHEMA)
-    solved = choose_solved(found.accuracies, share=arguments.drop_solved_share, seed=options.seed)
-    contents = [found.contents[question] for question in solved["dropped"]]
-    write_json(folder / "solved.json", {**solved, "contents": contents})
+        verdicts = tqdm(
+            verdicts, total=len(rollouts), desc="verdicts", unit="rollout", smoothing=0.05
+        )
+        files.write_files(verdicts, folder / "verdicts", files.VERDICT_SCHEMA)
+    verdicts = files.read_files(folder / "verdicts")
+    questions = tqdm(
+        files.judged_questions(rollouts, verdicts, seed=options.seed), desc="pairs", unit="question"
+    )
+    pairs = build_pairs(questions, options, template=template, dropped=(dropped := Counter()))
+    files.write_files(pairs, folder / "pairs", files.PAIR_SCHEMA)
+    pairs = files.read_files(folder / "pairs")
+    solved = recipe.solved_questions(
+        rollouts, verdicts, share=arguments.drop_solved_share, seed=options.seed
+    )
+    write_json(folder / "solved.json", solved)
 
-    counts = found.counts(dropped)
-    plot(folder / "pairs.png", counts, found.lengths, title=folder.name)
+    counts = count(verdicts, pairs, dropped)
     print(f"\n{judge.summary()}")
-    print_summary(counts, solved, found.examples)
+    print_summary(counts, solved, pairs)
     results = {
         "counts": counts,
-        "solved": {**solved, "dropped": len(solved["dropped"])},
+        "solved": {key: value for key, value in solved.items() if not isinstance(value, list)},
         "rollouts": arguments.rollouts,
         "inputs": inputs,
         "judge": judge.record(),
         "prompt_template": template.hash,
-        "policies": dict(rollouts.policies),
+        "policies": dict(policies),
         "hub": None,
     }
     recipe.finish(folder, arguments, results, started=started)

@@ -31,13 +31,21 @@ def main(argv: list[str] | None = None) -> None:
         help="the loop's YAML, from here or recipes/configs/",
     )
     parser.add_argument("--output_dir", help="the run's folder; default: the configuration's")
-    parser.add_argument("--iterations", type=int, help="times round the loop; default: the configuration's")
+    parser.add_argument(
+        "--iterations", type=int, help="times round the loop; default: the configuration's"
+    )
     parser.add_argument("--seed", type=int, help="of every stage; default: the configuration's")
-    parser.add_argument("--from", dest="first", metavar="STAGE", help="do this stage and all after it again")
+    parser.add_argument(
+        "--from", dest="first", metavar="STAGE", help="do this stage and all after it again"
+    )
     parser.add_argument("--until", dest="last", metavar="STAGE", help="end after this stage")
-    parser.add_argument("--dry-run", action="store_true", help="show what would run, and write nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show what would run, and write nothing"
+    )
     given = parser.parse_args(argv)
-    loop = read_loop(given.config, output_dir=given.output_dir, iterations=given.iterations, seed=given.seed)
+    loop = read_loop(
+        given.config, output_dir=given.output_dir, iterations=given.iterations, seed=given.seed
+    )
     (dry_run if given.dry_run else run_loop)(loop, first=given.first, last=given.last)
 
 

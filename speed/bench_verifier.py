@@ -116,7 +116,7 @@ def run_rules(folder: str, tokenizer_folder: str) -> None:
     from tqdm import tqdm
     from transformers import PreTrainedTokenizerFast
 
-    from veripo_trl.verifier.files import RolloutFiles
+    from veripo_trl.verifier.files import read_rollouts, rows_of
     from veripo_trl.verifier.judges import RulesJudge
     from veripo_trl.verifier.verify import verify_stream
 
@@ -129,7 +129,7 @@ def run_rules(folder: str, tokenizer_folder: str) -> None:
     total = sum(pq.ParquetFile(path).metadata.num_rows for path in files)
     before_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     counts, tokens, start, cpu_start = {}, 0, time.perf_counter(), time.process_time()
-    verdicts = verify_stream(RolloutFiles(files), judge=RulesJudge(), tokenizer=tokenizer)
+    verdicts = verify_stream(rows_of(read_rollouts(files)), judge=RulesJudge(), tokenizer=tokenizer)
     truths = (truth for path in files for truth in pq.read_table(path, columns=["expected"])[0].to_pylist())
     progress = tqdm(verdicts, total=total, desc="verify", unit="rollout")
     for verdict, expected in zip(progress, truths, strict=True):

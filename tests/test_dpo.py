@@ -25,6 +25,7 @@ from trl import DPOConfig, DPOTrainer
 
 from veripo_trl.data.prompts import build_messages, load_template
 from veripo_trl.data.schema import RowError
+from veripo_trl.errors import VeripoError
 from veripo_trl.model.encoding import PromptTooLongError
 from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR
 from veripo_trl.trainers.dpo import DPOCollator, VideoDPOConfig, VideoDPOTrainer
@@ -314,12 +315,12 @@ def test_options_that_would_be_wrong_are_refused(option, tmp_path):
 def test_stored_pairs_load_as_rows(mixed_rows, media_root, tmp_path):
     path = write_pairs(tmp_path / "pairs", [stored_pair(mixed_rows[2]), stored_pair(mixed_rows[0], kind="penalty")])
     source = {"path": path, "media_root": str(media_root)}
-    loaded = load_pairs([source], template=load_template("tiny")).dataset
+    loaded = load_pairs([source], template=load_template("tiny"))[0]
     assert loaded["kind"][:] == ["consistency", "penalty"]
     for column in ("question_id", "problem", "options", "videos", "images", "media_root"):
         assert loaded[0][column] == mixed_rows[2][column], column
     assert loaded[0]["chosen"] == CHOSEN and loaded[0]["rejected"] == REJECTED
-    only = load_pairs([{**source, "kinds": ["penalty"], "limit": 5}], template=load_template("tiny")).dataset
+    only = load_pairs([{**source, "kinds": ["penalty"], "limit": 5}], template=load_template("tiny"))[0]
     assert only["question_id"][:] == ["text"]
 
 
@@ -333,7 +334,7 @@ def test_stored_pairs_load_as_rows(mixed_rows, media_root, tmp_path):
 )
 def test_pairs_that_cannot_be_used(changes, message, mixed_rows, media_root, tmp_path):
     path = write_pairs(tmp_path / "pairs", [stored_pair(mixed_rows[2], **changes)])
-    with pytest.raises(RowError, match=message):
+    with pytest.raises(VeripoError, match=message):
         load_pairs([{"path": path, "media_root": str(media_root)}], template=load_template("tiny"))
 
 
@@ -341,17 +342,16 @@ def test_pairs_that_cannot_be_used(changes, message, mixed_rows, media_root, tmp
     ("source", "message"),
     [
         ({"path": "./nowhere/pairs"}, "expected a folder of parquet files"),
-        ({"path": "x", "split": "train"}, "expected `path` and any of"),
-        ("pairs", "must be a list"),
+        ({"path": "x", "split": "train"}, "expected `path`, and nothing but path, media_root"),
     ],
 )
 def test_sources_that_cannot_be_used(source, message):
     with pytest.raises(RowError, match=message):
-        load_pairs(source if isinstance(source, str) else [source], template=load_template("tiny"))
+        load_pairs([source], template=load_template("tiny"))
 
 
 def test_other_files_are_not_pairs(mixed_rows, tmp_path):
     (tmp_path / "rows").mkdir()
     pq.write_table(pa.Table.from_pylist([{"question_id": "q"}]), tmp_path / "rows" / "a.parquet")
-    with pytest.raises(RowError, match="no column prompt, chosen"):
+    with pytest.raises(VeripoError, match="a.parquet: no column chosen"):
         load_pairs([{"path": str(tmp_path / "rows")}], template=load_template("tiny"))

@@ -33,8 +33,8 @@ RECIPES = ROOT / "recipes"
 LOOP = str(RECIPES / "veripo.py")
 # A loop whose trainings are started without accelerate's launcher, which takes seconds to start.
 DIRECT = (
-    "import runpy, sys; from veripo_trl.loop import run\n"
-    "run.command_of = lambda stage, config, _: [sys.executable, stage['script'], '--config', str(config)]\n"
+    "import runpy, sys; from veripo_trl.loop import plan\n"
+    "plan.command_of = lambda stage, _: [sys.executable, stage['script'], '--config', str(stage['config'])]\n"
     f"runpy.run_path({LOOP!r}, run_name='__main__')"
 )
 ONE_PROCESS = yaml.safe_load((RECIPES / "configs" / "tiny" / "veripo.yaml").read_text())["accelerate"]
@@ -649,8 +649,8 @@ def test_a_signal_goes_to_the_trainer_alone_which_is_waited_for(number, tmp_path
     """The launcher, which would die of it and leave the trainer behind, does not see it."""
     launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {TRAINER!r}, sys.argv[1]]); sys.exit(1)"
     script = (
-        "import sys; from veripo_trl.loop import run as loop; from veripo_trl.loop.plan import CONFIGS, read_loop\n"
-        f"loop.command_of = lambda stage, *_: [sys.executable, '-c', {launcher!r}, stage['output_dir']]\n"
+        "import sys; from veripo_trl.loop import plan, run as loop; from veripo_trl.loop.plan import CONFIGS, read_loop\n"
+        f"plan.command_of = lambda stage, *_: [sys.executable, '-c', {launcher!r}, stage['output_dir']]\n"
         "loop.check_settings = lambda stages: None\n"
         "loop.run_loop(read_loop(str(CONFIGS / 'tiny' / 'veripo.yaml')))\n"
     )
@@ -667,7 +667,7 @@ def test_a_signal_goes_to_the_trainer_alone_which_is_waited_for(number, tmp_path
     assert state(tmp_path, "veripo")["cold-start"]["status"] == "stopped" and "ending" not in said
 
 
-def test_leftovers_are_ended(tmp_path):
+def test_leftovers_are_ended(tmp_path, capsys):
     run_folder = tmp_path / "run"
     run_folder.mkdir()
     env = {**os.environ, MARKER: str(run_folder.resolve())}
@@ -680,7 +680,8 @@ def test_leftovers_are_ended(tmp_path):
     for process in ours:
         process.stdout.readline()
     end_leftovers(run_folder, patience_s=1)
-    assert [process.wait(5) for process in ours] == [-signal.SIGTERM, -signal.SIGKILL]
+    assert all(process.poll() is not None for process in ours)  # the second one by SIGKILL
+    assert f"ending 1 processes that this run left behind: [{ours[1].pid}]" in capsys.readouterr().out
     assert other.poll() is None
     other.kill()
 

@@ -10,16 +10,17 @@ import pytest
 
 from veripo_trl.answers.score import is_well_formed, split_completion
 from veripo_trl.data.prompts import build_messages, load_template
+from veripo_trl.data.schema import RowError
 from veripo_trl.verifier import pairs as pairs_module
 from veripo_trl.verifier.judges import judge_by_rules
-from veripo_trl.verifier.pairs import KINDS, PairError, PairOptions, join_for_reflection
+from veripo_trl.verifier.pairs import KINDS, RECHECK, PairOptions, join_for_reflection
 
 TEMPLATE = load_template("tiny")
 
 
 def build_pairs(*arguments, **options):
-    pairs, dropped = pairs_module.build_pairs(*arguments, **options)
-    return list(pairs), dropped
+    pairs = list(pairs_module.build_pairs(*arguments, **options, dropped=(dropped := Counter())))
+    return pairs, dropped
 
 
 QUESTION = {
@@ -129,8 +130,7 @@ CASES = {
         [right("r"), right("s")],
         {},
         set(),
-        {"groups: with all right and nothing to reject": 1,
-         "rollouts: in a group with all right and nothing to reject": 2},
+        {"groups: with nothing to reject": 1, "rollouts: in a group with nothing to reject": 2},
     ),
     "all right, one inconsistent: a consistency pair": (
         [right("r"), right("i", "inconsistent")],
@@ -174,7 +174,7 @@ CASES = {
         set(),
         {"groups: with none right": 1, "rollouts: in a group with none right": 2},
     ),
-    "one rollout: nothing": ([right("r")], {}, set(), {"groups: of one rollout": 1}),
+    "one rollout: nothing": ([right("r")], {}, set(), {"groups: with nothing to reject": 1}),
     "cut off: neither chosen nor rejected": (
         [right("r"), wrong("w"), right("cut", finish="length"), wrong("cut2", finish="length", well_formed=False)],
         {"kinds": ["penalty"]},
@@ -217,30 +217,17 @@ CASES = {
         {("penalty", "r", "w")},
         {"rollouts: same text as another": 2},
     ),
-    "same texts in two generations: one pair": (
-        [right("r"), wrong("w"), right("r2", step=1, text=right("r")["completion"]),
-         wrong("w2", step=1, text=wrong("w")["completion"])],
-        {"kinds": ["penalty"], "group_by": "generation"},
-        None,
-        {"pairs: same texts as another pair": 1, "rollouts: fit for a pair, not needed or over a cap": 2},
-    ),
-    "by generation: rollouts of different steps are not compared": (
-        [right("r"), right("i", "inconsistent"), wrong("w", step=1)],
-        {"group_by": "generation"},
-        {("consistency", "r", "i")},
-        {"groups: of one rollout": 1},
-    ),
-    "by question: they are": (
+    "rollouts of different steps are compared": (
         [right("r"), wrong("w", step=1)],
         {"kinds": ["penalty"]},
         {("penalty", "r", "w")},
         {},
     ),
-    "from_step leaves out what an earlier policy wrote": (
-        [right("r", step=4), wrong("w", step=4), wrong("old", step=3)],
-        {"kinds": ["penalty"], "from_step": 4},
-        {("penalty", "r", "w")},
-        {"rollouts: of a step before from_step": 1},
+    "short and inconsistent: rejected by one good rollout once, whatever the kind": (
+        [right("r", tokens=40), right("i", "inconsistent", tokens=10)],
+        {},
+        {("consistency", "r", "i")},
+        {},
     ),
     "longer thinking is chosen first": (
         [right("a", tokens=20), right("b", tokens=30), right("c", tokens=25), wrong("w")],
@@ -249,9 +236,9 @@ CASES = {
         {"rollouts: fit for a pair, not needed or over a cap": 1},
     ),
     "a repetitive joined thinking is not chosen": (
-        [right("r", text="<think>one two three four. It is B.</think><answer>B</answer>"),
-         wrong("w", text="<think>one two three four. It is A.</think><answer>A</answer>")],
-        {"kinds": ["reflection"], "ngram": 2, "max_repetition": 0.2},
+        [right("r", text="<think>a b c d e f g h i j k l. It is B.</think><answer>B</answer>"),
+         wrong("w", text="<think>a b c d e f g h i j k l. It is A.</think><answer>A</answer>")],
+        {"kinds": ["reflection"], "max_repetition": 0.1},
         set(),
         {"pairs: joined thinking is repetitive": 1, "rollouts: fit for a pair, not needed or over a cap": 2},
     ),
@@ -301,10 +288,10 @@ def test_a_pair_repeats_the_rollouts_prompt():
 
 
 def test_reflection_text():
-    _, _, (pair,) = build([right("r"), wrong("w")], kinds=["reflection"], recheck_text=" Hold on. ")
+    _, _, (pair,) = build([right("r"), wrong("w")], kinds=["reflection"])
     text = pair["chosen"][0]["content"]
     assert text == (
-        "<think>Look at w here, so the answer is A.\nHold on.\nLook at r here, so the answer is B.</think>\n"
+        f"<think>Look at w here, so the answer is A.\n{RECHECK}\nLook at r here, so the answer is B.</think>\n"
         "<answer>B</answer>"
     )
     assert pair["chosen_ids"] == ["run/w", "run/r"]
@@ -314,18 +301,19 @@ def test_reflection_text():
 @pytest.mark.parametrize("joiner", ["", "\n", " "])
 def test_reflection_keeps_the_form_that_the_policy_writes(joiner):
     right = f"<think>\nIt is B.\n</think>{joiner}<answer> B </answer>\n"
-    join = join_for_reflection(" <think> It is A. </think><answer>A</answer>", right, "Hm.")
-    assert join == f"<think>It is A.\nHm.\nIt is B.</think>{joiner}<answer> B </answer>\n"
-    assert split_completion(join) == ("It is A.\nHm.\nIt is B.", "B")
+    join = join_for_reflection(" <think> It is A. </think><answer>A</answer>", right)
+    assert join == f"<think>It is A.\n{RECHECK}\nIt is B.</think>{joiner}<answer> B </answer>\n"
+    assert split_completion(join) == (f"It is A.\n{RECHECK}\nIt is B.", "B")
 
 
-def test_reflection_whose_join_changes_the_conclusion_is_refused():
+def test_reflection_whose_join_changes_the_conclusion_is_refused(monkeypatch):
     # The right thinking says nothing that the rules read as a conclusion. After a turn that takes nothing back, they
     # read the wrong one's "so the answer is A".
     rollouts = [right("r", text="<think>Blue comes first.</think><answer>B</answer>"), wrong("w")]
-    found, dropped, _ = build(rollouts, kinds=["reflection"], recheck_text="Look again.")
+    assert build(rollouts, kinds=["reflection"])[0] == {("reflection", "w+r", "w")}  # our turn takes it back
+    monkeypatch.setattr(pairs_module, "RECHECK", "Look again.")
+    found, dropped, _ = build(rollouts, kinds=["reflection"])
     assert not found and dropped["pairs: joined thinking concludes something else"] == 1
-    assert build(rollouts, kinds=["reflection"])[0] == {("reflection", "w+r", "w")}  # the default turn does
 
 
 def many(seed=0, questions=60):
@@ -351,18 +339,15 @@ def many(seed=0, questions=60):
     return found
 
 
-@pytest.mark.parametrize("group_by", ["question", "generation"])
-def test_order_of_the_input_does_not_matter(group_by):
-    options = PairOptions(group_by=group_by)
-    expected = build_pairs(many(), options, template=TEMPLATE)
+def test_order_of_the_rollouts_does_not_matter():
+    expected = build_pairs(many(), PairOptions(), template=TEMPLATE)
     assert len(expected[0]) > 60
     for seed in range(3):
         shuffled = many()
-        random.Random(seed).shuffle(shuffled)
         for rollouts in shuffled:
             random.Random(seed).shuffle(rollouts)
-        assert build_pairs(iter(shuffled), options, template=TEMPLATE) == expected
-    other = build_pairs(many(), replace(options, seed=1), template=TEMPLATE)
+        assert build_pairs(iter(shuffled), PairOptions(), template=TEMPLATE) == expected
+    other = build_pairs(many(), replace(PairOptions(), seed=1), template=TEMPLATE)
     assert [p["chosen_ids"] for p in other[0]] != [p["chosen_ids"] for p in expected[0]]
 
 
@@ -390,14 +375,7 @@ def test_caps():
     assert counted(max_pairs_per_question=0)[0] == dict.fromkeys(KINDS, 0)
 
 
-def test_the_first_pairs_are_a_fair_sample_of_the_questions():
-    """`limit` of a reader takes the first n pairs."""
-    pairs, _ = build_pairs(many(), PairOptions(), template=TEMPLATE)
-    first = {int(p["question_id"][1:]) for p in pairs[:40]}
-    assert min(first) < 10 and max(first) >= 50 and len({p["kind"] for p in pairs[:40]}) == 3
-
-
-def test_the_pairs_of_many_questions_are_not_held_in_memory(tmp_path):
+def test_the_pairs_of_many_questions_are_not_held_in_memory():
     """Long texts: those of 100 questions would be 16 MB."""
     long = "word " * 8000
 
@@ -411,16 +389,15 @@ def test_the_pairs_of_many_questions_are_not_held_in_memory(tmp_path):
     tracemalloc.start()
     try:
         options = PairOptions(kinds=["penalty"])
-        pairs, _ = pairs_module.build_pairs(questions(), options, template=TEMPLATE, folder=tmp_path)
+        pairs = pairs_module.build_pairs(questions(), options, template=TEMPLATE, dropped=Counter())
         assert sum(1 for _ in pairs) == 200 and tracemalloc.get_traced_memory()[1] < 4e6
     finally:
         tracemalloc.stop()
-    assert not list(tmp_path.iterdir())
 
 
 def test_one_id_for_two_questions_is_refused():
     clash = [right("r"), wrong("w", problem="Which colour is last?", videos=["clips/2.mp4"])]
-    with pytest.raises(PairError, match=r"'run/r' and 'run/w'.*'q1'.*differ in problem, videos"):
+    with pytest.raises(RowError, match=r"'run/r' and 'run/w'.*'q1'.*differ in problem, videos"):
         build(clash)
 
 
@@ -433,9 +410,6 @@ def test_one_id_for_two_questions_is_refused():
         ({"max_pairs_per_question": -1}, "max_pairs_per_question: expected a number from 0"),
         ({"max_repetition": 40}, "max_repetition: expected a share"),
         ({"wrong_threshold": 0.9}, "wrong_threshold: expected less than correct_threshold"),
-        ({"recheck_text": " "}, "recheck_text"),
-        ({"recheck_text": "No.</think>"}, "recheck_text: expected a text without tags"),
-        ({"ngram": 0}, "ngram"),
     ],
 )
 def test_options_that_make_no_sense(changes, message):

@@ -14,9 +14,7 @@ if not RECIPES.is_dir():  # installed without -e: those beside the script that w
     RECIPES = Path(sys.argv[0]).resolve().parent
 CONFIGS = RECIPES / "configs"
 # `python -m` would let a file of the working directory, like a yaml.py, stand in for the launcher's own imports.
-LAUNCH = (
-    "import sys; sys.path[:] = filter(None, sys.path); from accelerate.commands.launch import main; main()"
-)
+LAUNCH = "import sys; sys.path[:] = filter(None, sys.path); from accelerate.commands.launch import main; main()"
 # What a stage gets from the stages before it, and writes for those after it.
 KINDS = {
     "sft_video.py": "sft",
@@ -48,7 +46,8 @@ def find(name: str, *folders: Path) -> Path:
     for folder in folders:
         if (folder / name).is_file():
             return folder / name
-    raise LoopError(f"{name}: no such file in {', '.join(str(folder.absolute()) for folder in folders)}.")
+    where = ", ".join(str(folder.absolute()) for folder in folders)
+    raise LoopError(f"{name}: no such file in {where}.")
 
 
 def read_yaml(file: str | Path) -> dict:
@@ -60,13 +59,13 @@ def read_yaml(file: str | Path) -> dict:
     return content
 
 
-def filled(where: str, content: dict, defaults: dict, needed: tuple) -> dict:
+def filled(where: object, content: dict, defaults: dict, needed: tuple) -> dict:
     """The content with defaults; every key must be one of theirs, and those that are needed must have a value."""
     content = defaults | content
-    missing, unknown = [key for key in needed if not content[key]], sorted(set(content) - set(defaults))
-    expect(
-        not missing + unknown, where, f"keys of {', '.join(defaults)}; missing {missing}, unknown {unknown}"
-    )
+    missing = [key for key in needed if not content[key]]
+    unknown = sorted(set(content) - set(defaults))
+    what = f"keys of {', '.join(defaults)}; missing {missing}, unknown {unknown}"
+    expect(not missing + unknown, where, what)
     return content
 
 
@@ -92,49 +91,51 @@ def read_loop(name: str, **given) -> dict:
     loop = read_yaml(file)
     refuse_secrets(str(file), loop)
     loop |= {key: value for key, value in given.items() if value is not None}
-    loop = filled(str(file), loop, LOOP, ("output_dir", "iteration"))
+    loop = filled(file, loop, LOOP, ("output_dir", "iteration"))
     for part in ("stages", "iteration"):
-        listed = isinstance(loop[part], list) and all(isinstance(stage, dict) for stage in loop[part])
+        listed = isinstance(loop[part], list) and all(
+            isinstance(stage, dict) for stage in loop[part]
+        )
         expect(listed, f"{file}: {part}", f"a list of stages, each a mapping; got {loop[part]!r}")
         loop[part] = [read_stage(stage, file) for stage in loop[part]]
     times = loop["iterations"]
-    expect(isinstance(times, int) and times > 0, "iterations", f"a whole number of 1 or more, got {times!r}")
+    what = f"a whole number of 1 or more, got {times!r}"
+    expect(isinstance(times, int) and times > 0, "iterations", what)
     prefixed = loop["hub_prefix"] or not loop["push_to_hub"]
-    expect(
-        prefixed, file, "`hub_prefix` beside push_to_hub, like my-name/my-run: what repositories begin with"
-    )
+    what = "`hub_prefix` beside push_to_hub, like my-name/my-run: what repositories begin with"
+    expect(prefixed, file, what)
     return loop
 
 
 def read_stage(stage: dict, file: Path) -> dict:
-    """A stage of a loop's YAML, its recipe and configurations found: beside that, or from the working directory."""
+    """A stage of a loop's YAML with its `script`, `kind`, and `contents`, of `config` and `later_config`: read now, for a
+    run of hours outlives edits of its files. All are looked for beside that YAML and from the working directory."""
     where = f"{file}: stage {stage.get('name')!r}"
     stage = filled(where, stage, STAGE, ("name", "recipe", "config"))
-    for key in ("config", "later_config"):
-        stage[key] = stage[key] and str(find(stage[key], file.parent, Path(), CONFIGS))
+    names = [stage["config"], stage["later_config"] or stage["config"]]
+    stage["contents"] = [read_yaml(find(name, file.parent, Path(), CONFIGS)) for name in names]
     command = stage["judge_command"]
     listed = command is None or (command and isinstance(command, list))
     expect(listed, f"{where}: judge_command", f"a list of words, got {command!r}")
     words = [str(word) for word in command or []]
     vllm = any(word.startswith("vllm.") or Path(word).name == "vllm" for word in words)
     hosted = not vllm or any(word.startswith("--host") for word in words)
-    expect(hosted, f"{where}: judge_command", "--host, 127.0.0.1: without it vLLM listens on every interface")
+    what = "--host, 127.0.0.1: without it vLLM listens on every interface"
+    expect(hosted, f"{where}: judge_command", what)
     if stage["recipe"] in KINDS:
         return stage | {"kind": KINDS[stage["recipe"]], "script": str(RECIPES / stage["recipe"])}
     script = find(stage["recipe"], file.parent, Path()).resolve()
-    what = "whose settings a recipe of your own takes, and whose files it writes"
-    expect(stage["kind"] in KINDS.values(), where, f"`kind`, one of {', '.join(KINDS.values())}: {what}")
+    what = f"`kind`, one of {', '.join(KINDS.values())}: whose settings a recipe of your own takes"
+    expect(stage["kind"] in KINDS.values(), where, what)
     return stage | {"script": str(script)}
 
 
-def plan(loop: dict, skipped: set[str] = frozenset(), *, read=None) -> list[dict]:
-    """The stages in their order, each with its own `name`, `output_dir`, `iteration`, and `settings`: its YAML.
+def plan(loop: dict, skipped: set[str] = frozenset()) -> list[dict]:
+    """The stages in their order, each with its own `name`, `output_dir`, `iteration`, `settings` (its YAML), `config`
+    (where that is written) and `command`.
 
     What a stage reads of the stages before is filled in: the policy of the latest training that is not `skipped`, the
     rollouts of the latest GRPO, the pairs of the latest verification, the solved questions of all. `overrides` win.
-
-    Args:
-        read: reads a YAML file; `read_yaml` if None.
     """
     rounds = [(stage, stage["name"], 0) for stage in loop["stages"]]
     for number in range(1, loop["iterations"] + 1):
@@ -143,8 +144,7 @@ def plan(loop: dict, skipped: set[str] = frozenset(), *, read=None) -> list[dict
     policy = rollouts = pairs = None
     for stage, name, iteration in rounds:
         kind, output = stage["kind"], str(run / name)
-        settings = dict((read or read_yaml)((iteration > 1 and stage["later_config"]) or stage["config"]))
-        settings["output_dir"] = output
+        settings = stage["contents"][iteration > 1] | {"output_dir": output}
         if loop["seed"] is not None:
             settings["seed"] = loop["seed"]
         if kind == "verify":
@@ -154,17 +154,24 @@ def plan(loop: dict, skipped: set[str] = frozenset(), *, read=None) -> list[dict
         if kind == "grpo":
             settings["leave_out"] = list(solved) or None
         if kind == "dpo" and pairs:
-            settings["pairs"] = with_pairs(settings.get("pairs") or [{}], pairs)
+            # the first of its sources is the loop's own, others are mixed in
+            own, *others = settings.get("pairs") or [{}]
+            own = json.loads(own) if isinstance(own, str) else own
+            own = {key: value for key, value in own.items() if key != "revision"} | {"path": pairs}
+            settings["pairs"] = [own, *others]
         if loop["push_to_hub"]:
-            settings = hub_settings(kind, f"{loop['hub_prefix']}-{name}", settings)
+            repo_id = f"{loop['hub_prefix']}-{name}"
+            ids = {"hub_pairs_id": f"{repo_id}-pairs", "hub_verdicts_id": f"{repo_id}-verdicts"}
+            settings |= ids if kind == "verify" else {"hub_model_id": repo_id}
+            settings["push_to_hub"] = True  # privately, unless its configuration says otherwise
         settings |= stage["overrides"]
         refuse_secrets(f"stage {name}", settings)
-        expect(
-            settings.get("rollouts") != [None], name, "a GRPO stage before it, or `rollouts` in its overrides"
-        )
+        read = settings.get("rollouts") != [None]
+        expect(read, name, "a GRPO stage before it, or `rollouts` in its overrides")
         expect(name not in stages, name, "stages of different names")
         own = {"name": name, "iteration": iteration, "output_dir": output, "settings": settings}
-        stages[name] = stage | own
+        stages[name] = stage | own | {"config": run / "configs" / f"{name}.yaml"}
+        stages[name]["command"] = command_of(stages[name], loop["accelerate"])
         if kind == "verify":
             pairs = f"{output}/pairs"
             solved.append(f"{output}/solved.json")
@@ -175,21 +182,6 @@ def plan(loop: dict, skipped: set[str] = frozenset(), *, read=None) -> list[dict
     return list(stages.values())
 
 
-def with_pairs(sources: list, path: str) -> list:
-    """A DPO stage's sources: the first is the loop's own, others are mixed in."""
-    first = json.loads(sources[0]) if isinstance(sources[0], str) else sources[0]
-    return [{key: value for key, value in first.items() if key != "revision"} | {"path": path}, *sources[1:]]
-
-
-def hub_settings(kind: str, repo_id: str, settings: dict) -> dict:
-    """With where a stage pushes to; private unless its configuration says otherwise."""
-    if kind == "verify":
-        own = {"hub_pairs_id": f"{repo_id}-pairs", "hub_verdicts_id": f"{repo_id}-verdicts"}
-    else:
-        own = {"hub_model_id": repo_id}
-    return settings | own | {"push_to_hub": True}
-
-
 def select(stages: list[dict], first: str | None, last: str | None) -> tuple[int, int]:
     """Indices of the stages that `--from` and `--until` name; of the first and the last stage without them."""
     names = [stage["name"] for stage in stages]
@@ -198,11 +190,13 @@ def select(stages: list[dict], first: str | None, last: str | None) -> tuple[int
     return names.index(first or names[0]), names.index(last or names[-1])
 
 
-def command_of(stage: dict, config: Path, accelerate: list) -> list[str]:
-    recipe = [stage["script"], "--config", str(config)]
+def command_of(stage: dict, accelerate: list) -> list[str]:
+    recipe = [stage["script"], "--config", str(stage["config"])]
     if stage["kind"] == "verify":
         return [sys.executable, *recipe]
-    options = [str(CONFIGS / part) if (CONFIGS / part).is_file() else part for part in map(str, accelerate)]
+    options = [
+        str(CONFIGS / part) if (CONFIGS / part).is_file() else part for part in map(str, accelerate)
+    ]
     # quiet: the stage's own message is the last, not the launcher's traceback
     return [sys.executable, "-c", LAUNCH, "--quiet", *options, *recipe]
 

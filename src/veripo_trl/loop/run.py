@@ -1,12 +1,10 @@
 """The stages of a loop, one after another, each as a process of its own, as a user would start it."""
 
 import contextlib
-import functools
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -16,7 +14,7 @@ from veripo_trl.files.disk import room_for, write_whole
 from veripo_trl.files.run_folder import RESULTS, changed_keys, holder
 from veripo_trl.loop.check import check_settings
 from veripo_trl.loop.judge_server import judge_server
-from veripo_trl.loop.plan import LoopError, command_of, plan, read_yaml, select, shown
+from veripo_trl.loop.plan import LoopError, plan, select, shown
 from veripo_trl.loop.state import MARKER, Run, only_run, read_results
 from veripo_trl.loop.table import show
 from veripo_trl.start import SELDOM
@@ -24,37 +22,26 @@ from veripo_trl.start import SELDOM
 
 def run_loop(loop: dict, *, first: str | None = None, last: str | None = None) -> None:
     """Do what is not done yet of the stages up to `last`; `first` and what follows it once more, where it is given."""
-    read = functools.cache(read_yaml)  # as it is now: a run of hours outlives edits of its files
-    stages = plan(loop, read=read)
+    stages = plan(loop)
     begin, end = select(stages, first, last)
     folder = Path(loop["output_dir"])
     if not (folder / "run.json").exists():
         check_settings(stages)
-    with stopped_by_signals(), only_run(folder):
-        run = Run(folder, loop)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, stop)
+    with only_run(folder):
+        run = Run(folder)
         if first is not None and run.redone_from != first:
             run.forget(stages[begin:])
         before = None
         for index in range(end + 1):
-            stage = plan(loop, run.skipped, read=read)[index]
+            stage = plan(loop, run.skipped)[index]
             before = do_stage(stage, run, before=before)["finished"]
         if run.redone_from:
             run.redone_from = None
             run.save()
         show(run, stages[: end + 1])
-
-
-@contextlib.contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    for number in before:
-        if before[number] is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number in before:
-            signal.signal(number, before[number])
 
 
 def stop(number: int, frame) -> None:
@@ -90,8 +77,9 @@ def do_stage(stage: dict, run: Run, *, before: str | None) -> dict:
                 f"{name} is finished, with other settings ({changed}). To redo it: --from {name}."
             )
         print(f"{name} goes on with changed settings: {changed}", flush=True)
-    own = ("name", "recipe", "iteration", "output_dir", "settings")
-    entry = {key: stage[key] for key in own} | {"after": before}
+    entry = {
+        key: stage[key] for key in ("name", "recipe", "iteration", "output_dir", "settings")
+    } | {"after": before}
     if finished and (results is not None or known["status"] == "skipped"):
         entry = known
     elif results is not None:  # the loop was killed before it could note that
@@ -100,7 +88,10 @@ def do_stage(stage: dict, run: Run, *, before: str | None) -> dict:
         entry = run.put(entry | {"status": "skipped", "minutes": 0.0})
     else:
         return start_stage(stage, run, entry)
-    print(f"{name}: {entry['status']}" + ", there are no pairs" * (entry["status"] == "skipped"), flush=True)
+    print(
+        f"{name}: {entry['status']}" + ", there are no pairs" * (entry["status"] == "skipped"),
+        flush=True,
+    )
     return entry
 
 
@@ -117,15 +108,16 @@ def no_pairs(stage: dict) -> bool:
 
 def start_stage(stage: dict, run: Run, entry: dict) -> dict:
     """Run a stage's recipe, with its judge's server if it has one. Returns its entry in run.json."""
-    name, logs = stage["name"], run.folder / "logs"
-    config = run.folder / "configs" / f"{name}.yaml"
-    write_whole(config, yaml.safe_dump(stage["settings"], sort_keys=False, allow_unicode=True).encode())
-    command, env = command_of(stage, config, run.loop["accelerate"]), environment(run.folder)
-    run.put(entry | {"status": "running", "command": command})
-    print(f"\n=== {name}: {shown(command)}", flush=True)
+    name, logs, env = stage["name"], run.folder / "logs", environment(run.folder)
+    write_whole(
+        stage["config"],
+        yaml.safe_dump(stage["settings"], sort_keys=False, allow_unicode=True).encode(),
+    )
+    run.put(entry | {"status": "running", "command": stage["command"]})
+    print(f"\n=== {name}: {shown(stage['command'])}", flush=True)
     try:
         with judge_server(stage, logs / f"{name}-judge.log", env):
-            code = run_logged(command, logs / f"{name}.log", env, stage["output_dir"])
+            code = run_logged(stage["command"], logs / f"{name}.log", env, stage["output_dir"])
     except SystemExit:
         run.put(entry | {"status": "stopped"})
         raise
@@ -142,7 +134,11 @@ def start_stage(stage: dict, run: Run, entry: dict) -> dict:
 def environment(folder: Path) -> dict[str, str]:
     """Of what a run starts: marked as its own, and without the working directory among the places of imports."""
     places = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    own = {MARKER: str(folder.resolve()), "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(places)}
+    own = {
+        MARKER: str(folder.resolve()),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": os.pathsep.join(places),
+    }
     bars = (
         {"TQDM_DELAY": "0"} if sys.stdout.isatty() else SELDOM
     )  # they see a pipe, and not what is behind it
@@ -152,43 +148,50 @@ def environment(folder: Path) -> dict[str, str]:
 def run_logged(command: list[str], log: Path, env: dict, output_dir: str) -> int:
     """Run a command, its output on the screen and at the end of a file. Returns its exit code.
 
-    A signal that ends the loop is passed to the trainer, which knows what to do, and whose end is waited for; the
-    launcher would die of it and leave the trainer behind.
+    For want of its log no stage is to end: what cannot be written is left out, and that is said once. A signal that ends
+    the loop is passed to the trainer, which knows what to do, and whose end is waited for; the launcher would die of it
+    and leave the trainer behind.
     """
+    whole = True
+
+    def note(part: bytes) -> None:
+        nonlocal whole
+        try:
+            with room_for(log, len(part)):
+                file.write(part)
+        except VeripoError as error:
+            if whole:
+                print(f"The log is not whole, the stage goes on. {error}", flush=True)
+            whole = False
+
+    def copy() -> int:
+        while part := os.read(process.stdout.fileno(), 65536):
+            note(part)
+            with contextlib.suppress(OSError):  # the terminal may be gone; the log has it
+                sys.stdout.buffer.write(part)
+                sys.stdout.flush()
+        return process.wait()
+
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab", buffering=0) as file:
         started_again = "\n" if file.tell() else ""  # a killed run ends in the middle of a line
-        lost = add_to_log(file, f"{started_again}$ {shown(command)}\n".encode(), lost=False)
+        note(f"{started_again}$ {shown(command)}\n".encode())
         # a session of its own: Ctrl-C comes to the loop alone
         process = subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
-
-        def copy(lost: bool) -> int:
-            while part := os.read(process.stdout.fileno(), 65536):
-                lost = add_to_log(file, part, lost=lost)
-                with contextlib.suppress(OSError):  # the terminal may be gone; the log has it
-                    sys.stdout.buffer.write(part)
-                    sys.stdout.flush()
-            return process.wait()
-
         try:
-            return copy(lost)
+            return copy()
         except SystemExit as stopped:
             if trainer := holder(output_dir):
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(trainer, signal.SIGINT if stopped.code == 128 + signal.SIGINT else signal.SIGTERM)
-                copy(lost)
+                    os.kill(
+                        trainer,
+                        signal.SIGINT if stopped.code == 128 + signal.SIGINT else signal.SIGTERM,
+                    )
+                copy()
             raise
-
-
-def add_to_log(file, part: bytes, *, lost: bool) -> bool:
-    """Write to a stage's log, for want of which no stage is to end; whether any part of it is lost, said once."""
-    try:
-        with room_for(file.name, len(part)):
-            file.write(part)
-    except VeripoError as error:
-        if not lost:
-            print(f"The log is not whole, the stage goes on. {error}", flush=True)
-        return True
-    return lost

@@ -19,8 +19,8 @@ MARKER = "VERIPO_RUN"  # in the environment of every process that a run starts
 class Run:
     """`run.json`. stages: {name: what one read, wrote and took}; redone_from: the stage of a `--from` under way."""
 
-    def __init__(self, folder: Path, loop: dict):
-        self.folder, self.file, self.loop = folder, folder / "run.json", loop
+    def __init__(self, folder: Path):
+        self.folder, self.file = folder, folder / "run.json"
         remedy = "Take it from a copy. Without one, choose another output_dir; the folders of its stages are whole."
         content = read_json(self.file, remedy=remedy) if self.file.exists() else {"stages": []}
         self.stages = {entry["name"]: entry for entry in content["stages"]}
@@ -39,7 +39,7 @@ class Run:
         return entry
 
     def save(self) -> None:
-        content = {"name": self.folder.name, "stages": list(self.stages.values()), "loop": self.loop}
+        content = {"name": self.folder.name, "stages": list(self.stages.values())}
         write_json(self.file, content | {"redone_from": self.redone_from})
 
     def forget(self, stages: list[dict]) -> None:
@@ -47,7 +47,8 @@ class Run:
         for stage in stages:
             self.stages.pop(stage["name"], None)
             if (folder := Path(stage["output_dir"])).exists():
-                print(f"{stage['name']}: moved to {move_aside(folder)}, to be done again", flush=True)
+                aside = move_aside(folder)
+                print(f"{stage['name']}: moved to {aside}, to be done again", flush=True)
         self.redone_from = stages[0]["name"]  # until the run is through: the same command goes on
         self.save()
 
@@ -57,9 +58,8 @@ def read_results(folder: str | Path) -> dict | None:
     file = Path(folder) / RESULTS
     if not file.exists():
         return None
-    results = read_json(
-        file, remedy="Remove it, and start the same command again: the stage's end is done anew."
-    )
+    remedy = "Remove it, and start the same command again: the stage's end is done anew."
+    results = read_json(file, remedy=remedy)
     return {key: value for key, value in results.items() if key != "history"}
 
 
@@ -77,24 +77,31 @@ def only_run(folder: Path) -> Iterator[None]:
 
 def leftovers(folder: Path) -> list[psutil.Process]:
     """The processes of this run that are alive, but for this one."""
-    others = [process for process in psutil.process_iter(["environ", "status"]) if process.pid != os.getpid()]
-    alive = [process for process in others if process.info["status"] != psutil.STATUS_ZOMBIE]
-    return [
-        process for process in alive if (process.info["environ"] or {}).get(MARKER) == str(folder.resolve())
+    mark = str(folder.resolve())
+    others = [
+        process
+        for process in psutil.process_iter(["environ", "status"])
+        if process.pid != os.getpid()
     ]
+    ours = [process for process in others if (process.info["environ"] or {}).get(MARKER) == mark]
+    return [process for process in ours if process.info["status"] != psutil.STATUS_ZOMBIE]
 
 
 def end_leftovers(folder: Path, patience_s: float = 20.0) -> None:
     """End the processes of this run that outlived the loop which started them: two would write to one folder."""
     for end in (psutil.Process.terminate, psutil.Process.kill):
-        if left := leftovers(folder):
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                print(f"ending {len(left)} processes that this run left behind: {[p.pid for p in left]}", flush=True)
+        if not (left := leftovers(folder)):
+            return
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(
+                f"ending {len(left)} processes that this run left behind: {[p.pid for p in left]}",
+                flush=True,
+            )
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 end(process)
-        deadline = time.monotonic() + patience_s
-        while leftovers(folder) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        psutil.wait_procs(left, timeout=patience_s)
     if left := leftovers(folder):
-        raise LoopError(f"processes {[p.pid for p in left]} of this run do not end; end them first.")
+        raise LoopError(
+            f"processes {[p.pid for p in left]} of this run do not end; end them first."
+        )

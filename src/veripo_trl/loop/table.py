@@ -7,9 +7,9 @@ from veripo_trl.loop.state import Run
 def show(run: Run, stages: list[dict]) -> None:
     """Print the table; draw the curves and write the report, unless they are newer than the run's state."""
     entries = [run.stages[stage["name"]] for stage in stages]
-    reporting = {stage["settings"]["report_judge"] for stage in stages if "report_judge" in stage["settings"]}
-    reporting = reporting or {"rules"}
-    curating = {stage["settings"].get("judge", "rules") for stage in stages if stage["kind"] == "verify"}
+    settings = [stage["settings"] for stage in stages]
+    reporting = {own["report_judge"] for own in settings if "report_judge" in own} or {"rules"}
+    curating = {own.get("judge", "rules") for own in settings if "rollouts" in own}
     print_table(
         f"{run.folder}: held-out questions, sampled at temperature 1 unless it says greedy; consistency reported by "
         f"{', '.join(sorted(reporting))}",
@@ -20,16 +20,13 @@ def show(run: Run, stages: list[dict]) -> None:
         "judges differ = share of answers on which the judge that reports and `rules` give two verdicts."
     )
     if both := reporting & curating:
-        print(
-            f"note: {', '.join(sorted(both))} chose the pairs and reports too: read its inconsistency with care."
-        )
+        names = ", ".join(sorted(both))
+        print(f"note: {names} chose the pairs and reports too: read its inconsistency with care.")
     report = run.folder / "report.html"
     if not report.exists() or report.stat().st_mtime < run.file.stat().st_mtime:
         draw(run, entries)
-    done = {entry["name"] for entry in entries if entry["status"] == "done"}
-    policies = [
-        stage["output_dir"] for stage in stages if stage["kind"] != "verify" and stage["name"] in done
-    ]
+    done = [stage for stage in stages if run.stages[stage["name"]]["status"] == "done"]
+    policies = [stage["output_dir"] for stage in done if stage["kind"] != "verify"]
     print(f"\nreport.html (open it in a browser), loop.png, run.json and logs/ are in {run.folder}")
     print(f"policy: {(policies or ['none yet'])[-1]}", flush=True)
 
@@ -39,8 +36,9 @@ def draw(run: Run, entries: list[dict]) -> None:
     from veripo_trl.report.plots import held_out_charts, save_charts
     from veripo_trl.report.write import write_report
 
-    points = milestones([{"name": entry["name"], "results": entry.get("results", {})} for entry in entries])
-    save_charts(run.folder / "loop.png", held_out_charts(points) if points else [], title=run.folder.name)
+    stages = [{"name": entry["name"], "results": entry.get("results", {})} for entry in entries]
+    charts = held_out_charts(points) if (points := milestones(stages)) else []
+    save_charts(run.folder / "loop.png", charts, title=run.folder.name)
     write_report([run.folder])
 
 
@@ -50,11 +48,10 @@ def table_row(entry: dict) -> dict:
     counts = results.get("counts") or results  # a verification's, or a training's
     after = results.get("after") or {}
     sampled, greedy = after.get("sampled") or {}, after.get("greedy") or {}
+    interval = "{accuracy_low:.1%}–{accuracy_high:.1%}".format(**sampled) if sampled else None
 
-    interval = "{accuracy_low:.1%}–{accuracy_high:.1%}".format(**sampled) if sampled else "–"
-
-    def shown(value, form: str = "{:.1%}") -> str:
-        return "–" if value is None else form.format(value)
+    def shown(value, form: str = "{:.1%}") -> str | None:
+        return None if value is None else form.format(value)
 
     return {
         "stage": entry["name"] + (" (skipped)" if entry["status"] == "skipped" else ""),

@@ -1,21 +1,24 @@
-"""Files of the verifier: rollouts in, verdicts and preference pairs out, a bounded number of them in memory."""
+"""Files of the verifier: rollouts in, verdicts and preference pairs out. In memory all rollouts are one Arrow table."""
 
 import itertools
-import math
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from veripo_trl.data.prompts import PromptTemplate
 from veripo_trl.data.rollouts import SCHEMA_FIELDS
-from veripo_trl.files.disk import FileError, open_parquet, read_parquet, write_parquet
+from veripo_trl.errors import ConfigError
+from veripo_trl.files.disk import FileError, read_parquet, write_parquet
+from veripo_trl.verifier.pairs import seeded_order
 
 _UNREAD = ("completion_tokens", "advantage", "seed")
 _MAY_BE_NULL = ("options", "videos", "images", "data_source")
-ROLLOUT_SCHEMA = pa.schema([(name, kind) for name, kind in SCHEMA_FIELDS if name not in _UNREAD])
+# large: together the texts of a run may be more than 2 GB
+_TYPES = {pa.string(): pa.large_string()}
+_READ = [(name, kind) for name, kind in SCHEMA_FIELDS if name not in _UNREAD]
+ROLLOUT_SCHEMA = pa.schema([(name, _TYPES.get(kind, kind)) for name, kind in _READ])
 VERDICT_SCHEMA = pa.schema(
     [
         ("rollout_id", pa.string()),
@@ -34,6 +37,10 @@ VERDICT_SCHEMA = pa.schema(
 _VERDICT = pa.struct(list(VERDICT_SCHEMA))
 _PART = pa.struct([("type", pa.string()), ("text", pa.string())])
 _TEXTS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+# fault: why the rejected is rejected: wrong, repetitive, too short, inconsistent
+_VERDICTS = pa.struct(
+    [("chosen", pa.list_(_VERDICT)), ("rejected", _VERDICT), ("fault", pa.string())]
+)
 PAIR_SCHEMA = pa.schema(
     [
         *((name, kind) for name, kind in SCHEMA_FIELDS[1:9]),  # question_id … data_source
@@ -44,45 +51,17 @@ PAIR_SCHEMA = pa.schema(
         ("kind", pa.string()),
         ("chosen_ids", pa.list_(pa.string())),
         ("rejected_id", pa.string()),
-        # fault: why the rejected is rejected: wrong, repetitive, too short, inconsistent
-        ("verdicts", pa.struct([("chosen", pa.list_(_VERDICT)), ("rejected", _VERDICT), ("fault", pa.string())])),
+        ("verdicts", _VERDICTS),
         ("prompt_template", pa.string()),
         ("policy", pa.string()),
     ]
 )
 PAIR_COLUMNS = tuple(PAIR_SCHEMA.names[8:])  # what a pair has beside its question's columns
-BATCH = 5_000  # rollouts per read, rows per written file
-GROUPED_AT_ONCE = 50_000  # rollouts in memory while pairs are built
+BATCH = 5_000  # rows as dicts at once, and of a written file
 
 
 class RolloutFilesError(FileError):
     """Files that are not the rollouts of finished generations, each once."""
-
-
-@dataclass
-class RolloutFiles:
-    """Checked rollout files, in order, and what they say: `rollouts` (how many), `policies` and `templates` (counts)."""
-
-    files: list[Path]
-    rollouts: int = 0
-    policies: Counter = field(default_factory=Counter)
-    templates: Counter = field(default_factory=Counter)
-    limit: int | None = None
-
-    def __iter__(self) -> Iterator[dict]:
-        for table in self.tables():
-            yield from table.to_pylist()
-
-    def tables(self) -> Iterator[pa.Table]:
-        """The rollouts as tables of ROLLOUT_SCHEMA, BATCH rows at most."""
-        left = self.limit
-        for file in self.files:
-            for table in _tables_of(file):
-                table = table[:left]
-                left = None if left is None else left - len(table)
-                yield table
-                if left == 0:
-                    return
 
 
 def find_rollout_files(folder: str | Path) -> list[Path]:
@@ -98,45 +77,31 @@ def find_rollout_files(folder: str | Path) -> list[Path]:
     )
 
 
-def open_rollouts(files: Iterable[Path], *, limit: int | None = None) -> RolloutFiles:
-    """Read the files once to check them: all are rollouts, whole, and no rollout id is there twice.
+def read_rollouts(files: Iterable[Path], *, limit: int | None = None) -> pa.Table:
+    """The rollouts of files, in order, as a table of ROLLOUT_SCHEMA.
 
     Args:
-        limit: only the first n rollouts, in file order.
+        limit: the first n only.
+
+    Raises:
+        FileError: a file is damaged or holds something else, a rollout id is there twice, or there is no rollout.
     """
-    found = RolloutFiles(list(files), limit=limit)
-    seen, twice = set(), set()
-    for table in found.tables():
-        found.rollouts += len(table)
-        found.policies.update(table["policy"].to_pylist())
-        found.templates.update(table["prompt_template"].to_pylist())
-        for name in table["rollout_id"].to_pylist():
-            (twice if name in seen else seen).add(name)
+    table = pa.concat_tables(map(_read, files))[:limit]
+    counts = pc.value_counts(table["rollout_id"])
+    twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
     if twice:
         raise RolloutFilesError(
             f"{len(twice)} rollout ids are there more than once: {', '.join(sorted(twice)[:5])}, … Give every run's "
             "rollouts once. Two runs whose output folders have one name give the same ids: verify them apart."
         )
-    if not found.rollouts:
-        raise RolloutFilesError(f"No rollouts in {', '.join(map(str, found.files)) or 'no files'}: nothing to verify.")
-    return found
+    if not len(table):
+        raise RolloutFilesError(f"No rollouts in {', '.join(map(str, files))}: nothing to verify.")
+    return table
 
 
-def _tables_of(file: Path) -> Iterator[pa.Table]:
-    with open_parquet(file) as parquet:
-        if missing := [name for name in ROLLOUT_SCHEMA.names if name not in parquet.schema_arrow.names]:
-            raise RolloutFilesError(
-                f"{file}: not the rollouts of a GRPO run: no column {', '.join(missing)}; it has "
-                f"{', '.join(parquet.schema_arrow.names)}. Move it out of the folder, or name the right folder."
-            )
-        for batch in parquet.iter_batches(BATCH, columns=ROLLOUT_SCHEMA.names):
-            batch.validate(full=True)
-            yield _typed(pa.Table.from_batches([batch]).select(ROLLOUT_SCHEMA.names), file)
-
-
-def _typed(table: pa.Table, file: Path) -> pa.Table:
-    """The table in ROLLOUT_SCHEMA's types; empty lists for lists that are null."""
-    columns = []
+def _read(file: Path) -> pa.Table:
+    """A file in ROLLOUT_SCHEMA's types; empty lists for lists that are null."""
+    table, columns = read_parquet(file, ROLLOUT_SCHEMA.names), []
     for wanted in ROLLOUT_SCHEMA:
         column = table[wanted.name]
         try:
@@ -146,14 +111,42 @@ def _typed(table: pa.Table, file: Path) -> pa.Table:
                 f"{file}: {wanted.name}: expected {wanted.type}, a rollout's, came {column.type}."
             ) from None
         if column.null_count and wanted.name not in _MAY_BE_NULL:
-            raise RolloutFilesError(f"{file}: {column.null_count} rollouts without `{wanted.name}`.")
+            raise RolloutFilesError(
+                f"{file}: {column.null_count} rollouts without `{wanted.name}`."
+            )
         if column.null_count and pa.types.is_list(wanted.type):
             column = pc.fill_null(column, pa.scalar([], wanted.type))
         columns.append(column)
     return pa.table(columns, schema=ROLLOUT_SCHEMA)
 
 
-def write_files(rows: Iterable[dict], folder: Path, schema: pa.Schema, *, rows_per_file: int = BATCH) -> int:
+def rows_of(table: pa.Table) -> Iterator[dict]:
+    """A table's rows, a bounded number of them as dicts at once."""
+    for batch in table.to_batches(BATCH):
+        yield from batch.to_pylist()
+
+
+def judged_questions(rollouts: pa.Table, verdicts: pa.Table, *, seed: int) -> Iterator[list[dict]]:
+    """Each question's rollouts, every one with its `verdict`; questions in a seeded order, the same for every order of
+    the rollouts, so that any first n are a fair sample.
+
+    Args:
+        verdicts: of these rollouts, in their order.
+    """
+    ids = rollouts["question_id"].to_pylist()
+    orders = {name: f"{seeded_order(seed, 'question', name):032x}" for name in set(ids)}
+    judged = rollouts.append_column("verdict", verdicts.to_struct_array())
+    judged = judged.append_column("order", pa.array([orders[name] for name in ids], pa.string()))
+    judged = judged.sort_by([("order", "ascending"), ("rollout_id", "ascending")]).drop_columns(
+        "order"
+    )
+    for _, group in itertools.groupby(rows_of(judged), key=lambda rollout: rollout["question_id"]):
+        yield list(group)
+
+
+def write_files(
+    rows: Iterable[dict], folder: Path, schema: pa.Schema, *, rows_per_file: int = BATCH
+) -> int:
     """Write rows as `<folder>/<its name>-00000.parquet` and on, each file whole or not at all, and at least one.
 
     Returns:
@@ -164,8 +157,16 @@ def write_files(rows: Iterable[dict], folder: Path, schema: pa.Schema, *, rows_p
         part = list(itertools.islice(rows, rows_per_file))
         if number and not part:
             return count
-        write_parquet(pa.Table.from_pylist(part, schema=schema), folder / f"{folder.name}-{number:05d}.parquet")
+        write_parquet(
+            pa.Table.from_pylist(part, schema=schema),
+            folder / f"{folder.name}-{number:05d}.parquet",
+        )
         count += len(part)
+
+
+def read_files(folder: Path) -> pa.Table:
+    """What `write_files` wrote."""
+    return pa.concat_tables(map(read_parquet, sorted(folder.glob(f"{folder.name}-*.parquet"))))
 
 
 def remove_files(folder: Path) -> int:
@@ -176,32 +177,11 @@ def remove_files(folder: Path) -> int:
     return len(found)
 
 
-def judged_questions(
-    rollouts: RolloutFiles, verdicts: Path, *, at_once: int = GROUPED_AT_ONCE
-) -> Iterator[list[dict]]:
-    """Each question's rollouts, every one with its `verdict`, questions in the order of their ids.
-
-    A question's rollouts are spread over the whole run, so the files are read once for about every `at_once` rollouts;
-    that many (or the largest question's) are in memory.
-
-    Args:
-        verdicts: the folder that holds the rollouts' verdicts, in the same order.
-    """
-    files = sorted(verdicts.glob(f"{verdicts.name}-*.parquet"))
-    questions = sorted({name for file in files for name in read_parquet(file, ["question_id"])[0].to_pylist()})
-    size = math.ceil(len(questions) * at_once / max(rollouts.rollouts, at_once))
-    for start in range(0, len(questions), size):
-        wanted = pa.array(questions[start : start + size])
-        texts, checks = _of(wanted, rollouts.tables()), _of(wanted, map(read_parquet, files))
-        if not texts["rollout_id"].equals(checks["rollout_id"]):
-            raise RolloutFilesError(f"{verdicts}: not the verdicts of these rollouts, one each and in their order.")
-        judged = texts.append_column("verdict", checks.to_struct_array())
-        judged = judged.sort_by([("question_id", "ascending"), ("rollout_id", "ascending")])
-        rows = (row for batch in judged.to_batches(BATCH) for row in batch.to_pylist())
-        for _, group in itertools.groupby(rows, key=lambda rollout: rollout["question_id"]):
-            yield list(group)
-
-
-def _of(questions: pa.Array, tables: Iterable[pa.Table]) -> pa.Table:
-    parts = [table.filter(pc.is_in(table["question_id"], questions)) for table in tables]
-    return pa.concat_tables(parts).combine_chunks()
+def refuse_other_template(template: PromptTemplate, hashes: Iterable[str], where: str) -> None:
+    """Raise a ConfigError unless all that is there was made with this template: pairs repeat the prompt that the policy
+    saw, and DPO trains on it."""
+    if others := sorted(set(hashes) - {template.hash}):
+        raise ConfigError(
+            f"{where}: made with the prompt template of hash {', '.join(others)}; prompt_template {template.name!r} has "
+            f"the hash {template.hash}. Set prompt_template to the one of the GRPO run."
+        )

@@ -1,18 +1,22 @@
 """Reads preference pairs, as recipes/verify_rollouts.py wrote them, into the dataset that DPO trains on."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from veripo_trl.data.prompts import PromptTemplate
 from veripo_trl.data.rows import read_rows
-from veripo_trl.data.schema import RowError, rows_to_dataset
+from veripo_trl.data.schema import RowError, row_error, rows_to_dataset
 from veripo_trl.files.disk import read_parquet
 from veripo_trl.hub.locate import fetch, locate
-from veripo_trl.verifier.files import PAIR_COLUMNS
+from veripo_trl.verifier.files import PAIR_COLUMNS, refuse_other_template
 from veripo_trl.verifier.pairs import KINDS
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -31,42 +35,41 @@ class PairSource:
 
     def __post_init__(self):
         kinds = self.kinds
-        if kinds is not None and (not isinstance(kinds, list) or not kinds or any(kind not in KINDS for kind in kinds)):
+        if kinds is not None and (
+            not isinstance(kinds, list) or not kinds or not set(kinds) <= set(KINDS)
+        ):
             raise RowError(
                 f"pairs {self.path}: `kinds`: expected a list of some of {', '.join(KINDS)}; came {kinds!r}."
             )
 
 
-@dataclass
-class Pairs:
-    """`dataset`: rows with `chosen` and `rejected` (texts), `rejected_finished`, `kind`; `inputs`: what came from the
-    Hub, {path: {repo_id, revision}}."""
-
-    dataset: object
-    inputs: dict = field(default_factory=dict)
-
-
-def load_pairs(sources: list[dict], *, template: PromptTemplate, allow_urls: bool = False) -> Pairs:
+def load_pairs(
+    sources: list[dict], *, template: PromptTemplate, allow_urls: bool = False
+) -> tuple["Dataset", dict[str, dict]]:
     """Read and check preference pairs.
 
     Args:
         template: of this run: pairs whose rollouts were made with another wording are refused, since DPO would train
             on prompts that the policy never saw.
 
+    Returns:
+        Rows with `chosen` and `rejected` (texts), `rejected_finished`, `kind`; and what came from the Hub, {path:
+        {"repo_id", "revision"}}.
+
     Raises:
-        RowError: no pairs, a file that holds something else, malformed rows, another template. HubError: a dataset that
-            cannot be read from the Hub.
+        RowError: no pairs, malformed rows. FileError: a file that holds something else. ConfigError: another template.
+        HubError: a dataset that cannot be read from the Hub.
     """
-    if not isinstance(sources, list) or not sources:
-        raise RowError(f"`pairs` must be a list of at least one {{path: …}}, came {sources!r}.")
     found, inputs = [], {}
     for given in sources:
-        source = _source(given)
+        source = pair_source(given)
         files, origin = pair_files(source)
         if origin is not None:
             inputs[source.path] = origin
         both = (both for file in files for both in _read(file, source, template, allow_urls))
-        found += [(row, pair) for row, pair in both if not source.kinds or pair["kind"] in source.kinds][: source.limit]
+        found += [
+            (row, pair) for row, pair in both if not source.kinds or pair["kind"] in source.kinds
+        ][: source.limit]
     if not found:
         raise RowError(
             f"no preference pairs in {sources}. Pairs come from groups with right and wrong, or consistent and "
@@ -74,37 +77,39 @@ def load_pairs(sources: list[dict], *, template: PromptTemplate, allow_urls: boo
         )
     rows, pairs = zip(*found, strict=True)
     dataset = rows_to_dataset(rows)
-    for column in ("chosen", "rejected"):
-        dataset = dataset.add_column(column, [pair[column][0]["content"] for pair in pairs])
-    for column in ("rejected_finished", "kind"):
+    for column in ("chosen", "rejected", "rejected_finished", "kind"):
         dataset = dataset.add_column(column, [pair[column] for pair in pairs])
-    return Pairs(dataset, inputs)
+    return dataset, inputs
 
 
-def _read(file: Path, source: PairSource, template: PromptTemplate, allow_urls: bool) -> list[tuple[dict, dict]]:
+def _read(
+    file: Path, source: PairSource, template: PromptTemplate, allow_urls: bool
+) -> list[tuple[dict, dict]]:
     """A file's pairs, each as its question's row and its other columns."""
-    table = read_parquet(file)
-    if missing := [column for column in PAIR_COLUMNS if column not in table.column_names]:
-        raise RowError(f"{file}: no column {', '.join(missing)}. Expected pairs written by recipes/verify_rollouts.py.")
-    if not len(table):
+    pairs = read_parquet(file, list(PAIR_COLUMNS)).to_pylist()
+    if not pairs:
         return []
-    if others := set(table["prompt_template"].to_pylist()) - {template.hash}:
-        raise RowError(
-            f"{file}: its rollouts were made with the prompt template of hash {others.pop()}, this run's "
-            f"{template.name!r} has {template.hash}. Set prompt_template to the one of the GRPO run."
-        )
+    refuse_other_template(
+        template, [pair["prompt_template"] for pair in pairs], f"the rollouts of {file}"
+    )
     where = [{"path": str(file), "media_root": source.media_root}]
-    rows, problems = read_rows(where, allow_urls=allow_urls, unique_ids=False, other_columns=PAIR_COLUMNS)
+    rows, problems = read_rows(
+        where, allow_urls=allow_urls, unique_ids=False, other_columns=PAIR_COLUMNS
+    )
     if problems:
-        raise RowError(f"{file}: {len(problems)} pairs cannot be used, the first: {problems[0]}", problems)
-    return list(zip(rows, table.select(PAIR_COLUMNS).to_pylist(), strict=True))
+        raise row_error(problems)
+    texts = [{side: pair[side][0]["content"] for side in ("chosen", "rejected")} for pair in pairs]
+    return [(row, pair | text) for row, pair, text in zip(rows, pairs, texts, strict=True)]
 
 
-def _source(given: dict) -> PairSource:
-    known = [item.name for item in fields(PairSource)]
-    if not isinstance(given, dict) or "path" not in given or set(given) - set(known):
-        raise RowError(f"pairs source {given!r}: expected `path` and any of {', '.join(known[1:])}, nothing else.")
-    return PairSource(**given)
+def pair_source(given: dict) -> PairSource:
+    try:
+        return PairSource(**given)
+    except TypeError as error:
+        known = ", ".join(PairSource.__dataclass_fields__)
+        raise RowError(
+            f"pairs source {given!r}: expected `path`, and nothing but {known} ({error})."
+        ) from error
 
 
 def pair_files(source: PairSource) -> tuple[list[Path], dict | None]:
@@ -117,8 +122,12 @@ def pair_files(source: PairSource) -> tuple[list[Path], dict | None]:
     if origin is not None:
         path = fetch(**origin)
     elif source.revision:
-        raise RowError(f"pairs {source.path}: `revision` is for Hub datasets; leave it out of a local path.")
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet")) if path.is_dir() else []
+        raise RowError(
+            f"pairs {source.path}: `revision` is for Hub datasets; leave it out of a local path."
+        )
+    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     if not files:
-        raise RowError(f"pairs {source.path}: expected a folder of parquet files or a Hub dataset; found no such file.")
+        raise RowError(
+            f"pairs {source.path}: expected a folder of parquet files or a Hub dataset; found no such file."
+        )
     return files, origin
