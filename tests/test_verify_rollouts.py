@@ -300,7 +300,7 @@ REFUSED = [
     (settings(judge="model"), r"judge: expected one of rules, server, local, or module:function; got 'model'"),
     (settings(judge="server"), r"judge_url: expected a URL, for judge: server"),
     (settings(judge="local"), r"judge_model: expected a name, for judge: local"),
-    (settings(push_to_hub=True), r"hub_pairs_id: expected a name, for .* push_to_hub"),
+    (settings(push_to_hub=True), r"hub_pairs_id: expected a name, for push_to_hub"),
     (settings(rollouts=["outputs/absent"]), r"outputs/absent: expected a folder with the rollouts.*no such folder"),
     (settings(judge="server", judge_url="http://127.0.0.1:1", judge_model="x", judge_request_options="{max: 1"),
      r"judge_request_options: expected JSON like .*; got '{max: 1'"),

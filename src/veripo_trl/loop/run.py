@@ -67,19 +67,18 @@ def do_stage(stage: dict, run: Run, *, before: str | None) -> dict:
         raise LoopError(
             f"{stage['output_dir']} holds a run that is not this loop's: choose another output_dir."
         )
+    changed = changed_keys(known["settings"], settings) if known else ""
+    refusal = None
     if finished and known["after"] != before:
-        raise LoopError(
-            f"{name} is finished, but a stage before it was made anew. To follow it: --from {name}."
-        )
-    if known and (changed := changed_keys(known["settings"], settings)):
-        if finished:
-            raise LoopError(
-                f"{name} is finished, with other settings ({changed}). To redo it: --from {name}."
-            )
+        refusal = "but a stage before it was made anew. To follow it"
+    elif finished and changed:
+        refusal = f"with other settings ({changed}). To redo it"
+    elif changed:
         print(f"{name} goes on with changed settings: {changed}", flush=True)
-    entry = {
-        key: stage[key] for key in ("name", "recipe", "iteration", "output_dir", "settings")
-    } | {"after": before}
+    if refusal:
+        raise LoopError(f"{name} is finished, {refusal}: --from {name}.")
+    own = ("name", "recipe", "iteration", "output_dir", "settings")
+    entry = {key: stage[key] for key in own} | {"after": before}
     if finished and (results is not None or known["status"] == "skipped"):
         entry = known
     elif results is not None:  # the loop was killed before it could note that
@@ -88,10 +87,8 @@ def do_stage(stage: dict, run: Run, *, before: str | None) -> dict:
         entry = run.put(entry | {"status": "skipped", "minutes": 0.0})
     else:
         return start_stage(stage, run, entry)
-    print(
-        f"{name}: {entry['status']}" + ", there are no pairs" * (entry["status"] == "skipped"),
-        flush=True,
-    )
+    why = ", there are no pairs" if entry["status"] == "skipped" else ""
+    print(f"{name}: {entry['status']}{why}", flush=True)
     return entry
 
 

@@ -66,7 +66,7 @@ class VideoDPOTrainer(VideoMixin, DPOTrainer):
     Args:
         encoder: see `VideoMixin`.
         ref_model: for full fine-tuning: the starting policy, loaded once more.
-        train_dataset: `pair_dataset.load_pairs(...).dataset`.
+        train_dataset: the data set of `pair_dataset.load_pairs`.
         Further arguments as in `trl.DPOTrainer`.
 
     Raises:
