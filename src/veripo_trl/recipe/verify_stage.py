@@ -20,12 +20,13 @@ from veripo_trl.hub.ask import HubError
 from veripo_trl.hub.cards import dataset_card
 from veripo_trl.hub.locate import fetch, is_local, locate
 from veripo_trl.hub.push import prepare_repo, push_folder
+from veripo_trl.options import option
 from veripo_trl.user_functions import is_user_function
 from veripo_trl.verifier import files
 from veripo_trl.verifier.curriculum import choose_solved
 from veripo_trl.verifier.judge_prompts import load_judge_prompt
 from veripo_trl.verifier.judges import Judge, RulesJudge, UserJudge
-from veripo_trl.verifier.pairs import check_setting, option
+from veripo_trl.verifier.pairs import check_setting
 from veripo_trl.verifier.reply_cache import VerdictCache
 from veripo_trl.verifier.server_judge import ServerJudge
 from veripo_trl.verifier.summary import card_facts

@@ -30,6 +30,7 @@ from veripo_trl.answers.score import split_completion
 from veripo_trl.data.prompts import PromptTemplate, build_messages
 from veripo_trl.data.schema import QUESTION, RowError
 from veripo_trl.errors import ConfigError
+from veripo_trl.options import option
 from veripo_trl.verifier.checks import repetition_share
 from veripo_trl.verifier.judges import conclude_by_rules
 
@@ -37,11 +38,6 @@ KINDS = ("consistency", "penalty", "reflection")
 # Between the two thoughts of a reflection.
 RECHECK = "Wait, let me go back and check this once more."
 MAX_TRIED = 64  # combinations looked at per group and kind: a run's group may hold thousands
-
-
-def option(help: str, default=None):
-    """A field of a dataclass of options."""
-    return field(default=default, metadata={"help": help})
 
 
 def check_setting(options, name: str, fine: object, expected: str) -> None:
