@@ -4,14 +4,18 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from veripo_trl.data.official import make_rows, read_official
+from veripo_trl.data.rows import load_rows
 from veripo_trl.data.schema import RowError
 from veripo_trl.evaluate.questions import read_questions
-from veripo_trl.sources import BENCHMARKS
-from veripo_trl.sources.record import ground_truths, is_number, read_options
+from veripo_trl.sources import BENCHMARKS, mvbench, ovo_bench, seed_bench_r1, sole_r1, tempcompass, tw_grpo
+from veripo_trl.sources.record import ground_truths, is_number, mean_of_means, read_options
 
 EVALUATION = Path(__file__).resolve().parent.parent / "evaluation"
 
@@ -50,7 +54,8 @@ LV = {"key": "Vk_Af", "type": "cartoon", "video_info": {"duration_minutes": 60},
 # benchmark, file name, records, then per row: problem type, options, solution, video, categories
 CASES = [
     ("vsi_bench", "test-00000-of-00001.parquet",
-     [vsi(78, "object_counting", "2", None), vsi(5, "object_rel_direction_hard", "B", ["A. front-left", "B. back-left"])],
+     [vsi(78, "object_counting", "2", None), vsi(5, "object_rel_direction_hard", "B", ["A. front-left",
+      "B. back-left"])],
      [("regression", [], "2", "VSI-Bench/scannet/scene0149_00.mp4", {"part": "numeric", "task": "object_counting"}),
       ("multiple choice", ["A. front-left", "B. back-left"], "B", "VSI-Bench/scannet/scene0149_00.mp4",
        {"part": "choice", "task": "object_rel_direction_hard"})]),
@@ -201,7 +206,7 @@ def test_released_rows_are_read_as_they_are(tmp_path, raw, kind, options, soluti
         ([{"question_id": 1, "problem": "p", "problem_type": "riddle", "solution": "1"}], "problem_type"),
         ([{"problem": "p", "problem_type": "numerical", "solution": "1"}], "question_id"),
         ([{"question_id": 1, "problem": "p", "problem_type": "numerical", "solution": "1", "alternatives": ["1", "m"]}],
-         "row 1, question_id 1, alternatives.*'m' of a numerical row"),
+         "row 1, question_id 1, alternatives.*'m' of a row with numbers"),
         ([{"question_id": 1, "problem": "p", "problem_type": "numerical", "solution": "1", "alternatives": "12"}],
          "alternatives: expected a list of answers"),
         ([released("['', '2']", "How many?")], "row 1, question_id 'q', solution"),
@@ -230,7 +235,8 @@ def test_options_at_the_end_of_a_question(text, options):
     assert read_options(text) == options and all(option in text for option in options)
 
 
-@pytest.mark.parametrize("text, truths", [("B", ["B"]), (3, ["3"]), ("['1', '2']", ["1", "2"]), ("['1', '2]", ["1", "2"]),
+@pytest.mark.parametrize("text, truths", [("B", ["B"]), (3, ["3"]), ("['1', '2']", ["1", "2"]), ("['1', '2]",
+    ["1", "2"]),
                                           ("[1, 2]", ["[1, 2]"])])  # fmt: skip
 def test_several_truths_in_one_text(text, truths):
     assert ground_truths(text) == truths
@@ -240,3 +246,366 @@ def test_several_truths_in_one_text(text, truths):
                                         ("12%", True), ("x+1", False), ("m^2", False), ("about 3", False)])  # fmt: skip
 def test_bare_numbers(text, bare):
     assert is_number(text) == bare
+
+
+# ---- sources: source, file, official content, per row what must stand in it, and what is counted
+
+SBR1 = {"sample_id": 17, "video_source": "EpicKitchens", "video_id": "P01_01", "video_basename": "P01_01_0.mp4",
+        "current_observation_basename": "P01_01_0.png", "task_goal": "make tea", "question": "What should be next?",
+        "task_progress_metadata": [{"narration_text": "open cupboard", "start_frame": 10, "stop_frame": 40}],
+        "current_observation_frame": 60, "answer": "take cup",
+        "negative_answers": ["wash knife", "open fridge", "close door"]}  # fmt: skip
+SBR1_TEST = {key: value for key, value in SBR1.items() if key not in ("answer", "negative_answers")}
+SBR1_TEST |= {"choice_a": "take cup", "choice_b": "wash", "choice_c": "open", "choice_d": "close",
+    "golden_choice_idx": "C"}
+VIDEO_R1 = {"problem_id": 7, "problem": "How many lids are opened?", "data_type": "video", "problem_type": "numerical",
+            "options": [], "solution": "<answer>3</answer>", "path": "./Demo/7.mp4", "data_source": "Demo"}  # fmt: skip
+PRIMO = VIDEO_R1 | {"problem_id": 5, "solution": "<answer>40</answer>", "path": "./robotwin/ep5_0_120.mp4",
+                    "init_frame_path": "./robotwin/ep5_f0.png",
+                        "current_frame_path": "./robotwin/ep5_f120.png"}  # fmt: skip
+PRIMO_SFT = PRIMO | {"problem_id": 6, "process": "<think>…</think>", "planning": "p", "observation": "o",
+                     "reasoning": "<reasoning>r</reasoning>", "select": True}  # fmt: skip
+HALLU = VIDEO_R1 | {"problem_id": 3.0, "problem": "Does the feather fall faster?", "problem_type": "free-form",
+                    "solution": "<answer>No, both fall together.</answer>", "path": "./video/veo_12.mp4"}  # fmt: skip
+HALLU_TEST = {"RowID": 4, "video_path": "video/veo_12.mp4", "Question": "What falls?", "Answer": "A feather.",
+              "Categorization-1": "Physics", "Categorization-2": "Gravity"}  # fmt: skip
+GROUNDING = {"duration": 33.75, "timestamps": [[5, 11], [20.0, 34.5], [7, 7]],
+             "sentences": ["a person puts a cup on the shelf.", "He leaves", "nothing"]}  # fmt: skip
+TIME_R1 = {"video": "v/1.mp4", "duration": 100.0, "timestamp": [5.0, 11.0], "sentence": "A dog runs.", "qid": "q9",
+           "video_start": None, "video_end": None, "difficulty": 30, "pred": [1, 2]}  # fmt: skip
+TVG = {"path": "t/1.mp4", "question": "the dog runs", "answer": "13.4-28.1", "start": 13.4, "end": 28.1,
+    "duration": 40.0,
+       "dataset_name": "x"}  # fmt: skip
+CLEVRER = {"scene_index": 12, "video_filename": "video_10012.mp4", "questions": [
+    {"question_id": 0, "question": "What shape?", "question_type": "descriptive", "answer": "cube"},
+    {"question_id": 1, "question": "What will happen without the cube?", "question_type": "counterfactual", "choices": [
+        {"choice_id": 2, "choice": "third", "answer": "correct"}, {"choice_id": 0, "choice": "first",
+         "answer": "correct"},
+        {"choice_id": 1, "choice": "second", "answer": "wrong"}]},
+    {"question_id": 2, "question": "And?", "question_type": "counterfactual",
+     "choices": [{"choice_id": 0, "choice": "first", "answer": "wrong"}]}]}  # fmt: skip
+GQA = {"id": 1, "video": "77", "question": "Why does he run?", "options": ["(A) fear", "(B) joy"], "answer": "(B)",
+       "glue": [[5, 11], [12.5, 14]], "duration": 20.0, "type": "CW"}  # fmt: skip
+TRACE = "<time>00:04-00:11</time> <caption>A knife.</caption> <think>First.</think> So the whisk is second."
+THINKER = {"id": "1", "video": "yt/a.mp4", "question": "Second?", "options": ["A. knife", "B. whisk"], "answer": "B",
+           "trace": TRACE + " <answer>B</answer>"}  # fmt: skip
+VST = {"data_source": "multiple choice", "question": "Which is first?\nA. red\nB. blue", "video_context": "v/1.mp4",
+       "reward_model": {"ground_truth": ["A"], "style": "rule"},
+       "extra_info": {"duration": 96.0, "origin_id": "x1"}}  # fmt: skip
+SOLE = {"image_name": "ep7_012.png", "data_source": "sim",
+        "solution": "<think>The cup is above the shelf.</think> <answer>45%</answer>",
+        "prompt": json.dumps([{"role": "system", "content": "expert"}, {"role": "user", "content": [
+            {"type": "image"}, {"type": "text", "text": "previous progress 30%"}]},
+            {"role": "assistant", "content": "45%"}])}  # fmt: skip
+SWIFT = {"messages": [{"role": "user", "content": "<video>Which way?\nA. left\nB. right"},
+                      {"role": "assistant", "content": "<think>It turns.</think>\n<answer>B</answer>"}],
+         "videos": ["v/1.mp4"]}  # fmt: skip
+FACTORY = {"conversations": [{"from": "human", "value": "<image>How many?"}, {"from": "gpt", "value": "3"}],
+           "images": ["i/1.png"], "system": "You count."}  # fmt: skip
+HOLMES = {"video ID": "f1", "Question ID": 2, "Question Type": "SR", "Question": "Who?", "Answer": "B",
+    "Explanation": "x",
+          "Options": {"B": "she", "A": "he", "C": "they", "D": "it", "E": "he", "F": "none"}}  # fmt: skip
+MV = {"video": "a.mp4", "question": "What?", "candidates": ["run", "sit", "go"], "answer": "sit"}
+OVO = {"id": 3, "task": "EPM", "video": "x.mp4", "realtime": 30, "question": "What was it?", "options": ["cup", "pen"],
+       "answer": "cup", "gt": 1}  # fmt: skip
+SB = {"time": "[0:00]", "video_categories": "x", "video_path": "real/s1.mp4", "questions": [
+    {"task_type": "OCR", "question": "What is read?", "time_stamp": "00:01:30", "answer": "B",
+     "options": ["A. one", "B. two"], "required_ability": "x"},
+    {"task_type": "OCR", "question": "And now?", "time_stamp": "00:00:20", "answer": "A", "options": ["one",
+     "two"]}]}  # fmt: skip
+
+CUT = "changed: an end beyond the video's, set to its duration"
+NO_LENGTH = "left out: its start is not before its end"
+SOURCES = [
+    ("video_r1", "a.json", [VIDEO_R1], [{"question_id": "7", "solution": "3", "videos": ["Demo/7.mp4"]}], {}),
+    ("seed_bench_r1", "training_6k.jsonl",
+     [SBR1, SBR1 | {"sample_id": 18, "task_progress_metadata": [],
+                    "negative_answers": ["take cup", "wash", "wash", "x", "y", "z"]},
+      SBR1 | {"sample_id": 19, "negative_answers": ["take cup"]}],
+     [{"question_id": "sbr1-17", "videos": ["videos/EpicKitchens/P01_01_0.mp4"],
+       "images": ["images/EpicKitchens/P01_01_0.png"], "problem": "What should be next?"},
+      {"question_id": "sbr1-18", "videos": []}],
+     {"changed: a wrong option dropped, it repeats the answer or another": 3, "left out: no wrong option": 1}),
+    ("seed_bench_r1", "validation_L3.jsonl", [SBR1_TEST | {"domain": "Work"}],
+     [{"options": ["A. take cup", "B. wash", "C. open", "D. close"], "solution": "C",
+       "categories": {"level": "L3", "domain": "Work"}}], {}),
+    ("primo_r1", "rl.json", [PRIMO, PRIMO | {"problem_id": 8, "problem_type": "boolean",
+     "solution": "<answer>Yes</answer>"}],
+     [{"question_id": "5", "problem_type": "regression", "solution": "40", "videos": ["robotwin/ep5_0_120.mp4"],
+       "images": ["robotwin/ep5_f0.png", "robotwin/ep5_f120.png"]}, {"problem_type": "yes/no", "solution": "Yes"}], {}),
+    ("primo_r1", "sft.json", [PRIMO_SFT, PRIMO_SFT | {"select": False}, PRIMO_SFT | {"observation": ""}],
+     [{"process": "<planning>p</planning><observation>o</observation><reasoning>r</reasoning>"}],
+     {"left out: thinking that was not selected": 1, "left out: thinking without its sections": 1}),
+    ("video_hallu", "synthetic_data_split.json", [HALLU, HALLU],  # 58 ids of 800 rows differ
+     [{"question_id": "vh-syn-0000", "problem_type": "yes/no", "solution": "No, both fall together."},
+      {"question_id": "vh-syn-0001"}],
+     {"said: its video is in VideoHallu's benchmark, which is not held out from it": 2}),
+    ("video_hallu", "physbench_train_split.json",
+     [HALLU | {"problem": None}, HALLU | {"problem": "Which of the options?",
+      "solution": "<answer>The first</answer>"}],
+     [{"question_id": "vh-phy-0001", "problem_type": "free-form", "solution": "The first"}],
+     {"left out: no problem (null)": 1}),
+    ("video_hallu", "data.jsonl", [HALLU_TEST],
+     [{"question_id": "4", "problem_type": "free-form", "categories": {"kind": ["Physics", "Gravity"]}}],
+     {"said: not known whether its video is in the training data (see the source's docstring)": 1}),
+    ("charades_sta", "test.json", {"9AX": GROUNDING},
+     [{"question_id": "cha-9AX-0", "solution": "5.0 to 11.0 of 33.75", "videos": ["Charades_v1_480/9AX.mp4"],
+       "problem": "When does this happen in the video: a person puts a cup on the shelf?"},
+      {"question_id": "cha-9AX-1", "solution": "20.0 to 33.75 of 33.75"}], {CUT: 1, NO_LENGTH: 1}),
+    ("charades_sta", "charades_sta_test.txt", "9AX 5.0 11.25##a person sits.\n9AX 3 3##x\nB 0.0 2##he\n",
+     [{"question_id": "cha-9AX-0", "solution": "5.0 to 11.25"}, {"question_id": "cha-B-0"}], {NO_LENGTH: 1}),
+    ("activitynet", "val_2.json", {"v_a": GROUNDING, "v_b": {"duration": 9, "timestamps": [[9.5, 11]],
+     "sentences": ["x"]}},
+     [{"question_id": "anet-v_a-0", "videos": ["ActivityNet/v_a.mp4"]}, {}],
+     {CUT: 1, NO_LENGTH: 1, "left out: it begins after the end of the video": 1}),
+    ("time_r1", "train_2k5.json", [TIME_R1, TIME_R1 | {"qid": "q10", "video_start": 40.0, "video_end": 60.5}],
+     [{"question_id": "tr1-q9", "solution": "5.0 to 11.0 of 100.0", "videos": ["v/1.mp4"]},
+      {"solution": "5.0 to 11.0 of 20.5", "videos": ["v/1_40.00-60.50.mp4"],
+       "cut": {"video": "v/1.mp4", "start": 40.0, "end": 60.5}}], {}),
+    ("time_r1", "tvgbench.json", [TVG, TVG | {"start": 10, "end": 40}],
+     [{"solution": "13.4 to 28.1 of 40.0", "data_source": "TVGBench"},
+      {"solution": "13.4 to 28.1 of 30.0", "videos": ["t/1_10.00-40.00.mp4"]}], {}),
+    ("stvg_r1", "train.json", {"31": GROUNDING | {"objectid": [2, None, 1]}},
+     [{"question_id": "stvg-31-0", "problem_type": "object and time", "solution": "2; 5.0 to 11.0 of 33.75",
+       "problem": "a person puts a cup on the shelf.", "videos": ["31.mp4"]}],
+     {CUT: 1, NO_LENGTH: 1, "left out: no mark on the object": 1}),
+    ("sole_r1", "a.jsonl", [SOLE, SOLE | {"solution": "<answer>about a fifth</answer>"}],
+     [{"question_id": "sole-ep7_012.png", "problem": "previous progress 30%", "solution": "45",
+      "images": ["ep7_012.png"],
+       "problem_type": "regression", "process": "The cup is above the shelf."}],
+     {"left out: the answer is no number of per cent": 1}),
+    ("clevrer", "validation.json", [CLEVRER],
+     [{"question_id": "clv-12-1", "options": ["A. first", "B. second", "C. third"], "solution": "A,C",
+       "videos": ["CLEVRER/video_10012.mp4"], "categories": {"answers": "several"}}],
+     {"left out: a descriptive question": 1, "left out: no choice is right": 1}),
+    ("next_gqa", "val.json", [GQA, GQA | {"id": 2, "glue": [[3, 3]]}],
+     [{"problem_type": "grounded choice", "solution": "B; 5.0 to 11.0; 12.5 to 14.0 of 20.0",
+       "options": ["(A) fear", "(B) joy"], "videos": ["NExT-QA/77.mp4"]}], {NO_LENGTH: 1, "left out: no span": 1}),
+    ("tw_grpo", "clevrer_train.json",
+     [{"id": 1, "video": "v_1", "question": "Which?", "options": ["A. x", "B. y", "C. z"], "is_negated": True,
+       "problem": "…", "solution": "<answer>B,C</answer>"}],
+     [{"question_id": "tw-1", "solution": "B,C", "videos": ["v_1.mp4"]}], {}),
+    ("video_thinker", "a.json", [THINKER, THINKER | {"trace": "<think>no marks</think>"}],
+     [{"question_id": "vt-1", "solution": "B", "process": TRACE}],
+      {"left out: no time, caption and thought in its trace": 1}),
+    ("vst", "train.parquet", [VST, VST | {"data_source": "yes or no", "question": "Is it red?",
+                                          "reward_model": {"ground_truth": ["Yes"], "style": "rule"}}],
+     [{"question_id": "vst-x1-0", "options": ["A. red", "B. blue"], "solution": "A", "problem_type": "multiple choice"},
+      {"question_id": "vst-x1-1", "problem_type": "yes/no", "solution": "yes"}], {}),
+    ("ms_swift", "a.jsonl",
+     [SWIFT, SWIFT | {"messages": SWIFT["messages"] * 2}, SWIFT | {"messages": SWIFT["messages"][:1]},
+      SWIFT | {"messages": SWIFT["messages"][:1], "solution": "A. left", "id": "x"},
+      {"messages": [{"role": "user", "content": "Look: <video> How far?"}], "videos": "v/1.mp4", "solution": 3}],
+     [{"question_id": "row-0", "problem": "Which way?\nA. left\nB. right", "options": ["A. left", "B. right"],
+       "problem_type": "multiple choice", "solution": "B", "process": "It turns.", "videos": ["v/1.mp4"]},
+      {"question_id": "x", "solution": "A"}, {"problem_type": "numerical", "problem": "Look: \n How far?",
+       "solution": "3"}],
+     {"left out: several turns": 1, "left out: no solution": 1, "changed: videos, then images, before the text": 1}),
+    ("llama_factory", "a.json",
+     [FACTORY, {"instruction": "Who?", "input": "<video>", "output": "a man", "videos": ["v/1.mp4"]},
+      FACTORY | {"conversations": [{"from": "human", "value": "Who?"}], "rejected": {"from": "gpt", "value": "x"}}],
+     [{"problem": "How many?", "problem_type": "numerical", "solution": "3", "images": ["i/1.png"]},
+      {"problem_type": "free-form", "solution": "a man", "videos": ["v/1.mp4"]}],
+     {"said: its system message is not used": 1, "left out: a preference, not a question": 1,
+      "changed: videos, then images, before the text": 1}),
+    ("video_holmes", "test_Video-Holmes.json", [HOLMES],
+     [{"question_id": "f1-2", "options": ["A. he", "B. she", "C. they", "D. it", "E. he", "F. none"], "solution": "B",
+       "videos": ["videos_cropped/f1.mp4"], "categories": {"type": "SR"}}],
+           {"said: two of its options are the same text": 1}),
+    ("mvbench", "action_sequence.json", [MV, MV | {"start": 1.5, "end": 9}, MV | {"candidates": ["sit"]}],
+     [{"solution": "B", "videos": ["MVBench/star/Charades_v1_480/a.mp4"], "categories": {"task": "action_sequence"}},
+      {"videos": ["MVBench/star/Charades_v1_480/a_1.50-9.00.mp4"]}], {"left out: one candidate, right by default": 1}),
+    ("tempcompass", "multi-choice.json", {"v1": {"order": [{"question": "Which?\nA. up\nB. down",
+     "answer": "B. down"}]}},
+     [{"solution": "B", "options": ["A. up", "B. down"], "videos": ["TempCompass/v1.mp4"],
+       "categories": {"task": "multi-choice", "dimension": "order"}}], {}),
+    ("tempcompass", "yes_no.json", {"v1": {"speed": [{"question": "Is it fast?", "answer": "no"}]}},
+     [{"problem_type": "yes/no", "solution": "no", "question_id": "tc-yes_no-v1-speed-0"}], {}),
+    ("tempcompass", "caption_matching.json",
+     {"v1": {"action": [{"question": "Which fits?\nCaption A: he runs\nCaption B: he sits",
+      "answer": "Caption B: he sits"},
+                        {"question": "Which?\nOption 1: up\nOption 2: down", "answer": "Option 1"},
+                        {"question": "Which?\nSentence A: up\nSentence B: down", "answer": "down"}]}},
+     [{"problem": "Which fits?", "options": ["A. he runs", "B. he sits"], "solution": "B"}, {"solution": "A"},
+      {"solution": "B"}], {}),
+    ("tempcompass", "captioning.json", {"v1": {"order": [{"question": "Write it.\nA. up\nB. down",
+     "answer": "A. up"}]}},
+     [{"solution": "A", "problem_type": "multiple choice"}], {}),
+    ("ovo_bench", "ovo_bench_new.json",
+     [OVO, {"id": 4, "task": "REC", "activity": "jump", "test_info": [{"realtime": 3, "count": 0},
+      {"realtime": 9, "count": 2}]},
+      {"id": 5, "task": "SSR", "test_info": [{"realtime": 3, "type": 1, "step": "cut the leek"}]},
+      {"id": 6, "task": "CRR", "question": "Who came?", "test_info": [{"realtime": 3, "type": 0}]}],
+     [{"solution": "B", "categories": {"category": "backward", "task": "EPM"}, "videos": ["OVO-Bench/3.mp4"]},
+      {"problem_type": "numerical", "solution": "0"}, {"solution": "2", "videos": ["OVO-Bench/4_1.mp4"]},
+      {"problem_type": "yes/no", "solution": "yes"}, {"solution": "no"}],
+     {"said: its answer is not the text of options[gt]; gt is taken": 1}),
+    ("streaming_bench", "questions_real.json", [SB],
+     [{"solution": "B", "videos": ["real/s1_30.00-90.00.mp4"], "problem": "What is read?"},
+      {"options": ["A. one", "B. two"], "videos": ["real/s1_0.00-20.00.mp4"], "problem": "And now?"}], {}),
+    ("streaming_bench", "questions_sqa.json", [SB],
+     [{}, {"problem": "Asked before: What is read? Answered: B. two\nAnd now?"}], {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("source, file, content, expected, counted", SOURCES, ids=[f"{c[0]}-{c[1]}" for c in SOURCES])
+def test_a_source_makes_rows_and_counts_the_rest(tmp_path, capsys, source, file, content, expected, counted):
+    path = tmp_path / file
+    path.write_text(content) if isinstance(content, str) else write_official(path, content)
+    made, counts = make_rows(read_official(path, source), source)
+    assert counts == counted
+    loaded = load_rows([{"path": str(path), "source": source}], shuffle=False, unique_ids=False)  # every check
+    assert len(made) == len(loaded) == len(expected)
+    for (*_, raw), row, wanted in zip(made, loaded, expected, strict=True):
+        assert {key: {**raw, **row}[key] for key in wanted} == wanted
+    told = capsys.readouterr().out
+    assert all(reason in told for reason in counted) and (f"source {source}" in told) == bool(counted)
+
+
+BROKEN = [  # of the official format: source, file, content, what the error says
+    ("video_r1", "a.json", [VIDEO_R1 | {"data_type": "audio"}],
+     r"row 1, question_id '7', data_type: expected 'video' or"),
+    ("seed_bench_r1", "a.json", [SBR1_TEST], r"\(file\): expected a name that ends in _L1, _L2 or _L3"),
+    ("seed_bench_r1", "x_L1.jsonl", [SBR1, SBR1_TEST | {"golden_choice_idx": 2}],
+     "row 2, .*golden_choice_idx: expected one"),
+    ("primo_r1", "a.json", [PRIMO | {"problem_type": "guess"}],
+     "row 1, question_id '5', problem_type: expected one of num"),
+    ("primo_r1", "a.json", [{k: v for k, v in PRIMO.items() if k != "current_frame_path"}],
+     "current_frame_path: .* no such"),
+    ("video_hallu", "synthetic.json", [HALLU, HALLU | {"path": None}],
+     "row 2, .*path: expected a non-empty text; came null"),
+    ("charades_sta", "a.txt", "9AX 5.0 11.25##a\n9AX 5.0##b\n",
+     r"line 2: expected 'VID start end##sentence', came '9AX 5"),
+    ("charades_sta", "a.json", {"9AX": GROUNDING | {"sentences": ["a"]}}, "timestamps: expected as many as sentences"),
+    ("charades_sta", "a.json", {"9AX": GROUNDING | {"timestamps": [[-1, 5]], "sentences": ["a"]}},
+     "expected seconds from 0"),
+    ("time_r1", "a.json", [TVG | {"answer": "from 3 on"}], "row 1, .*answer: expected a span like '13.4-28.1'"),
+    ("sole_r1", "a.json", [SOLE | {"prompt": "no JSON"}], "row 1, .*official columns of SOLE-R1; came JSONDecodeError"),
+    ("clevrer", "a.json", [{"scene_index": 1}],
+     "row 1, .*questions: expected the official columns of CLEVRER; came KeyError"),
+    ("tw_grpo", "a.json", [{"id": 1, "question": "?", "options": [], "solution": "left"}],
+     "solution: expected the letter of"),
+    ("ms_swift", "a.json", [SWIFT | {"videos": []}], "videos: expected a file for each <video>; came 0 files, 1 marks"),
+    ("ms_swift", "a.json", [{"messages": [{"role": "me", "content": "?"}]}],
+     "role: expected one of system, user, assis"),
+    ("video_holmes", "a.json", [HOLMES | {"Answer": "G"}], "Answer: expected one of A, B, C, D, E, F; came 'G'"),
+    ("mvbench", "state_change.json", [MV, MV | {"answer": "fly"}], "row 2, .*'fly', 0 times there"),
+    ("mvbench", "state_change.json", [MV | {"candidates": ["sit", "sit"]}], "'sit', 2 times there"),
+    ("mvbench", "my_task.json", [MV], r"my_task.json.*\(file\): expected one of action_sequence.*came 'my_task'"),
+    ("tempcompass", "yes_no.json", {"v": {"order": [{"question": "?", "answer": "maybe"}]}},
+     "answer: expected one of yes, no"),
+    ("tempcompass", "caption_matching.json", {"v": {"order": [{"question": "?\nA. x\nB. y", "answer": "A"}]}},
+     "two last lines"),
+    ("ovo_bench", "a.json", [OVO | {"gt": 2}], "gt: expected an index of 2 options; came 2"),
+    ("streaming_bench", "questions_omni.json", [SB],
+     "expected one of questions_real, questions_sqa; came 'questions_omni'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("source, file, content, message", BROKEN, ids=[f"{i}-{c[0]}" for i, c in enumerate(BROKEN)])
+def test_a_record_that_breaks_the_official_format_is_an_error_with_its_row(tmp_path, source, file, content, message):
+    path = tmp_path / file
+    path.write_text(content) if isinstance(content, str) else write_official(path, content)
+    with pytest.raises(RowError, match=message):
+        load_rows([{"path": str(path), "source": source}])
+
+
+def test_primos_columns_are_not_taken_for_video_r1s(tmp_path):
+    with pytest.raises(RowError, match="these are PRIMO's columns. Set `source: primo_r1`"):
+        load_rows([{"path": str(write_official(tmp_path / "a.json", [PRIMO]))}])
+
+
+def test_where_chooses_among_official_columns_and_limit_among_rows(tmp_path):
+    rows = [HALLU | {"problem": None}, HALLU, HALLU | {"data_source": "other"}, HALLU]
+    entry = {"path": str(write_official(tmp_path / "phys.json", rows)), "source": "video_hallu"}
+    assert load_rows([entry | {"limit": 2}], shuffle=False)["question_id"][:] == ["vh-phy-0001", "vh-phy-0002"]
+    chosen = load_rows([entry | {"where": {"data_source": "other"}}])
+    assert chosen["question_id"][:] == ["vh-phy-0002"]
+
+
+def test_a_source_of_ones_own(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_source.py").write_text(
+        "def convert(record, *, file):\n"
+        "    if record['n'] > 1:\n        return ['left out: large']\n"
+        "    return [{'question_id': record['n'], 'problem': '?', 'problem_type': 'numerical', 'solution': '1'}]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = write_official(tmp_path / "n.jsonl", [{"n": 0}, {"n": 1}, {"n": 2}])
+    rows = load_rows([{"path": str(path), "source": "my_source:convert"}], shuffle=False)
+    assert rows["question_id"][:] == ["0", "1"] and "left out: large" in capsys.readouterr().out
+
+
+def test_options_follow_from_the_id_alone():
+    letters = []
+    for sample in range(40):
+        record = SBR1 | {"sample_id": sample}
+        (row,), (again,) = seed_bench_r1.convert(record, file="a"), seed_bench_r1.convert(dict(record), file="b")
+        assert row == again and row["options"][ord(row["solution"]) - ord("A")].endswith("take cup")
+        letters.append(row["solution"])
+    assert set(letters) == set("ABCD")
+
+
+def test_videohallus_leak_is_told_by_the_training_file_beside(tmp_path):
+    write_official(tmp_path / "synthetic_data_split.json", [HALLU])
+    path = write_official(tmp_path / "data.jsonl", [HALLU_TEST, HALLU_TEST | {"video_path": "video/other.mp4"}])
+    questions = read_questions(path, benchmark="video_hallu")
+    assert [q["raw"]["categories"]["video"] for q in questions] == ["also in the training data", "held out"]
+
+
+@pytest.mark.parametrize(
+    "question, negated",
+    [("What did he do after that?", "What didn't he do after that?"), ("Which event will happen?",
+     "Which event won't happen?"),
+     ("Where is she?", "Where isn't she?"), ("Why did he run?", None), ("How does it end?", None),
+     ("What the man is able to do?", None), ("What did he not do?", None), ("Which able dog runs?", None)],
+)  # fmt: skip
+def test_a_question_is_negated_or_not_inverted(question, negated):
+    assert tw_grpo.negate(question) == negated
+
+
+def test_inversion_negates_the_question_whenever_it_inverts_the_answer():
+    inverted = kept = 0
+    for number in range(60):
+        record = GQA | {"id": number, "options": ["(A) one", "(B) two", "(C) three", "(D) four"], "answer": "(C)"}
+        record["question"] = "What did he do?" if number % 2 else "Why did he run?"
+        row, *counted = tw_grpo.convert(record, file="a.json")
+        if row["question_id"].endswith("-inv"):
+            inverted += 1
+            texts = {option[:1]: option[3:] for option in row["options"]}
+            right = {texts[letter] for letter in row["solution"].split(",")}
+            assert row["problem"] == "What didn't he do?" and "three" in texts.values()
+            assert right == set(texts.values()) - {"three"} and right
+        else:
+            assert (row["problem"], row["solution"], len(row["options"])) == (record["question"], "C", 4)
+            kept += counted == ["kept: it cannot be negated"]
+        assert tw_grpo.convert(record, file="b.json")[0] == row
+    assert 8 <= inverted <= 22 and 8 <= kept <= 22
+
+
+@pytest.mark.parametrize("columns, rows, size", [(3, 2, (1162, 773)), (3, 1, (1162, 384)), (2, 1, (773, 384)),
+                                                 (2, 2, (773, 773))])  # fmt: skip
+def test_sole_r1s_composite(columns, rows, size):
+    frames = [[Image.new("RGB", (640, 480), (x + 1, y + 1, 9)) for x in range(columns)] for y in range(rows)]
+    picture = sole_r1.make_composite(frames)
+    assert picture.size == size and picture.tobytes() == sole_r1.make_composite(frames).tobytes()
+    pixels = picture.load()
+    for x, first in enumerate((0, 389, 778)[:columns]):
+        for y in range(rows):
+            top = 389 * y + 48  # 640 × 480 becomes 384 × 288, centred
+            colour, black = (x + 1, y + 1, 9), (0, 0, 0)
+            inside = [(first, top), (first + 383, top), (first, top + 287)]
+            assert [pixels[place] for place in inside] == [colour] * 3
+            assert pixels[first, top - 1] == pixels[first, top + 288] == black
+    assert all(pixels[x, 100] == (0, 0, 0) for x in range(384, 389))
+
+
+def test_macro_means():
+    ones, zeros = np.ones(1), np.zeros(9)
+    assert mean_of_means({"a": ones, "b": zeros}) == 0.5  # not .1, the mean over rows
+    (told,) = mvbench.totals({"task": {"a": ones, "b": zeros}}).items()
+    assert told == ("mean of 2 tasks (the benchmark's own total)", 0.5)
+    tasks = {"EPM": ones, "HLD": zeros, "OJR": ones, "REC": zeros, "SSR": zeros}
+    assert list(ovo_bench.totals({"task": tasks}).values()) == pytest.approx([(0.5 + 1 + 0) / 3, 0.75])
+    drawn = {"EPM": np.array([[1.0, 0.0], [1.0, 1.0]])}  # (rows, draws), of the bootstrap
+    assert list(ovo_bench.totals({"task": drawn}).values())[0].tolist() == [1.0, 0.5]
+    assert tempcompass.totals({"task": {"multi-choice": ones, "yes_no": zeros}}) == {"multiple choice alone": 1.0}

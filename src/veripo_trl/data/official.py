@@ -18,7 +18,7 @@ from veripo_trl.data.files import (
     read_json,
     uncompressed,
 )
-from veripo_trl.data.schema import FieldError, RowError, show
+from veripo_trl.data.schema import FieldError, RowError, row_error, show
 from veripo_trl.files.tables import print_table
 from veripo_trl.user_functions import is_user_function, user_function
 
@@ -61,6 +61,9 @@ def _records(file: Path, module: ModuleType) -> list[tuple[str, int, Any]]:
     else:
         try:
             content = nested(content, file=str(file))
+        except FieldError as error:
+            problem = {"file": str(file), "row": None, "question_id": None, **error.problem}
+            raise row_error([problem]) from error
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise RowError(
                 f"{file}: not {module.NAME}'s official form ({type(error).__name__}: {error})."

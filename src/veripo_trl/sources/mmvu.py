@@ -1,11 +1,11 @@
 """MMVU: expert questions on videos of 27 subjects.
 
-Source: https://huggingface.co/datasets/yale-nlp/MMVU (validation.json), arXiv 2501.12380. Columns: id, video (an
-address that ends in videos/<subject>/<number>.mp4), youtube_url, question_type, metadata {subject, textbook,
-knowledge, rationale}, question, choices {A: …, E: …}, answer.
+Source: https://huggingface.co/datasets/yale-nlp/MMVU (validation.json), arXiv 2501.12380. Columns: id, video
+(an address that ends in videos/<subject>/<number>.mp4), youtube_url, question_type, metadata {subject,
+textbook, knowledge, rationale}, question, choices {A: …, E: …}, answer.
 Videos: the dataset's videos folder: MMVU/videos/<subject>/<number>.mp4.
-Metric: accuracy of the 625 choice rows, as VerIPO has it. The open-ended rows are left out: their official score comes
-from a language model that compares answers.
+Metric: accuracy of the 625 choice rows, as VerIPO has it. The open-ended rows are left out: their official
+score comes from a language model that compares answers.
 """
 
 NAME = "MMVU"

@@ -30,7 +30,7 @@ def text(record: dict, field: str) -> str:
 def one_of(record: dict, field: str, known) -> Any:
     """A field that must have one of the known values."""
     value = record.get(field)
-    if value not in known:
+    if value not in list(known):
         raise FieldError(
             field, f"one of {', '.join(map(str, known))}", show(value), "Correct the record."
         )
@@ -195,3 +195,13 @@ def read_options(problem: str) -> list[str]:
         if len(options) > 1 and letters == [chr(ord("A") + place) for place in range(len(options))]
         else []
     )
+
+
+def letter_in_brackets(record: dict, field: str) -> str:
+    """B of "(B)", "B", or "<answer>B</answer>"; "B,C" of several."""
+    letters = str(untagged(text(record, field), "answer")).strip()
+    if not (found := re.fullmatch(r"\(?([A-Z](?:,\s?[A-Z])*)\)?\.?", letters)):
+        raise FieldError(
+            field, "the letter of an option", show(record[field]), "Correct the record."
+        )
+    return found[1]

@@ -1,8 +1,9 @@
 """Video-MME: 900 videos from eleven seconds to an hour, three questions each; without subtitles.
 
-Source: https://huggingface.co/datasets/lmms-lab/Video-MME (videomme/test-00000-of-00001.parquet), arXiv 2405.21075.
-Columns: video_id, duration, domain, sub_category, url, videoID, question_id, task_type, question, options ("A. …"),
-answer.
+Source: https://huggingface.co/datasets/lmms-lab/Video-MME (videomme/test-00000-of-00001.parquet), arXiv
+2405.21075.
+Columns: video_id, duration, domain, sub_category, url, videoID, question_id, task_type, question, options
+("A. …"), answer.
 Videos: the dataset's zip files, unpacked: Video-MME/videos/<videoID>.mp4.
 Metric: accuracy.
 """

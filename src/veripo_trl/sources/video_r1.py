@@ -1,12 +1,13 @@
 """Video-R1's training rows, for SFT and RL.
 
-Source: https://huggingface.co/datasets/Video-R1/Video-R1-data (Video-R1-COT-165k.json; Video-R1-260k.json, of which
-146,823 rows are of images), arXiv 2503.21776. Licence: card apache-2.0; the videos and images are of many sets, each
-with terms of its own. Columns: problem_id, problem, data_type (image or video), problem_type, options, solution
-("<answer>…</answer>"), path ("./…" from the folder of the archives), data_source; COT also process ("<think>…</think>").
-There is no test split. Files with these columns are recognised: `source` may be left out.
-Traps: rows of ArxivQA are reported to leave data_source blank, it is a label only; VideoHallu's and PRIMO's files look
-alike and have sources of their own.
+Source: https://huggingface.co/datasets/Video-R1/Video-R1-data (Video-R1-COT-165k.json; Video-R1-260k.json, of
+which 146,823 rows are of images), arXiv 2503.21776. Licence: card apache-2.0; the videos and images are of
+many sets, each with terms of its own. Columns: problem_id, problem, data_type (image or video), problem_type,
+options, solution ("<answer>…</answer>"), path ("./…" from the folder of the archives), data_source; COT also
+process ("<think>…</think>"). There is no test split. Files with these columns are recognised: `source` may be
+left out.
+Traps: rows of ArxivQA are reported to leave data_source blank, it is a label only; VideoHallu's and PRIMO's
+files look alike and have sources of their own.
 """
 
 from veripo_trl.data.schema import FieldError, show

@@ -1,0 +1,24 @@
+"""ActivityNet Captions: when something happens in a video of two minutes.
+
+Source: https://cs.stanford.edu/people/ranjaykrishna/densevid (train.json 10,009 videos and 37,421 sentences,
+val_1.json 4,917 and 17,505, val_2.json 4,885 and 17,031, the test of most papers), arXiv 1705.00754. Columns:
+{v_<YouTube id>: {duration, timestamps [[s, e]], sentences}}. Videos from YouTube, many are gone: state how
+many were found.
+Metric: as Charades-STA's.
+Traps: 4 training spans have no length, 12 end beyond the video: left out, or set to its end, and counted.
+"""
+
+from veripo_trl.sources.record import grounding_rows
+
+NAME = "ActivityNet Captions"
+VIDEOS = "ActivityNet/v_<YouTube id>.mp4"
+
+
+def records(content: dict, *, file: str) -> list[dict]:
+    return [{"video": video, **record} for video, record in content.items()]
+
+
+def convert(record: dict, *, file: str) -> list[dict | str]:
+    return grounding_rows(
+        record, prefix="anet", name=NAME, video=f"ActivityNet/{record['video']}.mp4"
+    )
