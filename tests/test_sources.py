@@ -236,7 +236,7 @@ def test_options_at_the_end_of_a_question(text, options):
 
 
 @pytest.mark.parametrize("text, truths", [("B", ["B"]), (3, ["3"]), ("['1', '2']", ["1", "2"]), ("['1', '2]",
-    ["1", "2"]),
+                                                                                                 ["1", "2"]),
                                           ("[1, 2]", ["[1, 2]"])])  # fmt: skip
 def test_several_truths_in_one_text(text, truths):
     assert ground_truths(text) == truths
@@ -257,12 +257,12 @@ SBR1 = {"sample_id": 17, "video_source": "EpicKitchens", "video_id": "P01_01", "
         "negative_answers": ["wash knife", "open fridge", "close door"]}  # fmt: skip
 SBR1_TEST = {key: value for key, value in SBR1.items() if key not in ("answer", "negative_answers")}
 SBR1_TEST |= {"choice_a": "take cup", "choice_b": "wash", "choice_c": "open", "choice_d": "close",
-    "golden_choice_idx": "C"}
+              "golden_choice_idx": "C"}
 VIDEO_R1 = {"problem_id": 7, "problem": "How many lids are opened?", "data_type": "video", "problem_type": "numerical",
             "options": [], "solution": "<answer>3</answer>", "path": "./Demo/7.mp4", "data_source": "Demo"}  # fmt: skip
 PRIMO = VIDEO_R1 | {"problem_id": 5, "solution": "<answer>40</answer>", "path": "./robotwin/ep5_0_120.mp4",
                     "init_frame_path": "./robotwin/ep5_f0.png",
-                        "current_frame_path": "./robotwin/ep5_f120.png"}  # fmt: skip
+                    "current_frame_path": "./robotwin/ep5_f120.png"}  # fmt: skip
 PRIMO_SFT = PRIMO | {"problem_id": 6, "process": "<think>…</think>", "planning": "p", "observation": "o",
                      "reasoning": "<reasoning>r</reasoning>", "select": True}  # fmt: skip
 HALLU = VIDEO_R1 | {"problem_id": 3.0, "problem": "Does the feather fall faster?", "problem_type": "free-form",
@@ -274,13 +274,13 @@ GROUNDING = {"duration": 33.75, "timestamps": [[5, 11], [20.0, 34.5], [7, 7]],
 TIME_R1 = {"video": "v/1.mp4", "duration": 100.0, "timestamp": [5.0, 11.0], "sentence": "A dog runs.", "qid": "q9",
            "video_start": None, "video_end": None, "difficulty": 30, "pred": [1, 2]}  # fmt: skip
 TVG = {"path": "t/1.mp4", "question": "the dog runs", "answer": "13.4-28.1", "start": 13.4, "end": 28.1,
-    "duration": 40.0,
+       "duration": 40.0,
        "dataset_name": "x"}  # fmt: skip
 CLEVRER = {"scene_index": 12, "video_filename": "video_10012.mp4", "questions": [
     {"question_id": 0, "question": "What shape?", "question_type": "descriptive", "answer": "cube"},
     {"question_id": 1, "question": "What will happen without the cube?", "question_type": "counterfactual", "choices": [
         {"choice_id": 2, "choice": "third", "answer": "correct"}, {"choice_id": 0, "choice": "first",
-         "answer": "correct"},
+                                                                   "answer": "correct"},
         {"choice_id": 1, "choice": "second", "answer": "wrong"}]},
     {"question_id": 2, "question": "And?", "question_type": "counterfactual",
      "choices": [{"choice_id": 0, "choice": "first", "answer": "wrong"}]}]}  # fmt: skip
@@ -303,7 +303,7 @@ SWIFT = {"messages": [{"role": "user", "content": "<video>Which way?\nA. left\nB
 FACTORY = {"conversations": [{"from": "human", "value": "<image>How many?"}, {"from": "gpt", "value": "3"}],
            "images": ["i/1.png"], "system": "You count."}  # fmt: skip
 HOLMES = {"video ID": "f1", "Question ID": 2, "Question Type": "SR", "Question": "Who?", "Answer": "B",
-    "Explanation": "x",
+          "Explanation": "x",
           "Options": {"B": "she", "A": "he", "C": "they", "D": "it", "E": "he", "F": "none"}}  # fmt: skip
 MV = {"video": "a.mp4", "question": "What?", "candidates": ["run", "sit", "go"], "answer": "sit"}
 OVO = {"id": 3, "task": "EPM", "video": "x.mp4", "realtime": 30, "question": "What was it?", "options": ["cup", "pen"],
@@ -387,7 +387,7 @@ SOURCES = [
      [{"question_id": "tw-1", "solution": "B,C", "videos": ["v_1.mp4"]}], {}),
     ("video_thinker", "a.json", [THINKER, THINKER | {"trace": "<think>no marks</think>"}],
      [{"question_id": "vt-1", "solution": "B", "process": TRACE}],
-      {"left out: no time, caption and thought in its trace": 1}),
+     {"left out: no time, caption and thought in its trace": 1}),
     ("vst", "train.parquet", [VST, VST | {"data_source": "yes or no", "question": "Is it red?",
                                           "reward_model": {"ground_truth": ["Yes"], "style": "rule"}}],
      [{"question_id": "vst-x1-0", "options": ["A. red", "B. blue"], "solution": "A", "problem_type": "multiple choice"},
@@ -399,7 +399,7 @@ SOURCES = [
      [{"question_id": "row-0", "problem": "Which way?\nA. left\nB. right", "options": ["A. left", "B. right"],
        "problem_type": "multiple choice", "solution": "B", "process": "It turns.", "videos": ["v/1.mp4"]},
       {"question_id": "x", "solution": "A"}, {"problem_type": "numerical", "problem": "Look: \n How far?",
-       "solution": "3"}],
+                                              "solution": "3"}],
      {"left out: several turns": 1, "left out: no solution": 1, "changed: videos, then images, before the text": 1}),
     ("llama_factory", "a.json",
      [FACTORY, {"instruction": "Who?", "input": "<video>", "output": "a man", "videos": ["v/1.mp4"]},
@@ -411,7 +411,7 @@ SOURCES = [
     ("video_holmes", "test_Video-Holmes.json", [HOLMES],
      [{"question_id": "f1-2", "options": ["A. he", "B. she", "C. they", "D. it", "E. he", "F. none"], "solution": "B",
        "videos": ["videos_cropped/f1.mp4"], "categories": {"type": "SR"}}],
-           {"said: two of its options are the same text": 1}),
+     {"said: two of its options are the same text": 1}),
     ("mvbench", "action_sequence.json", [MV, MV | {"start": 1.5, "end": 9}, MV | {"candidates": ["sit"]}],
      [{"solution": "B", "videos": ["MVBench/star/Charades_v1_480/a.mp4"], "categories": {"task": "action_sequence"}},
       {"videos": ["MVBench/star/Charades_v1_480/a_1.50-9.00.mp4"]}], {"left out: one candidate, right by default": 1}),
