@@ -3,8 +3,7 @@
     python evaluation/calculate_score.py --pred_path outputs/vsi_bench.json
     python evaluation/calculate_score.py --compare outputs/before.json outputs/after.json
 
-Writes <name>.scores.json and .scores.md beside the predictions; a comparison, by our rules, .compare.json beside the
-second file. Predictions of VerIPO's own script are read too; what only our record holds (truncation, rows that were
+Writes <name>.scores.json beside the predictions; a comparison, by our rules, .compare.json beside the second file. Predictions of VerIPO's own script are read too; what only our record holds (truncation, rows that were
 never answered, thinking length in tokens) is then missing or told in words.
 """
 
@@ -81,15 +80,6 @@ def totals_of(scored: list[dict]) -> list[str]:
     return told
 
 
-def write_markdown(path: Path, table: list[dict[str, str]], notes: list[str]) -> None:
-    rows = [list(table[0]), *(row.values() for row in table)]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join([" --- "] + [" ---: "] * (len(table[0]) - 1)) + "|")
-    path.write_text(
-        "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n", encoding="utf-8"
-    )
-
-
 def notes_on(scored: list[dict], predictions: list[dict], pred_path: str) -> list[str]:
     """What has to be known to read the table."""
     unit = (
@@ -121,13 +111,11 @@ def score(pred_path: str) -> None:
     predictions = read_with_record(path)
     scored = score_predictions(predictions, pred_path=pred_path, benchmark_of=benchmark_of)
     lines, notes = lines_of(scored), notes_on(scored, predictions, pred_path)
-    table = table_of(lines)
-    print_table(path.stem, table)
+    print_table(path.stem, table_of(lines))
     print("", *map(printable, notes), sep="\n")
     rows = [{"position": position, **row} for position, row in enumerate(scored)]
     write_json(path.with_suffix(".scores.json"), {"lines": lines, "notes": notes, "rows": rows})
-    write_markdown(path.with_suffix(".scores.md"), table, notes)
-    print(f"written: {path.with_suffix('.scores.json')} and .md")
+    print(f"written: {path.with_suffix('.scores.json')}")
     # The mean as the released script forms it, so that the printed figure is its own to the last digit.
     overall = summarize_scores(scored)
     print(f"ours: {overall['ours'] * 100:.2f}%")

@@ -55,78 +55,57 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    released = parser.add_argument_group("as VerIPO's script has them")
-    released.add_argument(
+    trained = "default: as the policy was trained, else"
+    add = parser.add_argument_group("as VerIPO's script has them").add_argument
+    add(
         "--model_path", required=True, help="a model or LoRA adapter: a folder or a name on the Hub"
     )
-    released.add_argument(
-        "--output_path", required=True, help="a .json file; what belongs to it is written beside it"
-    )
-    released.add_argument(
+    add("--output_path", required=True, help="a .json file; what belongs to it lies beside it")
+    add(
         "--prompt_path",
         required=True,
         help="the questions: .json (a list), .jsonl; see --benchmark",
     )
-    released.add_argument(
-        "--video_dir", default="", help="what video paths start from (default: the file's folder)"
-    )
-    trained = "default: as the policy was trained, else"
-    released.add_argument("--video_fps", type=float, help=f"{trained} {DEFAULTS['fps']}")
-    released.add_argument(
-        "--video_max_pixels", type=int, help=f"per frame; {trained} {DEFAULTS['max_pixels']}"
-    )
-    released.add_argument(
-        "--video_max_frames", type=int, help=f"{trained} {DEFAULTS['max_frames']}"
-    )
-    released.add_argument("--max_new_tokens", type=int, default=4096)
-    released.add_argument("--temperature", type=float, default=1e-6, help="below 1e-5: greedy")
-    released.add_argument("--top_p", type=float, default=1.0)
-    released.add_argument("--repetition_penalty", type=float, default=1.05)
-    released.add_argument(
-        "--tensor_parallel_size", type=int, default=1, help="GPUs per engine (vllm)"
-    )
-    released.add_argument(
-        "--batch_size", type=int, help="rows at once (default: 64 for vllm, 8 for transformers)"
-    )
-    ours = parser.add_argument_group("more")
+    add("--video_dir", default="", help="what video paths start from (default: the file's folder)")
+    add("--video_fps", type=float, help=f"{trained} {DEFAULTS['fps']}")
+    add("--video_max_pixels", type=int, help=f"per frame; {trained} {DEFAULTS['max_pixels']}")
+    add("--video_max_frames", type=int, help=f"{trained} {DEFAULTS['max_frames']}")
+    add("--max_new_tokens", type=int, default=4096)
+    add("--temperature", type=float, default=1e-6, help="below 1e-5: greedy")
+    add("--top_p", type=float, default=1.0)
+    add("--repetition_penalty", type=float, default=1.05)
+    add("--tensor_parallel_size", type=int, default=1, help="GPUs per engine (vllm)")
+    add("--batch_size", type=int, help="rows at once (default: 64 for vllm, 8 for transformers)")
+    add = parser.add_argument_group("more").add_argument
     known = f"prompt_path is official data of: {', '.join(BENCHMARKS)}; or module:convert"
-    ours.add_argument("--benchmark", help=known)
-    ours.add_argument(
-        "--engine", choices=sorted(BATCH_SIZES), help="default: vllm where it is installed"
-    )
-    ours.add_argument("--model_revision", help="of model_path on the Hub")
-    ours.add_argument(
+    add("--benchmark", help=known)
+    add("--engine", choices=sorted(BATCH_SIZES), help="default: vllm where it is installed")
+    add("--model_revision", help="of model_path on the Hub")
+    add(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
-        help="default: bfloat16, float32 on a CPU",
+        help="default: float32 on a CPU, else bfloat16",
     )
-    ours.add_argument("--attn_implementation", help="of the transformers engine")
-    ours.add_argument(
-        "--gpu_memory_utilization", type=float, default=0.8, help="of the vllm engine"
-    )
-    ours.add_argument("--data_parallel_size", type=int, default=1, help="engines beside each other")
-    ours.add_argument(
+    add("--attn_implementation", help="of the transformers engine")
+    add("--gpu_memory_utilization", type=float, default=0.8, help="of the vllm engine")
+    add("--data_parallel_size", type=int, default=1, help="engines beside each other")
+    add(
         "--num_workers",
         type=int,
         help="most processes that decode ahead, per engine (default: cores)",
     )
-    ours.add_argument("--seed", type=int, default=0, help="of the sampling")
-    ours.add_argument("--limit", type=int, help="the first n questions")
-    ours.add_argument(
-        "--prompt_template",
-        help=f"default, tiny, or a YAML file with wording of yours; {trained} default",
-    )
-    ours.add_argument(
-        "--video_min_pixels", type=int, help=f"per frame; {trained} {DEFAULTS['min_pixels']}"
-    )
-    ours.add_argument("--video_min_frames", type=int, help=f"{trained} {DEFAULTS['min_frames']}")
-    ours.add_argument(
+    add("--seed", type=int, default=0, help="of the sampling")
+    add("--limit", type=int, help="the first n questions")
+    add("--prompt_template", help=f"default, tiny, or a YAML file of yours; {trained} default")
+    add("--video_min_pixels", type=int, help=f"per frame; {trained} {DEFAULTS['min_pixels']}")
+    add("--video_min_frames", type=int, help=f"{trained} {DEFAULTS['min_frames']}")
+    add(
         "--max_image_pixels",
         type=int,
         help=f"of an image; {trained} {DEFAULTS['max_image_pixels']}",
     )
-    ours.add_argument("--decode_timeout_s", type=float, default=60.0)
-    ours.add_argument("--frame_cache", help="folder for sampled frames, shared by runs")
+    add("--decode_timeout_s", type=float, default=60.0)
+    add("--frame_cache", help="folder for sampled frames, shared by runs")
     args = parser.parse_args(argv)
     for name in (
         "batch_size",
@@ -384,7 +363,7 @@ def evaluate(args, argv: list[str], files: OutputFiles, rank: int | None) -> int
     if not errors:
         return 0
     print(
-        f"{len(errors)} rows could not be answered and count as wrong ({files.errors} has them all):"
+        f"{len(errors)} rows could not be answered and count as wrong ({files.record} has them all):"
     )
     for error in errors[:SHOWN]:
         print(f"  row {error['position']}, {printable(error['question_id'])}: {error['error']}")

@@ -126,36 +126,6 @@ def test_refusals_name_what_is_wrong(loaded, tmp_path):
             loaded.ask(**question)
 
 
-class Breaks:
-    """In the place of a policy: its answer ends in an error."""
-
-    error = None
-
-    def __init__(self, loaded):
-        self.processor, self.encode = loaded.processor, loaded.encode
-
-    def complete(self, prompt, *, streamer, **decoding):
-        streamer.on_finalized_text("<think>so")
-        raise self.error
-
-
-FULL = chat.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB. GPU 0 has a total capacity …")
-
-
-def test_a_full_gpu_and_ctrl_c_are_a_line(loaded, monkeypatch, capsys):
-    monkeypatch.setattr(chat, "Chat", lambda **loading: Breaks(loaded))
-    expected = (
-        "ConfigError: CUDA out of memory. Give fewer or smaller frames (--max_frames, --max_pixels), or load with "
-        "--load_in_4bit.\n"
-    )
-    for error, code, err in ((FULL, 1, expected), (KeyboardInterrupt(), 130, "")):
-        Breaks.error = error
-        assert run(lambda: chat.main(["--model", "m", "what?"])) == code
-        said = capsys.readouterr()
-        assert said.err == err and "thinking: so" in said.out and "Traceback" not in said.err
-    assert said.out.endswith("\n# stopped\n")
-
-
 def test_a_link_may_lead_anywhere(loaded, media_root, tmp_path):
     """Whoever asks names the file itself: it may be a link."""
     os.symlink(media_root / "wide.mp4", tmp_path / "link.mp4")
@@ -164,17 +134,13 @@ def test_a_link_may_lead_anywhere(loaded, media_root, tmp_path):
         assert loaded.encode("?", videos=[tmp_path / name]).media
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_what_the_screen_shows(terminal, loaded, monkeypatch, capsys):
+def test_the_screen_obeys_no_completion(loaded, capsys):
     tokenizer = loaded.processor.tokenizer
-    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
-    dim, bold, plain = ("\x1b[2m", "\x1b[1m", "\x1b[0m") if terminal else ("", "", "")
     for text, expected in (
-        ("<think>\nso it is</think>\n<answer>B</answer>", f"thinking: {dim}so it is{plain}\nanswer: {bold}B{plain}\n"),
-        ("a < b, no tags <thin", "a < b, no tags <thin\n"),
-        ("<answer>\x1b]0;t\x07\x9b31m B\u202e</answer>", f"answer: {bold}\ufffd]0;t\ufffd\ufffd31m B\ufffd{plain}\n"),
+        ("<think>\nso it is</think>\n<answer>B</answer>", "<think>\nso it is</think>\n<answer>B</answer>\n"),
+        ("<answer>\x1b]0;t\x07\x9b31m B\u202e</answer>", "<answer>\ufffd]0;t\ufffd\ufffd31m B\ufffd</answer>\n"),
     ):
-        printer = Printer(tokenizer)
+        printer = Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         printer.put(chat.torch.tensor([[1, 2, 3]]))  # the prompt
         for token in tokenizer(text)["input_ids"]:
             printer.put(chat.torch.tensor([token]))

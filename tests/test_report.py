@@ -497,10 +497,10 @@ def count(browser, prefix: str = "q") -> str:
 def test_filters_change_what_is_shown(opened):
     assert count(opened) == "25 questions, 100 rollouts match"
     for field, value, expected in (
-        ("q-show", "wrong", "25 questions, 50 rollouts match"),
-        ("q-show", "inconsistent", "25 questions, 25 rollouts match"),
-        ("q-show", "unknown", "25 questions, 25 rollouts match"),
-        ("q-show", "all", "25 questions, 100 rollouts match"),
+        ("q-show", "Wrong (accuracy under 0.5)", "25 questions, 50 rollouts match"),
+        ("q-show", "Inconsistent", "25 questions, 25 rollouts match"),
+        ("q-show", "Consistency unknown", "25 questions, 25 rollouts match"),
+        ("q-show", "All rollouts", "25 questions, 100 rollouts match"),
         ("q-kind", "numerical", "12 questions, 48 rollouts match"),
         ("q-kind", "", "25 questions, 100 rollouts match"),
         ("q-text", "CLIP 7?", "1 question, 4 rollouts match"),
@@ -517,22 +517,14 @@ def test_filters_change_what_is_shown(opened):
 
 
 @pytest.mark.browser
-def test_pages_and_keys(opened):
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-
-    body = opened.find_element(By.TAG_NAME, "body")
+def test_pages(opened):
     seen = texts(opened, ".question .meta span:first-child")
-    for _ in range(4):
-        body.send_keys("n")
+    for _ in range(2):
+        opened.execute_script("document.querySelector('#q-pager button:last-of-type').click()")
         seen += texts(opened, ".question .meta span:first-child")
     assert len(set(seen)) == 25 and texts(opened, "#q-pager") == ["Previous21 to 25 of 25Next"]
-    body.send_keys("p")
+    opened.execute_script("document.querySelector('#q-pager button').click()")
     assert texts(opened, "#q-pager") == ["Previous11 to 20 of 25Next"]
-    body.send_keys("/")
-    opened.switch_to.active_element.send_keys("clip 7?", Keys.ENTER)
-    assert count(opened) == "1 question, 4 rollouts match"
-    put(opened, "q-text", "")
 
 
 @pytest.mark.browser

@@ -194,26 +194,10 @@ def _from_root(path: str | Path) -> str:
 
 
 class Printer(TextStreamer):
-    """Prints a completion as it comes: labels in the place of its tags, in a terminal thinking dim and the answer bold.
-
-    Tags come whole, because a `TextStreamer` hands on whole words.
-    """
-
-    def __init__(self, tokenizer):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        dim, bold, self.plain = (
-            ("\x1b[2m", "\x1b[1m", "\x1b[0m") if sys.stdout.isatty() else ("", "", "")
-        )
-        self.labels = {"<think>": f"thinking: {dim}", "<answer>": f"answer: {bold}"}
+    """Prints a completion as it comes, without what a terminal would obey."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False):
-        text = CONTROL_CHARACTERS.sub("\ufffd", text)  # orders to a terminal
-        text = re.sub(
-            r"\s*(</?(?:think|answer)>)\s*",
-            lambda tag: self.labels.get(tag[1], f"{self.plain}\n"),
-            text,
-        )
-        print(text, end="\n" if stream_end and not text.endswith("\n") else "", flush=True)
+        super().on_finalized_text(CONTROL_CHARACTERS.sub("\ufffd", text), stream_end)
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict, dict]:
@@ -222,49 +206,34 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict, d
         prog="python -m veripo_trl.chat",
         description="Ask a policy one question about videos and images.",
     )
-    parser.add_argument("question")
-    parser.add_argument(
-        "--video", action="append", default=[], help="A file or URL; give it again for more."
-    )
-    parser.add_argument(
-        "--image", action="append", default=[], help="A file or URL; give it again for more."
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("question")
+    add("--video", action="append", default=[], help="A file or URL; give it again for more.")
+    add("--image", action="append", default=[], help="A file or URL; give it again for more.")
+    add(
         "--options",
         nargs="+",
         default=[],
         help='Of a choice: --options "A. red" "B. blue" --video …',
     )
-    parser.add_argument(
-        "--problem_type", choices=PROBLEM_TYPES, help="What kind of answer the prompt asks for."
-    )
+    add("--problem_type", choices=PROBLEM_TYPES, help="What kind of answer the prompt asks for.")
     loading = parser.add_argument_group("the policy, and how it sees")
-    loading.add_argument(
-        "--model", required=True, help="A model or LoRA adapter: a folder or a name on the Hub."
-    )
-    loading.add_argument("--revision", help="Revision of a model on the Hub.")
-    loading.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
-    loading.add_argument(
-        "--load_in_4bit", action="store_true", help="Quantize the weights (bitsandbytes)."
-    )
-    for name, kind in {
-        **{name: type(value) for name, value in SEEING.items()},
-        "max_prompt_tokens": int,
-    }.items():
+    add = loading.add_argument
+    add("--model", required=True, help="A model or LoRA adapter: a folder or a name on the Hub.")
+    add("--revision", help="Revision of a model on the Hub.")
+    add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    add("--load_in_4bit", action="store_true", help="Quantize the weights (bitsandbytes).")
+    kinds = {name: type(value) for name, value in SEEING.items()}
+    for name, kind in {**kinds, "max_prompt_tokens": int}.items():
         field = DataArguments.__dataclass_fields__[name]
-        loading.add_argument(
-            f"--{name}", type=kind, default=field.default, help=field.metadata["help"]
-        )
+        add(f"--{name}", type=kind, default=field.default, help=field.metadata["help"])
     decoding = parser.add_argument_group("decoding")
-    decoding.add_argument("--max_new_tokens", type=int, default=4096, help="(default: 4096)")
-    decoding.add_argument(
-        "--temperature", type=float, default=0.0, help="0 is greedy decoding (the default)."
-    )
-    decoding.add_argument("--top_p", type=float, default=1.0)
-    decoding.add_argument("--repetition_penalty", type=float, default=1.0)
-    decoding.add_argument(
-        "--seed", type=int, help="Of the sampling; another one each time by default."
-    )
+    add = decoding.add_argument
+    add("--max_new_tokens", type=int, default=4096, help="(default: 4096)")
+    add("--temperature", type=float, default=0.0, help="0 is greedy decoding (the default).")
+    add("--top_p", type=float, default=1.0)
+    add("--repetition_penalty", type=float, default=1.0)
+    add("--seed", type=int, help="Of the sampling; another one each time by default.")
     given = parser.parse_args(argv)
     groups = (
         {action.dest: getattr(given, action.dest) for action in g._group_actions}
@@ -273,28 +242,17 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict, d
     return given, *groups
 
 
-def main(argv: list[str] | None = None) -> int | None:
+def main(argv: list[str] | None = None) -> None:
     given, loading, decoding = parse_arguments(argv)
     for path in (*given.video, *given.image):
         _from_root(path)  # before the model loads, which can take minutes
     chat = Chat(**loading)
-    printer = Printer(chat.processor.tokenizer)
     content = {"options": given.options, "problem_type": given.problem_type}
-    try:
-        prompt = chat.encode(given.question, videos=given.video, images=given.image, **content)
-        for line in (*(prompt.media or ["no video or image"]), f"prompt: {len(prompt)} tokens"):
-            print(f"# {line}", flush=True)
-        reply = chat.complete(prompt, streamer=printer, **decoding)
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"{str(error).split('. ')[0]}. Give fewer or smaller frames (--max_frames, --max_pixels), or load with "
-            f"--load_in_4bit."
-        ) from error
-    except KeyboardInterrupt:
-        print("\n# stopped")
-        return 130
-    finally:
-        print(printer.plain, end="", flush=True)  # a terminal gets its own style back
+    prompt = chat.encode(given.question, videos=given.video, images=given.image, **content)
+    for line in (*(prompt.media or ["no video or image"]), f"prompt: {len(prompt)} tokens"):
+        print(f"# {line}", flush=True)
+    printer = Printer(chat.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    reply = chat.complete(prompt, streamer=printer, **decoding)
     cut = (
         f", cut at --max_new_tokens {given.max_new_tokens}"
         if reply.finish_reason == "length"

@@ -56,7 +56,7 @@ def read_questions(
         row["media_root"] = str(root.resolve())
         questions.append({"position": position, "key": key_of(position, raw), "raw": raw, "row": row})
 
-    _each(records, path, read, "cannot be used", question=lambda raw: raw)
+    _each(records, path, read, "cannot be used")
     return questions
 
 
@@ -80,20 +80,20 @@ def read_predictions(path: str | Path) -> list[dict]:
         RowError: entries that cannot be scored: with row, field and remedy.
     """
     predictions = read_records(path)
-    _each(predictions, path, _check_prediction, "cannot be scored", question=lambda raw: raw.get("question"))
+    _each(predictions, path, _check_prediction, "cannot be scored")
     return predictions
 
 
-def _each(records: list[dict], path: str | Path, check, what: str, *, question) -> None:
+def _each(records: list[dict], path: str | Path, check, what: str) -> None:
     """Call `check(position, record)` for all; one RowError for those in which a field is wrong."""
     problems = []
     for position, record in enumerate(records):
         try:
             check(position, record)
         except FieldError as error:
-            raw = question(record)
-            question_id = raw.get("question_id") if isinstance(raw, dict) else None
-            problems.append({"file": str(path), "row": position + 1, "question_id": question_id, **error.problem})
+            raw = record["question"] if isinstance(record.get("question"), dict) else record
+            where = {"file": str(path), "row": position + 1, "question_id": raw.get("question_id")}
+            problems.append({**where, **error.problem})
     if problems:
         raise row_error(problems, what)
 

@@ -1,8 +1,8 @@
 """An evaluation that can be broken off anywhere: answers go into a journal, and at the end into the files made from it.
 
 For `--output_path run/vsi.json`: `vsi.journal.jsonl` grows a line per row; when every row has been dealt with,
-`vsi.json` (VerIPO's form), `vsi.record.json` (what each answer was made with) and, if rows failed, `vsi.errors.json`
-are written, each whole or not at all.
+`vsi.json` (VerIPO's form) and `vsi.record.json` (what each answer was made with, or why there is none) are written, each
+whole or not at all.
 """
 
 import os
@@ -21,11 +21,14 @@ class OutputFiles:
     def __init__(self, output_path: str | Path):
         self.output = Path(output_path)
         if self.output.suffix != ".json":
-            raise ConfigError(f"output_path {str(output_path)!r}: expected a name that ends in .json.")
+            raise ConfigError(
+                f"output_path {str(output_path)!r}: expected a name that ends in .json."
+            )
         self.journal = self.output.with_suffix(".journal.jsonl")
         self.record = self.output.with_suffix(".record.json")
-        self.errors = self.output.with_suffix(".errors.json")
-        self.merged = self.output.with_name(f".{self.output.name}.merged")  # weights with their adapter, for vLLM
+        self.merged = self.output.with_name(
+            f".{self.output.name}.merged"
+        )  # weights with their adapter, for vLLM
 
 
 def answered(journal: Journal) -> set[str]:
@@ -56,16 +59,26 @@ def answer_questions(
             `evaluate.TransformersEngine` names.
         rank, processes: this process takes every `processes`-th batch. progress: a tqdm bar.
     """
-    keys, done, parent = [question["key"] for question in questions], answered(journal), os.getppid()
+    keys, done, parent = (
+        [question["key"] for question in questions],
+        answered(journal),
+        os.getppid(),
+    )
     batches = batches_of(len(questions), batch_size)[rank::processes]
     batches = [indices for indices in batches if any(keys[index] not in done for index in indices)]
     rows = [question["row"] for question in questions]
     for indices, prompts in encoded_batches(encoder, rows, batches, num_workers=num_workers, strict=False):
         if processes > 1 and os.getppid() != parent:
             raise JournalError("The process that started this one has ended.")
-        found = {index: _fitting(prompt, engine) for index, prompt in zip(indices, prompts, strict=True)}
+        found = {
+            index: _fitting(prompt, engine) for index, prompt in zip(indices, prompts, strict=True)
+        }
         good = {index: prompt for index, prompt in found.items() if not isinstance(prompt, str)}
-        lines = [{**_name(questions[index]), "error": found[index]} for index in indices if index not in good]
+        lines = [
+            {**_name(questions[index]), "error": found[index]}
+            for index in indices
+            if index not in good
+        ]
         if any(keys[index] not in done for index in good):
             completions = engine.complete(list(good.values()), list(good))
             lines += [
@@ -94,7 +107,9 @@ def _name(question: dict) -> dict:
     return {**names, "question_id": question["row"]["question_id"]}
 
 
-def _answer(question: dict, prompt: EncodedPrompt, ids: list[int], engine, encoder: PromptEncoder) -> dict:
+def _answer(
+    question: dict, prompt: EncodedPrompt, ids: list[int], engine, encoder: PromptEncoder
+) -> dict:
     described = describe_completion(ids, tokenizer=engine.tokenizer, ends=engine.ends)
     return {
         **_name(question),
@@ -106,7 +121,9 @@ def _answer(question: dict, prompt: EncodedPrompt, ids: list[int], engine, encod
     }
 
 
-def write_outputs(files: OutputFiles, questions: list[dict], journal: Journal, settings: dict) -> list[dict]:
+def write_outputs(
+    files: OutputFiles, questions: list[dict], journal: Journal, settings: dict
+) -> list[dict]:
     """Write the final files from a journal that has dealt with every row.
 
     A row that failed stays in the list with an empty `model_output`, so that no score rises because a video could not
@@ -118,20 +135,24 @@ def write_outputs(files: OutputFiles, questions: list[dict], journal: Journal, s
     Raises:
         JournalError: rows are missing.
     """
-    if missing := [question["position"] for question in questions if question["key"] not in journal.lines]:
-        raise JournalError(f"{journal.path}: {len(missing)} rows are not answered yet (first: {missing[:5]}).")
+    if missing := [
+        question["position"] for question in questions if question["key"] not in journal.lines
+    ]:
+        raise JournalError(
+            f"{journal.path}: {len(missing)} rows are not answered yet (first: {missing[:5]})."
+        )
     lines = [journal.lines[question["key"]] for question in questions]
     errors = [line for line in lines if "error" in line]
-    records = [{name: value for name, value in line.items() if name != "model_output"} for line in lines]
+    records = [
+        {name: value for name, value in line.items() if name != "model_output"} for line in lines
+    ]
     results = []
     for question, line in zip(questions, lines, strict=True):
         raw = question["raw"]
         truth = raw["answer"] if "processed_question" in raw else raw["solution"]
-        results.append({"question": raw, "ground_truth": truth, "model_output": line.get("model_output", "")})
+        results.append(
+            {"question": raw, "ground_truth": truth, "model_output": line.get("model_output", "")}
+        )
     write_json(files.record, {"settings": settings, "errors": len(errors), "rows": records})
-    if errors:
-        write_json(files.errors, errors)
-    else:
-        files.errors.unlink(missing_ok=True)
     write_json(files.output, results)
     return errors
