@@ -3,8 +3,9 @@
     python evaluation/calculate_score.py --pred_path outputs/vsi_bench.json
     python evaluation/calculate_score.py --compare outputs/before.json outputs/after.json
 
-Writes <name>.scores.json beside the predictions; a comparison, by our rules, .compare.json beside the second file. Predictions of VerIPO's own script are read too; what only our record holds (truncation, rows that were
-never answered, thinking length in tokens) is then missing or told in words.
+Writes <name>.scores.json beside the predictions; a comparison, by our rules, .compare.json beside the second file.
+Predictions of VerIPO's own script are read too; what only our record holds (truncation, rows that were never answered,
+thinking length in tokens) is then missing or told in words.
 """
 
 import argparse
