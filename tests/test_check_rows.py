@@ -40,7 +40,7 @@ REASONS = {
     "picture": "image: is not an image",
     "strip": "image: aspect ratio over 200",
     "long": "prompt longer than max_prompt_tokens",
-    "unsolved": "solution: expected a solution that answers can be compared with",
+    "unsolved": "solution: expected a non-empty string",
     "twice": "question_id: expected an id used once",
 }
 BAD = {name for name, reason in REASONS.items() if reason}
