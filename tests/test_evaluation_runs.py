@@ -97,6 +97,19 @@ def test_the_output_is_the_released_form_and_the_record_says_how(script, model_p
     assert contents(alone)["output"] == contents(output)["output"]
 
 
+def test_a_benchmarks_official_file_is_asked(script, model_paths, media_root, tmp_path, capsys):
+    folder = tmp_path / "Video-MME" / "videos"
+    folder.mkdir(parents=True)
+    (folder / "a.mp4").write_bytes((Path(media_root) / "long.mp4").read_bytes())
+    row = {"video_id": "1", "duration": "short", "domain": "x", "videoID": "a", "question_id": "1-1", "task_type": "y",
+           "question": "Which?", "options": ["A. red", "B. blue"], "answer": "B"}  # fmt: skip
+    (tmp_path / "official.json").write_text(json.dumps([row]))
+    options = command(model_paths, tmp_path, tmp_path / "official.json", tmp_path / "out.json", benchmark="video_mme")
+    assert script.main(options) == 0
+    (prediction,) = json.loads((tmp_path / "out.json").read_text())
+    assert prediction["ground_truth"] == "B" and prediction["question"]["categories"]["task"] == "y"
+
+
 def test_released_defaults(script, model_paths):
     """Of a model that does not say how it was trained to see."""
     model = str(model_paths["qwen2_5_vl"])

@@ -1,5 +1,6 @@
 """From official columns to our rows: each source on made-up records, and on the traps that its docstring names."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -14,8 +15,12 @@ from veripo_trl.data.official import make_rows, read_official
 from veripo_trl.data.rows import load_rows
 from veripo_trl.data.schema import RowError
 from veripo_trl.evaluate.questions import read_questions
+from veripo_trl.media.sampling import VideoSettings
+from veripo_trl.media.video import VideoLoader
 from veripo_trl.sources import BENCHMARKS, mvbench, ovo_bench, seed_bench_r1, sole_r1, tempcompass, tw_grpo
 from veripo_trl.sources.record import ground_truths, is_number, mean_of_means, read_options
+from veripo_trl.tiny import clips as tiny
+from veripo_trl.tiny.clips import write_clip
 
 EVALUATION = Path(__file__).resolve().parent.parent / "evaluation"
 
@@ -609,3 +614,65 @@ def test_macro_means():
     drawn = {"EPM": np.array([[1.0, 0.0], [1.0, 1.0]])}  # (rows, draws), of the bootstrap
     assert list(ovo_bench.totals({"task": drawn}).values())[0].tolist() == [1.0, 0.5]
     assert tempcompass.totals({"task": {"multi-choice": ones, "yes_no": zeros}}) == {"multiple choice alone": 1.0}
+
+
+# ---- parts of videos
+
+
+@pytest.fixture(scope="module")
+def cutter():
+    spec = importlib.util.spec_from_file_location("cut_videos", EVALUATION / "cut_videos.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def grey(count: int, step: int = 20) -> np.ndarray:
+    """Frames (T, 32, 48, 3) whose brightness is their index times `step`."""
+    return (np.arange(count, dtype=np.uint8) * step)[:, None, None, None] * np.ones((32, 48, 3), np.uint8)
+
+
+def shown(path) -> tuple[float, list[int]]:
+    """(fps, the indices that the brightness of its frames tells) of a whole clip."""
+    clip = VideoLoader(VideoSettings(100.0, 2, 64, 16 * 16, 64 * 64)).load(path, row_id="q")
+    return clip.fps, [round(float(frame.mean()) / 20) for frame in clip.frames]
+
+
+def test_parts_are_cut_at_their_times(cutter, tmp_path, capsys):
+    videos = tmp_path / "videos"
+    (videos / "v").mkdir(parents=True)
+    write_clip(videos / "v" / "1.mp4", grey(12))
+    fps = tiny.FPS
+    whole = shown(videos / "v" / "1.mp4")
+    assert whole == (fps, list(range(12)))
+    rows = [TIME_R1 | {"qid": n, "video_start": a / fps, "video_end": b / fps, "timestamp": [0.0, 1.0]}
+            for n, (a, b) in enumerate([(4, 8), (2.5, 6), (90, 99)])]  # fmt: skip
+    path = write_official(tmp_path / "train_2k5.json", rows)
+    command = ["--source", "time_r1", "--path", str(path), "--video_dir", str(videos)]
+    assert cutter.main(command) == 3
+    told = capsys.readouterr().out
+    assert "3 parts of videos, 0 are there" in told and "shows nothing between start and end" in told
+    names = [row["videos"][0] for row in load_rows([{"path": str(path), "source": "time_r1"}], shuffle=False)]
+    assert shown(videos / names[0]) == (fps, [4, 5, 6, 7])
+    assert shown(videos / names[1])[1][0] == 2  # what is on the screen when the part begins
+    assert cutter.main(command) == 3 and "2 are there already" in capsys.readouterr().out
+    assert not list(videos.rglob("*.part"))
+
+
+def test_a_part_late_in_a_video_is_sought(cutter, tmp_path):
+    frames = np.concatenate([grey(12)] * 50)  # a key frame every 250
+    write_clip(tmp_path / "1.mp4", frames)
+    cutter.write_video(tmp_path / "part.mp4", cutter.frames_of(tmp_path / "1.mp4", 554 / tiny.FPS, 558 / tiny.FPS, 1.0))
+    assert shown(tmp_path / "part.mp4") == (tiny.FPS, [554 % 12, 555 % 12, 556 % 12, 557 % 12])
+
+
+def test_a_folder_of_frames_becomes_a_video_with_its_times(cutter, tmp_path):
+    folder = tmp_path / "MVBench" / "tvqa" / "frames_fps3_hq" / "clip"
+    folder.mkdir(parents=True)
+    for index, pixels in enumerate(grey(12)):
+        Image.fromarray(pixels).save(folder / f"{index + 1:05d}.png")
+    path = write_official(tmp_path / "episodic_reasoning.json", [MV | {"video": "clip", "start": 1.0, "end": 3.0}])
+    assert cutter.main(["--source", "mvbench", "--path", str(path), "--video_dir", str(tmp_path)]) == 0
+    (row,) = load_rows([{"path": str(path), "source": "mvbench"}])
+    fps, indices = shown(tmp_path / row["videos"][0])
+    assert indices == [3, 4, 5, 6, 7, 8] and fps == pytest.approx(3.0)

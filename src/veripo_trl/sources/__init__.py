@@ -7,7 +7,7 @@ file=)`, the list of its records. Optional: `VIDEOS` (where they are expected), 
 row's id), `totals` (a benchmark's own aggregate, see `vsi_bench`), `categories_of_released`.
 
 A part of a video is a file of its own: such a row names it, `<name>_<start>-<end>.mp4`, and its `cut` says what to cut.
-Nothing here reads a video or cuts one.
+`evaluation/cut_videos.py` cuts them; nothing here reads a video.
 """
 
 # Those that have an official test set: the names that `--benchmark` takes.

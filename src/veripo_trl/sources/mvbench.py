@@ -6,7 +6,7 @@ and end in five tasks.
 Metric: accuracy, mean of the tasks = mean over rows, 200 a task.
 Traps: 5 rows have one candidate, right by default: left out, so that the two means differ a little. 1,000
 rows are about a part of the video from start to end: cut it beforehand (many runs show the whole file).
-TVQA's videos (episodic reasoning) are folders of frames at 3 per second: make them videos beforehand. 1,000
+TVQA's videos (episodic reasoning) are folders of frames at 3 per second: they become videos as they are cut. 1,000
 rows are CLEVRER validation videos.
 """
 
@@ -56,6 +56,8 @@ def convert(record: dict, *, file: str) -> list[dict | str]:
     video = f"MVBench/{FOLDERS[task]}/{text(record, 'video')}"
     if record.get("start") is not None and record.get("end") is not None:
         media = cut_row(video, record["start"], record["end"])
+        if task == "episodic_reasoning":
+            media["cut"]["fps"] = 3.0  # a folder of frames
     else:
         media = {"videos": [video]}
     return [
