@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from veripo_trl.answers.grammars import are_segments, is_structured
 from veripo_trl.answers.score import PROBLEM_TYPES, is_well_formed
 from veripo_trl.data.prompts import (
     PromptError,
@@ -100,6 +101,59 @@ def test_tiny_is_the_problem_and_its_options_on_one_line():
     tiny = load_template("tiny")
     assert text(ROW, tiny) == "Which colour comes last? A. red B. blue"
     assert text(ROW | {"options": [], "problem_type": "numerical"}, tiny) == "Which colour comes last?"
+
+
+NUMBER = {"problem_type": "numerical", "options": []}
+
+
+def test_veripo_asks_before_the_question_and_for_numbers_after_it_too():
+    veripo = load_template("veripo")
+    asked, *rest = text(ROW, veripo).split("\n")
+    assert asked.endswith("</answer>.") and "<answer> $B$ </answer>" in asked
+    assert rest == ["Question:", "Which colour comes last?", "A. red", "B. blue"]
+    assert text(ROW | {"problem": "Last?\nA. red\nB. blue"}, veripo) == "\n".join([asked, "Question:", "Last?", *rest[2:]])
+    for kind in ("numerical", "regression"):
+        asked, *rest, closing = text(ROW | NUMBER | {"problem_type": kind}, veripo).split("\n")
+        assert "<answer> $2$ </answer>" in asked and rest == ["Question:", "Which colour comes last?"]
+        assert "number" in closing and "<answer>" in closing
+    asked, *rest = text(ROW | {"problem_type": "yes/no", "options": []}, veripo).split("\n")  # theirs has no such rows
+    assert asked.endswith("The answer is yes or no.") and "$" not in asked
+    assert rest == ["Question:", "Which colour comes last?"]
+
+
+def test_video_r1_glues_the_options_to_the_question_and_asks_on_one_line():
+    video_r1 = load_template("video_r1")
+    question, asked = text(ROW, video_r1).split("\n\n")
+    assert question == "Which colour comes last?Options:\nA. red\nB. blue"
+    common = asked.split(". Between <answer>")[0]
+    for kind in ("numerical", "regression", "OCR", "free-form", "yes/no"):
+        question, line = text(ROW | {"problem_type": kind, "options": []}, video_r1).split("\n")
+        assert question == "Which colour comes last?"
+        assert line.startswith(common + ". ") and line != asked
+    target = build_target(ROW, video_r1)
+    assert target == "<think>Red, then blue: B.</think>\n<answer>B</answer>"
+
+
+@pytest.mark.parametrize("name", ["veripo", "video_r1"])
+def test_shapes_of_released_prompts_have_no_system_message_and_the_video_first(name):
+    (message,) = build_messages(ROW | {"images": ["c.png"]}, load_template(name))
+    assert message["role"] == "user"
+    assert [part["type"] for part in message["content"]] == ["video", "image", "text"]
+
+
+def test_what_primo_and_video_thinker_ask_for_is_what_their_rewards_accept():
+    progress = NUMBER | {"problem_type": "regression", "solution": "40", "images": ["start.png", "now.png"]}
+    sections = "<planning>lift</planning><observation>it is up</observation><reasoning>half</reasoning>"
+    (message,) = build_messages(ROW | progress, load_template("primo"))
+    assert [part["type"] for part in message["content"]] == ["image", "video", "image", "text"]
+    shown = re.search("<planning>.*</reasoning>", message["content"][-1]["text"])[0]
+    for process in (shown, sections):
+        target = build_target(ROW | progress | {"process": process}, load_template("primo"))
+        assert is_structured(target, ("planning", "observation", "reasoning"))
+    thinker = load_template("video_thinker")
+    shown = re.search("<time>.*</think>", text(ROW, thinker))[0]
+    for process in (shown, TRACE):
+        assert are_segments(build_target(ROW | {"process": process}, thinker))
 
 
 @pytest.mark.parametrize("name, joiner", [("default", "\n"), ("tiny", "")])
@@ -237,7 +291,7 @@ def test_a_layout_without_instruction_needs_empty_instructions(tmp_path):
 
 def test_an_unknown_template_lists_the_known_ones(tmp_path):
     for name in ("tinny", str(tmp_path / "none.yaml")):
-        with pytest.raises(PromptError, match="default, tiny"):
+        with pytest.raises(PromptError, match="default, primo, .*tiny"):
             load_template(name)
     (tmp_path / "list.yaml").write_text("- layout\n")
     with pytest.raises(PromptError, match="expected the keys layout"):
