@@ -1,7 +1,7 @@
 """Cold start: supervised fine-tuning on questions with thinking (`process`), loss on the assistant's tokens only.
 
     accelerate launch -q recipes/sft_video.py                                       # the tiny world, CPU
-    accelerate launch -q recipes/sft_video.py --config video_r1_7b/sft.yaml \\
+    accelerate launch -q recipes/sft_video.py --config video_r1/sft.yaml \\
         --datasets '{"path": "Video-R1-COT-165k.json"}'
 
 Without arguments it trains the embedded tiny model. A run that was broken off goes on from its last checkpoint.

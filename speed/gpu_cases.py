@@ -27,8 +27,8 @@ CONFIGS: dict[str, tuple] = {
     "qwen2_5_vl_3b_lora/sft.yaml": ("3b", 1024, None),
     "qwen2_5_vl_7b/2_search.yaml": ("7b", None, None),
     "qwen2_5_vl_7b/4_align.yaml": ("7b", 1024, "qwen2_5_vl_7b/2_search.yaml"),
-    "video_r1_7b/sft.yaml": ("7b", 1024, None),
-    "video_r1_7b/grpo.yaml": ("7b", None, None),
+    "video_r1/sft.yaml": ("7b", 1024, None),
+    "video_r1/grpo.yaml": ("7b", None, None),
     "qwen2_5_vl_7b/1_activation.yaml": ("7b", None, None),
     "qwen2_5_vl_7b/5_search.yaml": ("7b", None, None),
 }

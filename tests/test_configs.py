@@ -98,7 +98,7 @@ def parsed():
 
 
 def test_every_promised_file_is_there():
-    promised = {*GRPO_7B, "tiny/sft.yaml", "tiny/grpo.yaml", "video_r1_7b/sft.yaml", "video_r1_7b/grpo.yaml"}
+    promised = {*GRPO_7B, "tiny/sft.yaml", "tiny/grpo.yaml", "video_r1/sft.yaml", "video_r1/grpo.yaml"}
     promised |= {"qwen2_5_vl_3b_lora/sft.yaml", "qwen2_5_vl_3b_lora/grpo.yaml"} | {
         f"accelerate/{n}.yaml" for n in ("single", "ddp", "zero2", "zero3")
     }
@@ -229,7 +229,7 @@ SETTINGS = {
         "loss_type": "grpo",
         "train_vision_tower": False,
     },
-    "video_r1_7b/sft.yaml": {
+    "video_r1/sft.yaml": {
         "model_name_or_path": "Qwen/Qwen2.5-VL-7B-Instruct",
         "learning_rate": 1e-6,
         "num_train_epochs": 1,
@@ -237,7 +237,7 @@ SETTINGS = {
         "max_pixels": 128 * 28 * 28,
         "max_length": None,
     },
-    "video_r1_7b/grpo.yaml": {
+    "video_r1/grpo.yaml": {
         "model_name_or_path": "Video-R1/Qwen2.5-VL-7B-COT-SFT",
         "num_generations": 8,
         "beta": 0.04,
