@@ -111,7 +111,8 @@ def test_veripo_asks_before_the_question_and_for_numbers_after_it_too():
     asked, *rest = text(ROW, veripo).split("\n")
     assert asked.endswith("</answer>.") and "<answer> $B$ </answer>" in asked
     assert rest == ["Question:", "Which colour comes last?", "A. red", "B. blue"]
-    assert text(ROW | {"problem": "Last?\nA. red\nB. blue"}, veripo) == "\n".join([asked, "Question:", "Last?", *rest[2:]])
+    listed = ROW | {"problem": "Last?\nA. red\nB. blue"}  # as VerIPO's released rows have them
+    assert text(listed, veripo).split("\n") == [asked, "Question:", "Last?", "A. red", "B. blue"]
     for kind in ("numerical", "regression"):
         asked, *rest, closing = text(ROW | NUMBER | {"problem_type": kind}, veripo).split("\n")
         assert "<answer> $2$ </answer>" in asked and rest == ["Question:", "Which colour comes last?"]
