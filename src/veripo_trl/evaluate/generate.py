@@ -13,7 +13,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from veripo_trl.answers.score import extract_answer, is_well_formed, score_answer, split_completion
+from veripo_trl.answers.score import (
+    answer_metrics,
+    extract_answer,
+    is_well_formed,
+    score_answer,
+    split_completion,
+)
 from veripo_trl.data.prompts import PromptError
 from veripo_trl.data.schema import RowError
 from veripo_trl.files.run_folder import outlive_sigterm
@@ -257,16 +263,19 @@ def summarize(
         `inconsistency` (`verifier.checks.inconsistency`) with `inconsistency_low` and `inconsistency_high` (likewise),
         `unknown` (share),
         `accurate_and_consistent` (unknown counts as a miss), `think_tokens` and `completion_tokens` (means),
-        `truncated` (share), `questions`, `completions`, and `accuracy: <problem type>`; with a second judge
+        `truncated` (share), `questions`, `completions`, `accuracy: <problem type>` and a type's own metrics, as
+        `mIoU: <problem type>`; with a second judge
         `disagreement`, the share of completions on which the two verdicts differ, unknown counted as a verdict.
     """
     if not answers:
         raise ValueError("Expected at least one completion to summarize, but got none.")
-    scores, verdicts, second, kinds = [], [], [], []
+    scores, verdicts, second, kinds, metrics = [], [], [], [], []
     for answer in answers:
         row = dataset[answer["row"]]
         task = {"problem_type": row["problem_type"], "options": row["options"]}
-        scores.append(score_answer(extract_answer(answer["completion"]), solution=row["solution"], **task))
+        said = extract_answer(answer["completion"])
+        scores.append(score_answer(said, solution=row["solution"], **task))
+        metrics.append(answer_metrics(said, solution=row["solution"], **task))
         verdicts.append(judge(answer["completion"], **task))
         if second_judge is not None:
             second.append(second_judge(answer["completion"], **task))
@@ -294,7 +303,17 @@ def summarize(
         "questions": len(set(questions.tolist())),
         "completions": len(answers),
         **{f"accuracy: {kind}": float(scores[kinds == kind].mean()) for kind in sorted(set(kinds.tolist()))},
+        **mean_metrics(metrics, kinds.tolist()),
     }
+
+
+def mean_metrics(metrics: list[dict[str, float]], kinds: list[str]) -> dict[str, float]:
+    """{"mIoU: temporal grounding": its mean over the rows that have it, …} of `score.answer_metrics`."""
+    values = defaultdict(list)
+    for found, kind in zip(metrics, kinds, strict=True):
+        for name, value in found.items():
+            values[f"{name}: {kind}"].append(value)
+    return {name: float(np.mean(some)) for name, some in sorted(values.items())}
 
 
 def bootstrap_interval(scores: np.ndarray, questions: np.ndarray, *, seed: int = 0) -> tuple[float, float]:

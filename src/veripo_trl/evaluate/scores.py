@@ -14,13 +14,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from veripo_trl.answers.choice import read_choice
 from veripo_trl.answers.math_process import call_math, math_timeouts
-from veripo_trl.answers.numbers import read_number
-from veripo_trl.answers.score import extract_answer, score_answer, split_completion
+from veripo_trl.answers.score import (
+    answer_metrics,
+    extract_answer,
+    read_answer,
+    score_answer,
+    split_completion,
+)
 from veripo_trl.data.files import read_json
 from veripo_trl.data.schema import RowError
-from veripo_trl.evaluate.generate import RESAMPLES, bootstrap_interval
+from veripo_trl.evaluate.generate import RESAMPLES, bootstrap_interval, mean_metrics
 from veripo_trl.evaluate.questions import content_hash, read_predictions, task_of, truths_of
 from veripo_trl.verifier.checks import inconsistency
 from veripo_trl.verifier.judges import judge_by_rules
@@ -92,11 +96,7 @@ def our_score(prediction: dict[str, Any]) -> float:
 def is_readable(prediction: dict[str, Any]) -> bool:
     """Whether the output has one answer span that can be read as an answer of its row's kind."""
     task, answer = task_of(prediction["question"]), extract_answer(prediction["model_output"])
-    if not answer:
-        return False
-    if task["problem_type"] == "multiple choice":
-        return read_choice(answer, task["options"]) is not None
-    return task["problem_type"] not in ("numerical", "regression") or read_number(answer) is not None
+    return read_answer(answer, problem_type=task["problem_type"], options=task["options"]) is not None
 
 
 def score_predictions(
@@ -109,7 +109,8 @@ def score_predictions(
         benchmark_of: a row's (benchmark, {category: value or list of values}).
 
     Returns:
-        `ours`, `released`, `benchmark`, `categories`, `problem_type`, `readable`, `truncated` (None if not known),
+        `ours`, `released`, `metrics` (`score.answer_metrics`, by the first truth), `benchmark`, `categories`,
+        `problem_type`, `readable`, `truncated` (None if not known),
         `failed` (the row was never answered), `consistency`, `think_length` (tokens as recorded, or words), `timeouts`
         (maths comparisons of ours that ran into their time limit and count as unequal).
     """
@@ -122,6 +123,7 @@ def score_predictions(
             {
                 "ours": our_score(prediction),
                 "released": released_score(prediction, pred_path=pred_path),
+                "metrics": answer_metrics(extract_answer(output), **task),
                 "benchmark": benchmark,
                 "categories": categories,
                 "problem_type": task["problem_type"],
@@ -146,7 +148,7 @@ def summarize_scores(scored: list[dict]) -> dict[str, float | int]:
         `rows`, `failed` (counted as wrong), `ours` with `ours_low`, `ours_high` (95% bootstrap over rows), `released`,
         `unparsable` (share without a readable answer), `truncated` (share of the rows where it is known, else NaN),
         `inconsistency` (`verifier.checks.inconsistency`), `unknown` (share), `think_length` (mean over rows that were
-        answered), `timeouts` (sum).
+        answered), `timeouts` (sum); the types' own metrics, as `mIoU: <problem type>`.
     """
     ours = np.array([row["ours"] for row in scored])
     low, high = bootstrap_interval(ours, np.arange(len(ours)))
@@ -166,6 +168,7 @@ def summarize_scores(scored: list[dict]) -> dict[str, float | int]:
         "unknown": verdicts["unknown"] / len(scored),
         "think_length": float(np.mean(lengths)) if lengths else math.nan,
         "timeouts": sum(row["timeouts"] for row in scored),
+        **mean_metrics([row["metrics"] for row in scored], [row["problem_type"] for row in scored]),
     }
 
 
@@ -186,7 +189,9 @@ def _line(benchmark: str, rows: list[dict], category: str = "", value: str = "")
 
 
 def table_of(lines: list[dict]) -> list[dict[str, str]]:
-    """The lines for people, also as a file of scores has them, in which NaN is null."""
+    """The lines for people, also as a file of scores has them, in which NaN is null. Last the types' own metrics, of
+    which MAE is in the truth's units."""
+    metrics = sorted({key for line in lines for key in line if ": " in key})
 
     def shown(value: float | None, scale: int = 100) -> str:
         return "–" if value is None or math.isnan(value) else f"{scale * value:.1f}"
@@ -203,6 +208,10 @@ def table_of(lines: list[dict]) -> list[dict[str, str]]:
             "inconsistent %": shown(line["inconsistency"]),
             "unknown %": shown(line["unknown"]),
             "thinking": shown(line["think_length"], 1),
+            **{
+                key if "MAE" in key else f"{key} %": shown(line.get(key), 1 if "MAE" in key else 100)
+                for key in metrics
+            },
         }
         for line in lines
     ]

@@ -1,5 +1,7 @@
 """Held-out tables before and after training, with the judge that reports in them; the early stop of a cold start."""
 
+import math
+
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 from trl.models import unwrap_model_for_generation
@@ -85,6 +87,8 @@ class HeldOutEvaluation(TrainerCallback):
 
     def table(self) -> list[dict]:
         """The rows of the table at the end."""
+        keys = {key for found in self.found.values() for summary in (found or {}).values() for key in summary}
+        metrics = sorted(key for key in keys if ": " in key and not key.startswith("accuracy: "))
         return [
             {
                 "policy": when,
@@ -96,6 +100,7 @@ class HeldOutEvaluation(TrainerCallback):
                 "unknown": summary["unknown"],
                 "accurate+consistent": summary["accurate_and_consistent"],
                 "think tokens": summary["think_tokens"],
+                **{key: summary.get(key, math.nan) for key in metrics},
             }
             for when, summaries in self.found.items()
             for decoding, summary in (summaries or {}).items()
@@ -129,7 +134,8 @@ class StopAtAccuracy(TrainerCallback):
         summary = evaluate_policy(self.trainer, self.dataset, self.report, decoding="greedy")
         self.seen().append({"step": state.global_step, **summary})
         if state.is_world_process_zero:
-            parts = ", ".join(f"{key.removeprefix('accuracy: ')} {summary[key]:.2f}" for key in summary if ": " in key)
+            kinds = [key for key in summary if key.startswith("accuracy: ")]
+            parts = ", ".join(f"{key.removeprefix('accuracy: ')} {summary[key]:.2f}" for key in kinds)
             print(
                 f"step {state.global_step}: development accuracy {summary['accuracy']:.3f} ({parts}), "
                 f"format {summary['format']:.2f}; stops at {self.stop.stop_at_accuracy}",
