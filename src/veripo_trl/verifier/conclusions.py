@@ -14,6 +14,8 @@ from typing import NamedTuple
 from veripo_trl.answers.choice import option_labels, read_choice
 from veripo_trl.answers.numbers import read_number
 from veripo_trl.answers.plain import boxed_spans
+from veripo_trl.answers.score import PROBLEM_TYPES
+from veripo_trl.answers.spans import read_spans
 
 MAX_THINK_CHARS = 100_000
 MAX_SENTENCE_CHARS = 1_000  # its end; keeps every pattern far from a slow case
@@ -393,6 +395,40 @@ def same_text(concluded: str, answer: str, *, exact: bool) -> bool | None:
     return None
 
 
+# ------------------------------------------------------------------------------------------- spans, boxes, yes or no
+
+_ID = re.compile(r"(?:\b(?:id|number|object|mark|person)\b\W{0,3}|#)(\d{1,6})\b(?!\s*(?:to\b|[-–:.]\s*\d))", re.I)
+
+
+def _shown(spans) -> str:
+    return "; ".join(f"{start} to {end}" for start, end in spans)
+
+
+def _said(text: str, problem_type: str, options: tuple[str, ...]) -> str | None:
+    """What a text says in a type's own form, as a solution has it."""
+    if problem_type == "object and time":
+        ids, spans = set(_ID.findall(text)), read_spans(_ID.sub(" ", text))
+        return f"{ids.pop()}; {_shown(spans)}" if len(ids) == 1 and spans and len(spans) == 1 else None
+    said = PROBLEM_TYPES[problem_type].read(text, options)
+    if said is None or problem_type == "yes/no":
+        return said
+    if problem_type == "box grounding":
+        return str(list(said))
+    if problem_type == "grounded choice":
+        return None if None in said else f"{','.join(sorted(said[0]))}; {_shown(said[1])}"
+    return _shown(said)
+
+
+def _typed_in(problem_type: str, sentence: str, last: bool, options: tuple[str, ...], *_) -> Conclusion | None:
+    """By the type's own reader: of what follows the last cue, or else of the last sentence."""
+    tail = _tail(_settled(sentence))
+    if tail is None:
+        said = _said(sentence, problem_type, options) if last else None
+        return said and Conclusion(said, announced=False, named=False)
+    said = _said(tail, problem_type, options)
+    return Conclusion(said) if said or re.search(r"\d", tail) else None
+
+
 # -------------------------------------------------------------------------------------------------------- thinking
 
 _READERS = {
@@ -402,6 +438,7 @@ _READERS = {
     "math": _expression_in,
     "OCR": _text_in,
     "free-form": _text_in,
+    **{kind: functools.partial(_typed_in, kind) for kind in list(PROBLEM_TYPES)[6:]},
 }
 
 
