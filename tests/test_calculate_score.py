@@ -210,7 +210,8 @@ def test_comparison_of_paired_runs():
 
 
 def scored(**changes):
-    return {"ours": 1.0, "released": 0.0, "metrics": {}, "benchmark": "b", "categories": {}, "problem_type": "math", "readable": True,
+    return {"ours": 1.0, "released": 0.0, "metrics": {}, "benchmark": "b", "categories": {}, "problem_type": "math",
+            "readable": True,
             "truncated": None, "failed": False, "consistency": "consistent", "think_length": 4, "timeouts": 0,
             **changes}  # fmt: skip
 

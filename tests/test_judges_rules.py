@@ -213,7 +213,7 @@ def test_verdicts(completion, verdict):
 @pytest.mark.parametrize(
     "problem_type, think, answer, verdict",
     [
-        ("yes/no", "So the answer is yes.", "no", "unknown"),  # a type without rules
+        ("yes/no", "So the answer is yes.", "no", "inconsistent"),
         ("free-form", "So the color of the lid is blue", "Blue", "consistent"),
         ("free-form", "So the color of the lid is blue", "The lid is red.", "inconsistent"),
         ("free-form", "So it is not red but blue.", "Red", "inconsistent"),

@@ -8,7 +8,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "evaluation" / "studies"))
 
-import released_rules
+import released_rules  # noqa: E402
 
 
 def test_every_difference_has_its_reason():

@@ -3,8 +3,8 @@
     python evaluation/studies/released_rules.py
 
 For each rule 3,000 answers, some as the prompts ask for them and some as models write them besides. Their rules are
-written here anew, as short as they can be said, from what reading and running the released code has shown. A form on which
-both always agree has no reason; the table of the others is in docs/results.md.
+written here anew, as short as they can be said, from what reading and running the released code has shown. A form on
+which both always agree has no reason; the table of the others is in docs/results.md.
 """
 
 import random

@@ -397,6 +397,7 @@ def same_text(concluded: str, answer: str, *, exact: bool) -> bool | None:
 
 # ------------------------------------------------------------------------------------------- spans, boxes, yes or no
 
+_TYPED = ("temporal grounding", "grounded choice", "object and time", "box grounding", "yes/no")
 _ID = re.compile(r"(?:\b(?:id|number|object|mark|person)\b\W{0,3}|#)(\d{1,6})\b(?!\s*(?:to\b|[-–:.]\s*\d))", re.I)
 
 
@@ -407,6 +408,7 @@ def _shown(spans) -> str:
 def _said(text: str, problem_type: str, options: tuple[str, ...]) -> str | None:
     """What a text says in a type's own form, as a solution has it."""
     if problem_type == "object and time":
+        text = re.sub(r"^\W*(\d{1,6})\s*[,;]", r"id \1 from ", text)  # "2; 5.0 to 11.0"
         ids, spans = set(_ID.findall(text)), read_spans(_ID.sub(" ", text))
         return f"{ids.pop()}; {_shown(spans)}" if len(ids) == 1 and spans and len(spans) == 1 else None
     said = PROBLEM_TYPES[problem_type].read(text, options)
@@ -438,7 +440,7 @@ _READERS = {
     "math": _expression_in,
     "OCR": _text_in,
     "free-form": _text_in,
-    **{kind: functools.partial(_typed_in, kind) for kind in list(PROBLEM_TYPES)[6:]},
+    **{kind: functools.partial(_typed_in, kind) for kind in _TYPED},
 }
 
 

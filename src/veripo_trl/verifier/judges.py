@@ -9,12 +9,13 @@ import re
 from collections import Counter
 
 from veripo_trl.answers.numbers import read_number
-from veripo_trl.answers.score import answers_match, split_completion
-from veripo_trl.errors import VeripoError
+from veripo_trl.answers.score import answers_match, score_answer, split_completion
+from veripo_trl.errors import SolutionError, VeripoError
 from veripo_trl.user_functions import user_function
 from veripo_trl.verifier.conclusions import conclude, same_text
 
 CONSISTENCIES = ("consistent", "inconsistent", "unknown")
+_GRADED = ("temporal grounding", "grounded choice", "object and time", "box grounding")
 _NUMERIC = ("numerical", "regression")
 _KINDS = {"consistency": str, "concluded_answer": str | None, "reason": str}  # of a verdict
 
@@ -45,6 +46,12 @@ def _match(concluded: str, answer: str, problem_type: str, options: tuple) -> bo
     if problem_type in ("OCR", "free-form"):
         return same_text(concluded, answer, exact=problem_type == "OCR")
     same = answers_match(concluded, answer, problem_type=problem_type, options=options)
+    if not same and problem_type in _GRADED:
+        try:
+            near = score_answer(answer, problem_type=problem_type, solution=concluded, options=options)
+        except SolutionError:  # a box without width, say: nothing can be compared with it
+            return None
+        return None if near > 0.5 else False  # what is near may be the same, rounded
     return same or (problem_type in _NUMERIC and _is_rounded(float(concluded.rstrip("%")), answer))
 
 
