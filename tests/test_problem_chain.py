@@ -2,6 +2,7 @@
 pairs → evaluation tables."""
 
 import json
+from collections import Counter
 
 import pytest
 
@@ -77,7 +78,7 @@ def test_a_type_through_the_chain(problem_type, tokenizer, tmp_path):
     assert [verdict["consistency"] for verdict in verdicts] == ["consistent", "consistent", other]
 
     judged = [{**rollout, "verdict": verdict} for rollout, verdict in zip(rollouts, verdicts, strict=True)]
-    pairs, _ = build_pairs([judged], PairOptions(), template=template, folder=tmp_path)
+    pairs = build_pairs([judged], PairOptions(), template=template, dropped=Counter())
     found = {pair["kind"]: (pair["chosen_ids"], pair["rejected_id"]) for pair in pairs}
     assert found["penalty"] == (["r0"], "r1") and found["reflection"] == (["r1", "r0"], "r1")
     assert found.get("consistency") == (None if other == "unknown" else (["r0"], "r2"))
