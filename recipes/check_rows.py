@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def write_manifest(data_args, model_args, arguments) -> int:
     if data_args.tiny_world is not None:
-        make_world(data_args.tiny_world)
+        make_world(data_args.tiny_world, questions=data_args.tiny_questions)
     rows, malformed = recipe.read_checkable(data_args)
     rows = rows[: arguments.limit]
     data_args = see_as_trained(data_args, model_args.model_name_or_path, revision_of(model_args))

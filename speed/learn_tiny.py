@@ -13,42 +13,18 @@ A finished run under the output folder is not repeated.
 """
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from machine import describe_machine
 
 from veripo_trl.files import tables
 from veripo_trl.files.run_folder import RESULTS
-from veripo_trl.trainers.grpo import VideoGRPOTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
-
-
-class ShuffledRewards(VideoGRPOTrainer):
-    """GRPO whose rewards carry no information about their completions."""
-
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        size = self.num_generations if self.model.training else self.num_generations_eval
-        groups = rewards.view(-1, size, rewards.size(1))
-        order = torch.rand(groups.shape[:2], device=rewards.device).argsort(1)
-        self._scored["rewards"] = groups.gather(1, order[..., None].expand_as(groups)).view_as(rewards)
-        return self._scored["rewards"]
-
-
-def run_shuffled(argv: list[str]) -> None:
-    """The GRPO recipe with that trainer."""
-    spec = importlib.util.spec_from_file_location("grpo_video", RECIPES / "grpo_video.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    recipe.VideoGRPOTrainer = ShuffledRewards
-    recipe.main(argv)
 
 
 def run(command: list[str]) -> None:
@@ -104,7 +80,7 @@ def main() -> None:
         start = [sys.executable, str(RECIPES / "grpo_video.py")]
         again = grpo(start, folder / "grpo_alone", start=folder / "loop" / "search-1", seed=seed)
         table.append(table_row(seed, "GRPO alone, as many steps", again))
-        start = [sys.executable, __file__, "shuffled"]
+        start = [sys.executable, str(ROOT / "evaluation" / "studies" / "shuffled_rewards.py")]
         shuffled = grpo(start, folder / "shuffled", start=folder / "loop" / "cold-start", seed=seed)
         table.append(table_row(seed, "GRPO, shuffled rewards", shuffled))
         tables.print_table("Tiny world, held-out questions (consistency judged by the world's own templates)", table)
@@ -113,7 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["shuffled"]:
-        run_shuffled(sys.argv[2:])
-    else:
-        main()
+    main()

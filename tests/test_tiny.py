@@ -60,7 +60,7 @@ def test_same_key_same_bytes_and_moving_shapes(tmp_path, kind):
     assert any(not np.array_equal(frames[0], frame) for frame in frames[1:])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "marked"])  # whose marks are in the middle
 def test_colours_survive_the_file(tmp_path, kind):
     for number in range(4):
         spec = clip_spec(kind, [0, number])

@@ -54,6 +54,7 @@ class DataArguments:
     frame_cache_gb: float = option("Largest size of that folder.", 20.0)
     train_vision_tower: bool = option("Train the vision tower too.", False)
     tiny_world: str | None = option("Make the embedded world in this folder, unless it is there.")
+    tiny_questions: list[str] | None = option("A relative's questions for it, instead of its own.")
 
     def __post_init__(self):
         for name in ("datasets", "eval_datasets"):

@@ -53,7 +53,7 @@ class StepLines(TrainerCallback):
             if key.startswith("rewards/") and key.endswith("/mean"):
                 names[key] = key.removeprefix("rewards/").removesuffix("/mean").removesuffix("_reward")
         names |= SHOWN if len(names) == 1 else {key: SHOWN[key] for key in SHOWN if key != "loss"}
-        values = [f"{name} {float(logs[key]):.4g}" for key, name in names.items() if key in logs]
+        values = [f"{name} {float(logs[key]):.4g}" for key, name in names.items() if logs.get(key) is not None]
         (step, then), now = self.last, time.monotonic()
         if values and state.is_world_process_zero:
             place = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"

@@ -19,7 +19,7 @@ from veripo_trl.files.tables import write_json
 ARGUMENTS_FILE = "_arguments.json"
 
 
-def prepare_machine(training_args, *, tiny_world: str | None) -> None:
+def prepare_machine(training_args, *, tiny_world: str | None, tiny_questions: list[str] | None = None) -> None:
     """Limits and threads of this process; the embedded world, where a configuration asks for it."""
     allow_many_open_files()
     if training_args.use_cpu:  # `accelerate launch` gives each process a single thread
@@ -28,7 +28,7 @@ def prepare_machine(training_args, *, tiny_world: str | None) -> None:
         from veripo_trl.tiny.world import make_world
 
         with training_args.main_process_first(desc="tiny world"):
-            make_world(tiny_world)
+            make_world(tiny_world, questions=tiny_questions)
 
 
 def allow_many_open_files() -> None:

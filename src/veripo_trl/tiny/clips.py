@@ -1,16 +1,20 @@
 """Short clips of moving coloured shapes, drawn from a seed and written as real mp4 files.
 
-Two kinds. A **count** clip shows 1 to 6 shapes at once, each moving within a cell of its own, so that none ever hides
-another. An **order** clip shows three shapes of different colours one after another. A clip is described by a flat
-spec (`clip_spec`), which knows the truth that questions are asked about; drawing needs nothing else.
+A **count** clip shows 1 to 6 shapes at once, each moving within a cell of its own, so that none
+ever hides another. An **order** clip shows three shapes of different colours one after another; a
+**marked** clip is one with a number on each. A **change** clip shows one shape that keeps its
+colour or changes it, a **progress** clip one that moves to the right, and perhaps back. A clip is
+described by a flat spec (`clip_spec`), which knows the truth that questions are asked about;
+drawing needs nothing else.
 """
 
 import os
 
 import av
 import numpy as np
+from PIL import Image
 
-SIZE = 56  # pixels, square: 2 x 2 visual tokens per pair of frames for a 14-pixel patch merged 2 x 2
+SIZE = 56  # pixels, square: 2 x 2 visual tokens a pair of frames (patches of 14, merged 2 x 2)
 NUM_FRAMES = 8
 FPS = 2
 MAX_COUNT = 6
@@ -25,20 +29,28 @@ COLOURS = {
     "white": (240, 240, 240),
 }
 SHAPES = ("circle", "square", "diamond", "triangle")
-KINDS = ("count", "order")
+KINDS = ("count", "order", "marked", "change", "progress")
+TURN = NUM_FRAMES // 2  # the first frame of a progress clip's second leg
+DIGITS = {  # 3 x 5, drawn twice as large: a mark of 6 x 10 pixels
+    1: ("010", "110", "010", "010", "111"),
+    2: ("111", "001", "111", "100", "111"),
+    3: ("111", "001", "111", "001", "111"),
+    4: ("101", "101", "111", "001", "001"),
+}
 
 
 def clip_spec(kind: str, key: list[int]) -> dict:
-    """Describe one clip. `key`: non-negative integers (world seed, split, number, ...); same key, same clip.
+    """Describe one clip. `key`: non-negative integers (world seed, split, number, ...); same key,
+    same clip.
 
-    Returns `{"kind", "colours": [name, ...], "shapes": [shape, ...]}`: the colours in drawing order (for an order clip
-    that is the order of appearance; for a count clip their number is the truth), and for each shape a dict of
-    `form, colour, radius, start, end` (centres in pixels, y then x) and `first, last` (frame numbers, last excluded).
+    Returns `{"kind", "colours": [name, ...], "shapes": [shape, ...]}`: the colours in drawing order
+    (for an order clip that is the order of appearance; for a count clip their number is the truth),
+    and for each shape a dict of `form, colour, radius, start, end` (centres in pixels, y then x)
+    and `first, last` (frame numbers, last excluded); with marks `mark` (1 to 4). A progress clip
+    adds `percent`: how far the shape is at its turn, and at the end.
     """
     rng = np.random.default_rng([KINDS.index(kind), *key])
-    if kind == "count":
-        return _count_spec(rng)
-    return _order_spec(rng)
+    return _SPECS[kind](rng)
 
 
 def _count_spec(rng: np.random.Generator) -> dict:
@@ -49,7 +61,9 @@ def _count_spec(rng: np.random.Generator) -> dict:
         radius = float(rng.uniform(5.0, 6.5))
         corner = np.array([place // 3, place % 3]) * cell
         start, end = corner + rng.uniform(radius + 1, cell - radius - 1, size=(2, 2))
-        shapes.append(_shape(rng, str(rng.choice(list(COLOURS))), radius, start, end, 0, NUM_FRAMES))
+        shapes.append(
+            _shape(rng, str(rng.choice(list(COLOURS))), radius, start, end, 0, NUM_FRAMES)
+        )
     return {"kind": "count", "colours": [shape["colour"] for shape in shapes], "shapes": shapes}
 
 
@@ -65,6 +79,54 @@ def _order_spec(rng: np.random.Generator) -> dict:
         start, end = rng.uniform(radius, SIZE - radius, size=(2, 2))
         shapes.append(_shape(rng, colour, radius, start, end, bounds[number], bounds[number + 1]))
     return {"kind": "order", "colours": colours, "shapes": shapes}
+
+
+def _marked_spec(rng: np.random.Generator) -> dict:
+    spec = _order_spec(rng)
+    for shape, mark in zip(spec["shapes"], rng.permutation(list(DIGITS)), strict=False):
+        shape["mark"] = int(mark)
+        if shape["form"] == "triangle":  # too narrow at its point
+            shape["form"] = "square"
+    return {**spec, "kind": "marked"}
+
+
+def _change_spec(rng: np.random.Generator) -> dict:
+    """One shape on one way, the second half of it in another colour in every other clip."""
+    before, after = (str(name) for name in rng.permutation(list(COLOURS))[:2])
+    colours = [before, after if rng.random() < 0.5 else before]
+    radius = float(rng.uniform(9.0, 13.0))
+    start, end = rng.uniform(radius, SIZE - radius, size=(2, 2))
+    turn = int(rng.integers(3, NUM_FRAMES - 2))
+    middle = [start + (end - start) * frame / (NUM_FRAMES - 1) for frame in (turn - 1, turn)]
+    first = _shape(rng, colours[0], radius, start, middle[0], 0, turn)
+    second = _shape(rng, colours[1], radius, middle[1], end, turn, NUM_FRAMES)
+    return {
+        "kind": "change",
+        "colours": colours,
+        "shapes": [first, {**second, "form": first["form"]}],
+    }
+
+
+def _progress_spec(rng: np.random.Generator) -> dict:
+    """A shape on its way from the left edge (0) to the right one (100 percent), in two legs, the
+    second perhaps back."""
+    radius = 8.0
+    percent = [int(rng.integers(1, 11)) * 10, int(rng.integers(0, 11)) * 10]
+    y, colour = rng.uniform(radius, SIZE - radius), str(rng.choice(list(COLOURS)))
+    points = [np.array([y, radius + share / 100 * (SIZE - 2 * radius)]) for share in (0, *percent)]
+    first = _shape(rng, colour, radius, points[0], points[1], 0, TURN)
+    second = _shape(rng, colour, radius, points[1], points[2], TURN, NUM_FRAMES)
+    shapes = [first, {**second, "form": first["form"]}]
+    return {"kind": "progress", "colours": [colour], "percent": percent, "shapes": shapes}
+
+
+_SPECS = {
+    "count": _count_spec,
+    "order": _order_spec,
+    "marked": _marked_spec,
+    "change": _change_spec,
+    "progress": _progress_spec,
+}
 
 
 def _shape(rng, colour, radius, start, end, first, last) -> dict:
@@ -91,6 +153,13 @@ def draw_clip(spec: dict) -> np.ndarray:
             centre = start + way * (end - start)
             inside = _inside(shape["form"], y - centre[0], x - centre[1], shape["radius"])
             frames[frame][inside] = COLOURS[shape["colour"]]
+            if "mark" in shape:
+                digit = np.kron(
+                    np.array([list(map(int, line)) for line in DIGITS[shape["mark"]]]),
+                    np.ones((2, 2)),
+                )
+                top, left = (centre - (5, 3)).round().astype(int)
+                frames[frame][top : top + 10, left : left + 6][digit == 1] = BACKGROUND
     return frames
 
 
@@ -105,10 +174,13 @@ def _inside(form: str, dy: np.ndarray, dx: np.ndarray, radius: float) -> np.ndar
 
 
 def write_clip(path: str | os.PathLike, frames: np.ndarray) -> None:
-    """Write uint8 RGB frames (T, H, W, 3), H and W even, as H.264 in mp4 at FPS. Same frames, same bytes."""
+    """Write uint8 RGB frames (T, H, W, 3), H and W even, as H.264 in mp4 at FPS. Same frames, same
+    bytes."""
     with av.open(os.fspath(path), "w", format="mp4") as container:
         # One encoder thread: the bits do not depend on the machine's number of cores.
-        stream = container.add_stream("libx264", rate=FPS, options={"crf": "12", "preset": "veryfast", "threads": "1"})
+        stream = container.add_stream(
+            "libx264", rate=FPS, options={"crf": "12", "preset": "veryfast", "threads": "1"}
+        )
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1
@@ -117,8 +189,15 @@ def write_clip(path: str | os.PathLike, frames: np.ndarray) -> None:
         container.mux(stream.encode())
 
 
-def make_clip(path: str | os.PathLike, kind: str, key: list[int]) -> dict:
-    """Draw and write the clip of `key`; return its spec."""
+def make_clip(
+    path: str | os.PathLike, kind: str, key: list[int], shown: list[int] | None = None
+) -> dict:
+    """Draw and write the clip of `key`, or, as a PNG, the frames of these numbers side by side;
+    return its spec."""
     spec = clip_spec(kind, key)
-    write_clip(path, draw_clip(spec))
+    frames = draw_clip(spec)
+    if shown is None:
+        write_clip(path, frames)
+    else:
+        Image.fromarray(np.concatenate(list(frames[shown]), axis=1)).save(path)
     return spec

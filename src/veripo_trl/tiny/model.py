@@ -1,11 +1,13 @@
 """Qwen-VL models of about a million parameters, with a tokenizer trained on the world's templates.
 
-The real classes with shrunk configs, saved and loaded like any checkpoint. The tokenizer belongs to the checkpoint:
-trained again on other templates it would permute ids without a word, so load it from there and never retrain it.
+The real classes with shrunk configs, saved and loaded like any checkpoint. The tokenizer belongs to
+the checkpoint: trained again on other templates it would permute ids without a word, so load it
+from there and never retrain it.
 """
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -70,8 +72,13 @@ CHAT_TEMPLATE = """\
 """
 
 
-def build_tokenizer() -> Qwen2Tokenizer:
-    """Train the byte-level BPE tokenizer on the templates, to the end: each of their words is one token."""
+def build_tokenizer(texts: Iterable[str] = (), tokens: Iterable[str] = ()) -> Qwen2Tokenizer:
+    """Train the byte-level BPE tokenizer on the templates, to the end: each of their words is one
+    token.
+
+    `texts`: more templates (a relative's questions). `tokens`: more texts that are one token each
+    wherever they stand.
+    """
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -85,7 +92,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    trained.train_from_iterator(template_texts(), trainer)
+    trained.train_from_iterator([*template_texts(), *texts], trainer)
     state = json.loads(trained.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=state["vocab"],
@@ -95,12 +102,17 @@ def build_tokenizer() -> Qwen2Tokenizer:
         unk_token="<|endoftext|>",
         additional_special_tokens=list(SPECIAL_TOKENS),
     )
-    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    tokenizer.add_tokens(
+        [AddedToken(tag, special=False, normalized=False) for tag in (*TAGS, *tokens)]
+    )
     return tokenizer
 
 
-def build_processor(kind: str = "qwen2_5_vl", tokenizer: Qwen2Tokenizer | None = None) -> ProcessorMixin:
-    """Build the family's real processor for the tiny world's sizes: frames from one merged patch to 4 x 4 of them."""
+def build_processor(
+    kind: str = "qwen2_5_vl", tokenizer: Qwen2Tokenizer | None = None
+) -> ProcessorMixin:
+    """Build the family's real processor for the tiny world's sizes: frames from one merged patch to
+    4 x 4 of them."""
     tokenizer = tokenizer or build_tokenizer()
     if kind == "qwen2_5_vl":
         size = {"shortest_edge": 28 * 28, "longest_edge": 112 * 112}
@@ -108,7 +120,9 @@ def build_processor(kind: str = "qwen2_5_vl", tokenizer: Qwen2Tokenizer | None =
         image_processor = Qwen2VLImageProcessor(size=size, **vision)
         # Per frame; the cap over a whole video is left to our own video settings.
         video_processor = Qwen2VLVideoProcessor(size=size, cap_pixels_per_frame=False, **vision)
-        return Qwen2_5_VLProcessor(image_processor, tokenizer, video_processor, chat_template=CHAT_TEMPLATE)
+        return Qwen2_5_VLProcessor(
+            image_processor, tokenizer, video_processor, chat_template=CHAT_TEMPLATE
+        )
     if kind == "qwen3_vl":
         size = {"shortest_edge": 32 * 32, "longest_edge": 128 * 128}
         vision = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
@@ -118,14 +132,22 @@ def build_processor(kind: str = "qwen2_5_vl", tokenizer: Qwen2Tokenizer | None =
         # Over all frames together.
         total = {"shortest_edge": 2 * 32 * 32, "longest_edge": 128 * 64 * 64}
         video_processor = Qwen3VLVideoProcessor(size=total, cap_pixels_per_frame=False, **vision)
-        return Qwen3VLProcessor(image_processor, tokenizer, video_processor, chat_template=CHAT_TEMPLATE)
+        return Qwen3VLProcessor(
+            image_processor, tokenizer, video_processor, chat_template=CHAT_TEMPLATE
+        )
     raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
 
 
-def build_model(kind: str = "qwen2_5_vl", seed: int = 0, tokenizer: Qwen2Tokenizer | None = None) -> PreTrainedModel:
-    """Build an untrained float32 model on the CPU from the seed alone; torch's global random state does not move."""
+def build_model(
+    kind: str = "qwen2_5_vl", seed: int = 0, tokenizer: Qwen2Tokenizer | None = None
+) -> PreTrainedModel:
+    """Build an untrained float32 model on the CPU from the seed alone; torch's global random state
+    does not move."""
     tokenizer = tokenizer or build_tokenizer()
-    model_class = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen3_vl": Qwen3VLForConditionalGeneration}
+    model_class = {
+        "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+        "qwen3_vl": Qwen3VLForConditionalGeneration,
+    }
     if kind not in model_class:
         raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
     config = _config(kind, tokenizer)
@@ -138,7 +160,9 @@ def build_model(kind: str = "qwen2_5_vl", seed: int = 0, tokenizer: Qwen2Tokeniz
 
 
 def _config(kind: str, tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig | Qwen3VLConfig:
-    ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
+    ids = dict(
+        zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True)
+    )
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": 192,
@@ -172,7 +196,12 @@ def _config(kind: str, tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig | Qwen3VLC
         "tie_word_embeddings": False,
     }
     if kind == "qwen2_5_vl":
-        vision |= {"patch_size": 14, "window_size": 112, "fullatt_block_indexes": [1], "tokens_per_second": 1}
+        vision |= {
+            "patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 1,
+        }
         return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **shared)
     text["rope_parameters"]["mrope_interleaved"] = True
     text["head_dim"] = 32
@@ -180,14 +209,24 @@ def _config(kind: str, tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig | Qwen3VLC
     return Qwen3VLConfig(text_config=text, vision_config=vision, **shared)
 
 
-def save_tiny_model(path: str | os.PathLike, kind: str = "qwen2_5_vl", seed: int = 0) -> Path:
-    """Save an untrained model, its generation config, tokenizer and processor into a folder; return the folder."""
+def save_tiny_model(
+    path: str | os.PathLike,
+    kind: str = "qwen2_5_vl",
+    seed: int = 0,
+    tokenizer: Qwen2Tokenizer | None = None,
+) -> Path:
+    """Save an untrained model, its generation config, tokenizer and processor into a folder; return
+    the folder."""
     path = Path(path)
-    processor = build_processor(kind)
+    processor = build_processor(kind, tokenizer)
     build_model(kind, seed, processor.tokenizer).save_pretrained(path)
     share_weights(path)
     processor.save_pretrained(path)
     # transformers writes one processor_config.json; vLLM reads the video part from a file of its own.
-    video = json.loads((path / "processor_config.json").read_text(encoding="utf-8"))["video_processor"]
-    (path / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2) + "\n", encoding="utf-8")
+    video = json.loads((path / "processor_config.json").read_text(encoding="utf-8"))[
+        "video_processor"
+    ]
+    (path / "video_preprocessor_config.json").write_text(
+        json.dumps(video, indent=2) + "\n", encoding="utf-8"
+    )
     return path

@@ -1,9 +1,10 @@
 """Questions about the clips: rows in the project's schema, with templated thinking.
 
-Three families: **count** (numerical), **order** (multiple choice: the first, second or last colour) and **list**
-(free-form: every colour in order). Only the `train` split carries thoughts. In a planted share of them the conclusion
-contradicts the answer, which stays right: something for the verifier to find. No field of a row says which they are;
-`veripo_trl.tiny.judge` reads it out of the text.
+Three families: **count** (numerical), **order** (multiple choice: the first, second or last colour)
+and **list** (free-form: every colour in order). Only the `train` split carries thoughts. In a
+planted share of them the conclusion contradicts the answer, which stays right: something for the
+verifier to find. No field of a row says which they are; `veripo_trl.tiny.judge` reads it out of the
+text.
 """
 
 import dataclasses
@@ -22,7 +23,8 @@ PROBLEM_TYPES = {"count": "numerical", "order": "multiple choice", "list": "free
 
 @dataclasses.dataclass(frozen=True)
 class SplitSize:
-    """`questions` rows over `clips` clips. An order clip serves up to three order questions and one list question."""
+    """`questions` rows over `clips` clips. An order clip serves up to three order questions and one
+    list question."""
 
     clips: int
     questions: int
@@ -39,9 +41,11 @@ PLANTED_SHARE = 0.2
 
 
 def plan_split(size: SplitSize, shares: dict[str, float]) -> dict[str, int]:
-    """Split a size into `{"count", "order", "list"}` questions and `{"count_clips", "order_clips"}`.
+    """Split a size into `{"count", "order", "list"}` questions and `{"count_clips",
+    "order_clips"}`.
 
-    A count clip serves one question. Raises ValueError where the order clips left over are too few or none.
+    A count clip serves one question. Raises ValueError where the order clips left over are too few
+    or none.
     """
     if abs(sum(shares.values()) - 1) > 1e-6 or set(shares) != set(PROBLEM_TYPES):
         raise ValueError(f"shares: expected {sorted(PROBLEM_TYPES)} adding up to 1, got {shares}")
@@ -56,7 +60,13 @@ def plan_split(size: SplitSize, shares: dict[str, float]) -> dict[str, int]:
         )
     # More clips than questions would leave clips that nobody asks about.
     order_clips = min(size.clips - count, order + listing)
-    return {"count": count, "order": order, "list": listing, "count_clips": count, "order_clips": order_clips}
+    return {
+        "count": count,
+        "order": order,
+        "list": listing,
+        "count_clips": count,
+        "order_clips": order_clips,
+    }
 
 
 def make_split(
@@ -69,8 +79,9 @@ def make_split(
 ) -> tuple[list[dict], dict[str, tuple[str, list[int]]]]:
     """Make the rows of one split and say which clips they need.
 
-    Returns `(rows, clips)`; `clips` maps a path like `clips/train-count-00007.mp4` to the `(kind, key)` that
-    `clips.make_clip` draws it from. Rows lack `media_root`: the folder that the paths are relative to.
+    Returns `(rows, clips)`; `clips` maps a path like `clips/train-count-00007.mp4` to the `(kind,
+    key)` that `clips.make_clip` draws it from. Rows lack `media_root`: the folder that the paths
+    are relative to.
     """
     size = size or SIZES[split]
     plan = plan_split(size, shares or SHARES)
@@ -92,7 +103,11 @@ def make_split(
     # From the other end, so that every clip is asked about.
     asked += [("list", path, None) for path in order_paths[::-1][: plan["list"]]]
 
-    planted = _planted_rows([family for family, _, _ in asked], planted_share, rng) if split == "train" else set()
+    planted = (
+        _planted_rows([family for family, _, _ in asked], planted_share, rng)
+        if split == "train"
+        else set()
+    )
     rows = []
     for number, (family, path, ordinal) in enumerate(asked):
         spec = clip_spec(*clips[path])
@@ -116,7 +131,9 @@ def _planted_rows(families: list[str], share: float, rng: np.random.Generator) -
 
 def _count_row(spec: dict, ordinal: None, planted: bool, rng: np.random.Generator) -> dict:
     count = len(spec["colours"])
-    concluded = int(rng.choice([n for n in range(1, MAX_COUNT + 1) if n != count])) if planted else count
+    concluded = (
+        int(rng.choice([n for n in range(1, MAX_COUNT + 1) if n != count])) if planted else count
+    )
     return {
         "problem": "How many shapes are there?",
         "options": [],
@@ -133,7 +150,9 @@ def _order_row(spec: dict, ordinal: int, planted: bool, rng: np.random.Generator
     choices = sorted([*shown, stranger])
     right = choices.index(shown[ordinal])
     # A contradicting thought names another option, colour and letter together.
-    concluded = int(rng.choice([n for n in range(len(choices)) if n != right])) if planted else right
+    concluded = (
+        int(rng.choice([n for n in range(len(choices)) if n != right])) if planted else right
+    )
     return {
         "problem": f"Which colour is {ORDINALS[ordinal]}?",
         "options": [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True)],
@@ -159,12 +178,22 @@ def _list_row(spec: dict, ordinal: None, planted: bool, rng: np.random.Generator
     }
 
 
-_FAMILIES: dict[str, Callable[..., dict]] = {"count": _count_row, "order": _order_row, "list": _list_row}
+_FAMILIES: dict[str, Callable[..., dict]] = {
+    "count": _count_row,
+    "order": _order_row,
+    "list": _list_row,
+}
 
 
 def template_texts() -> list[str]:
-    """Every phrase that the templates can produce, without a seed: what the tokenizer is trained on."""
-    texts = ["user", "assistant", "system", "seconds"]  # with the chat template's words, and Qwen3-VL's time stamps
+    """Every phrase that the templates can produce, without a seed: what the tokenizer is trained
+    on."""
+    texts = [
+        "user",
+        "assistant",
+        "system",
+        "seconds",
+    ]  # with the chat template's words, and Qwen3-VL's time stamps
     texts += ["How many shapes are there?", "List the colours in order."]
     for ordinal in ORDINALS:
         texts.append(f"Which colour is {ordinal}?")

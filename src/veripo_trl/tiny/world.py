@@ -1,13 +1,16 @@
 """Make the offline world on first use and find it again later.
 
     python -m veripo_trl.tiny.world --root outputs/tiny_world --seed 0
+    python -m veripo_trl.tiny.world --root outputs/tiny_when --questions when       # a relative's,
+    see relatives.py
 
-    <root>/clips/*.mp4   train.jsonl  rl.jsonl  dev.jsonl  heldout.jsonl
+    <root>/clips/*   train.jsonl  rl.jsonl  dev.jsonl  heldout.jsonl
     <root>/model/        untrained, with its processor
     <root>/world.json
 
-The folder appears whole or not at all: everything is written beside it and renamed at the end, under a file lock, so
-that several processes may ask for the same world at once. `world.json` holds the settings it was made from.
+The folder appears whole or not at all: everything is written beside it and renamed at the end,
+under a file lock, so that several processes may ask for the same world at once. `world.json` holds
+the settings it was made from.
 """
 
 import argparse
@@ -24,6 +27,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from veripo_trl.errors import VeripoError
+from veripo_trl.tiny import relatives
 from veripo_trl.tiny.clips import make_clip
 from veripo_trl.tiny.questions import PLANTED_SHARE, SHARES, SIZES, SPLITS, SplitSize, make_split
 
@@ -36,7 +40,8 @@ class WorldError(VeripoError):
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Where a world's parts are. Rows' video paths are relative to `root`, which is their `media_root`."""
+    """Where a world's parts are. Rows' video paths are relative to `root`, which is their
+    `media_root`."""
 
     root: Path
 
@@ -69,23 +74,35 @@ def make_world(
     shares: dict[str, float] | None = None,
     planted_share: float = PLANTED_SHARE,
     workers: int | None = None,
+    questions: list[str] | None = None,
 ) -> World:
     """Return the world at `root`, making it first if the folder is missing or empty.
 
-    `sizes` overrides splits by name. Raises WorldError if the folder holds a world of other settings, a damaged one or
-    something else: it is never deleted. `workers` (threads, by default one per core) does not change the result.
+    `questions`: families of `relatives.FAMILIES` instead of the world's own questions; `shares` and
+    `planted_share` do not apply then. `sizes` overrides splits by name (a number of questions each
+    where `questions` is given). Raises WorldError if the folder holds a world of other settings, a
+    damaged one or something else: it is never deleted. `workers` (threads, by default one per core)
+    does not change the result.
     """
     unknown = set(sizes or {}) - set(SPLITS)
     if unknown:
         raise ValueError(f"sizes: expected only {SPLITS}, got {sorted(unknown)} too")
+    if strange := set(questions or []) - set(relatives.FAMILIES):
+        raise WorldError(
+            f"questions: expected some of {', '.join(relatives.FAMILIES)}; got {', '.join(strange)}."
+        )
     root = Path(root).absolute()
-    settings = {
-        "version": VERSION,
-        "seed": seed,
-        "sizes": {name: dataclasses.asdict({**SIZES, **(sizes or {})}[name]) for name in SPLITS},
-        "shares": shares or SHARES,
-        "planted_share": planted_share,
-    }
+    settings = {"version": VERSION, "seed": seed}
+    if questions:
+        settings |= {"questions": list(questions), "sizes": {**relatives.SIZES, **(sizes or {})}}
+    else:
+        settings |= {
+            "sizes": {
+                name: dataclasses.asdict({**SIZES, **(sizes or {})}[name]) for name in SPLITS
+            },
+            "shares": shares or SHARES,
+            "planted_share": planted_share,
+        }
     root.parent.mkdir(parents=True, exist_ok=True)
     with _lock(root.with_name(f".{root.name}.lock")):
         if not root.is_dir() or not any(root.iterdir()):
@@ -105,7 +122,9 @@ def _open(root: Path, settings: dict) -> World:
     remedy = f"choose another --root, or remove {root} so that it is made again"
     marker = root / "world.json"
     if not marker.is_file():
-        raise WorldError(f"{root}: expected a tiny world or an empty folder, but there is no world.json: {remedy}")
+        raise WorldError(
+            f"{root}: expected a tiny world or an empty folder, but there is no world.json: {remedy}"
+        )
     try:
         found = json.loads(marker.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -116,9 +135,18 @@ def _open(root: Path, settings: dict) -> World:
             for name, value in settings.items()
             if not isinstance(found, dict) or found.get(name) != value
         ]
-        raise WorldError(f"{root}: this world was made with {'; '.join(differing) or 'further settings'}: {remedy}")
+        raise WorldError(
+            f"{root}: this world was made with {'; '.join(differing) or 'further settings'}: {remedy}"
+        )
     world = World(root)
-    for path in (world.train, world.rl, world.dev, world.heldout, world.model / "model.safetensors", root / "clips"):
+    for path in (
+        world.train,
+        world.rl,
+        world.dev,
+        world.heldout,
+        world.model / "model.safetensors",
+        root / "clips",
+    ):
         if not path.exists():
             raise WorldError(f"{path}: missing from the world at {root}: {remedy}")
     return world
@@ -132,39 +160,64 @@ def _build(root: Path, settings: dict, workers: int) -> None:
     try:
         clips = {}
         for split in SPLITS:
-            rows, needed = make_split(
-                split,
-                seed=settings["seed"],
-                size=SplitSize(**settings["sizes"][split]),
-                shares=settings["shares"],
-                planted_share=settings["planted_share"],
-            )
+            rows, needed = _split(split, **settings)
             clips.update(needed)
-            (building / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            (building / f"{split}.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+            )
         (building / "clips").mkdir()
         with ThreadPoolExecutor(workers) as pool:  # the encoder works outside Python's lock
 
-            def make(item: tuple[str, tuple[str, list[int]]]) -> None:
+            def make(item: tuple[str, tuple]) -> None:
                 make_clip(building / item[0], *item[1])
 
-            for _ in tqdm(pool.map(make, clips.items()), total=len(clips), desc="tiny world", unit="clip"):
+            for _ in tqdm(
+                pool.map(make, clips.items()), total=len(clips), desc="tiny world", unit="clip"
+            ):
                 pass
-        from veripo_trl.tiny.model import save_tiny_model  # here: opening a world needs no torch
+        from veripo_trl.tiny import model  # here: opening a world needs no torch
 
-        save_tiny_model(building / "model", seed=settings["seed"])
-        (building / "world.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        words = {}
+        if "questions" in settings:
+            words["tokenizer"] = model.build_tokenizer(relatives.template_texts(), relatives.TOKENS)
+        model.save_tiny_model(building / "model", seed=settings["seed"], **words)
+        (building / "world.json").write_text(
+            json.dumps(settings, indent=2) + "\n", encoding="utf-8"
+        )
         building.rename(root)  # onto nothing, or onto an empty folder
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
 
 
+def _split(
+    split: str,
+    *,
+    version: int,
+    seed: int,
+    sizes: dict,
+    questions: list[str] | None = None,
+    **planned,
+) -> tuple:
+    """(rows, media) of a split, by a world's settings."""
+    if questions:
+        return relatives.make_split(split, questions=questions, seed=seed, size=sizes[split])
+    return make_split(split, seed=seed, size=SplitSize(**sizes[split]), **planned)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the tiny offline world, or check that it is there.")
-    parser.add_argument("--root", default="outputs/tiny_world", help="folder (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description="Make the tiny offline world, or check that it is there."
+    )
+    parser.add_argument(
+        "--root", default="outputs/tiny_world", help="folder (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--questions", nargs="+", choices=relatives.FAMILIES, help="default: the world's own"
+    )
     arguments = parser.parse_args()
-    print(make_world(arguments.root, seed=arguments.seed).root)
+    print(make_world(arguments.root, seed=arguments.seed, questions=arguments.questions).root)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,254 @@
+"""Questions that VerIPO's relatives ask, about the same small clips: rows in the project's schema,
+with thinking.
+
+A family is a function of a clip's spec; `FAMILIES` says which clips it asks about. A world of these
+(`world.make_world(questions=["when"])`) stands in a folder of its own, with a model whose tokenizer
+knows their words and numbers; every such world has the same tokenizer. Nothing is planted in their
+thinking.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from veripo_trl.tiny.clips import (
+    BACKGROUND,
+    COLOURS,
+    FPS,
+    NUM_FRAMES,
+    SIZE,
+    TURN,
+    clip_spec,
+    draw_clip,
+)
+from veripo_trl.tiny.questions import LETTERS, ORDINALS, SPLITS
+
+SIZES = {
+    "train": 4500,
+    "rl": 1000,
+    "dev": 200,
+    "heldout": 450,
+}  # questions, of all families of a world together
+SECTIONS = ("planning", "observation", "reasoning")  # of PRIMO's thinking
+_STAMPS = [f"00:{half // 2:02d}" + ".5" * (half % 2) for half in range(NUM_FRAMES + 1)]
+_SECONDS = [f"{frame / FPS:.1f}" for frame in range(NUM_FRAMES + 1)]
+# Single tokens, so that a number is one choice.
+TOKENS = (
+    *_SECONDS,
+    *_STAMPS,
+    *map(str, range(10, 100, 10)),
+    *map(str, range(100, 1001, 100)),
+    *(f"<{close}{tag}>" for tag in ("time", "caption", *SECTIONS) for close in ("", "/")),
+)
+
+
+def _seen(spec: dict) -> str:
+    return f"I see {' then '.join(spec['colours'])}"
+
+
+def _span(shape: dict) -> str:
+    return f"{_SECONDS[shape['first']]} to {_SECONDS[shape['last']]}"
+
+
+def _when(spec: dict, turn: int, rng: np.random.Generator) -> dict:
+    shape = spec["shapes"][turn]
+    return {
+        "problem": f"When is {shape['colour']} visible?",
+        "problem_type": "temporal grounding",
+        "solution": f"{_span(shape)} of {_SECONDS[-1]}",
+        "process": f"{_seen(spec)}, {shape['colour']} from {_span(shape)}.",
+    }
+
+
+def _which(spec: dict, turn: int, rng: np.random.Generator) -> dict:
+    shape = spec["shapes"][turn]
+    marks = " then ".join(f"{shape['mark']} {shape['colour']}" for shape in spec["shapes"])
+    return {
+        "problem": f"Which number is {shape['colour']}, and when?",
+        "problem_type": "object and time",
+        "solution": f"{shape['mark']}; {_span(shape)} of {_SECONDS[-1]}",
+        "process": f"I see {marks}, {shape['mark']} from {_span(shape)}.",
+    }
+
+
+def _where(spec: dict, turn: int, rng: np.random.Generator) -> dict:
+    ys, xs = np.nonzero((draw_clip(spec)[-1] != BACKGROUND).any(-1))
+    edges = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) / SIZE * 1000
+    box = [int(edge) for edge in (edges / 100).round() * 100]
+    return {
+        "problem": "Give the box of the shape at the end.",
+        "problem_type": "box grounding",
+        "solution": str(box),
+        "process": f"I see {spec['colours'][-1]} from {box[0]} to {box[2]} "
+        f"and from {box[1]} to {box[3]}.",
+    }
+
+
+def _change(spec: dict, turn: int, rng: np.random.Generator) -> dict:
+    truth = "no" if len(set(spec["colours"])) == 1 else "yes"
+    return {
+        "problem": "Does the shape change its colour?",
+        "problem_type": "yes/no",
+        "solution": truth,
+        "process": f"{_seen(spec)}, so {truth}.",
+    }
+
+
+def _lettered(choices: list[str]) -> list[str]:
+    return [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True)]
+
+
+def _several(spec: dict, turn: int, rng: np.random.Generator) -> dict:
+    shown, others = spec["colours"], [name for name in COLOURS if name not in spec["colours"]]
+    right = int(rng.integers(1, 4))  # how many of the four
+    choices = sorted(
+        [*rng.permutation(shown)[:right].tolist(), *rng.permutation(others)[: 4 - right].tolist()]
+    )
+    letters = ",".join(
+        letter for letter, choice in zip(LETTERS, choices, strict=True) if choice in shown
+    )
+    return {
+        "problem": "Which of these colours appear?",
+        "options": _lettered(choices),
+        "problem_type": "multiple choice",
+        "solution": letters,
+        "process": f"{_seen(spec)}: {letters}.",
+    }
+
+
+def _before(spec: dict, turn: int, rng: np.random.Generator) -> dict:
+    stranger = str(rng.choice([name for name in COLOURS if name not in spec["colours"]]))
+    choices, asked = sorted([*spec["colours"], stranger]), spec["shapes"][turn + 1]
+    colour = spec["colours"][turn]
+    letter = LETTERS[choices.index(colour)]
+    return {
+        "problem": "Which colour is before this?",
+        "options": _lettered(choices),
+        "problem_type": "multiple choice",
+        "solution": letter,
+        "process": f"{_seen(spec)}, before {asked['colour']} is {colour}: {letter}.",
+        "images": [[asked["first"]]],
+    }
+
+
+def _segments(spec: dict, turn: int, rng: np.random.Generator) -> dict:
+    stranger = str(rng.choice([name for name in COLOURS if name not in spec["colours"]]))
+    choices, colour = sorted([*spec["colours"], stranger]), spec["colours"][turn]
+    letter = LETTERS[choices.index(colour)]
+    trace = "".join(
+        f"<time>{_STAMPS[shape['first']]}-{_STAMPS[shape['last']]}</time>"
+        f"<caption>{shape['colour']}</caption>"
+        f"<think>{ordinal}</think>"
+        for shape, ordinal in zip(spec["shapes"], ORDINALS, strict=True)
+    )
+    return {
+        "problem": f"Which colour is {ORDINALS[turn]}?",
+        "options": _lettered(choices),
+        "problem_type": "multiple choice",
+        "solution": letter,
+        "process": f"{trace} {ORDINALS[turn]} is {colour}: {letter}.",
+    }
+
+
+def _progress(spec: dict, turn: int, rng: np.random.Generator) -> dict:
+    turned, now = spec["percent"]
+    thoughts = ("Find the shape.", f"It is at 0 then {turned} then {now}.", f"So {now}.")
+    sections = "".join(
+        f"<{name}>{text}</{name}>" for name, text in zip(SECTIONS, thoughts, strict=True)
+    )
+    return {
+        "problem": "How far is it now, in percent?",
+        "problem_type": "regression",
+        "solution": str(now),
+        "process": sections,
+        "images": [[0], [NUM_FRAMES - 1]],
+    }
+
+
+def _composite(spec: dict, turn: int, rng: np.random.Generator) -> dict:
+    turned, now = spec["percent"]
+    way = "on" if now > turned else "back" if now < turned else "still"
+    return {
+        "problem": f"First 0, before {turned}. How far is it now, in percent?",
+        "problem_type": "regression",
+        "solution": str(now),
+        "process": f"It is {way}, so {now}.",
+        "images": [[0, TURN - 1, NUM_FRAMES - 1]],  # one picture
+        "videos": False,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """`ask(spec, turn, rng)` about clips of `kind`, `turns` questions each: a row's problem,
+    problem_type, solution, process, and where they are not empty options and images (the numbers of
+    the frames that each shows side by side); `"videos": False` where the clip itself is not
+    shown."""
+
+    kind: str
+    turns: int
+    ask: Callable[[dict, int, np.random.Generator], dict]
+
+
+FAMILIES = {
+    "when": Family("order", 3, _when),
+    "which": Family("marked", 3, _which),
+    "where": Family("order", 1, _where),
+    "change": Family("change", 1, _change),
+    "several": Family("order", 1, _several),
+    "before": Family("order", 2, _before),
+    "segments": Family("order", 3, _segments),
+    "progress": Family("progress", 1, _progress),
+    "composite": Family("progress", 1, _composite),
+}
+
+
+def make_split(
+    split: str, *, questions: list[str], seed: int = 0, size: int | None = None
+) -> tuple[list[dict], dict[str, tuple]]:
+    """Make the rows of one split, `size` of them, and say which media they need: `(rows, {path:
+    arguments of clips.make_clip after the path})`. The families have equal shares; those named
+    first have the rows left over."""
+    code, size = SPLITS.index(split), SIZES[split] if size is None else size
+    rng = np.random.default_rng([seed, code, len(FAMILIES)])
+    rows, media = [], {}
+    for name, family in ((name, FAMILIES[name]) for name in questions):
+        share = size // len(questions) + (questions.index(name) < size % len(questions))
+        for number in range(share):
+            clip, turn = divmod(number, family.turns)
+            key = [seed, code, list(FAMILIES).index(name), clip]
+            stem = f"{split}-{name}-{clip:05d}"
+            row = {"options": [], **family.ask(clip_spec(family.kind, key), turn, rng)}
+            videos = [f"clips/{stem}.mp4"] if row.get("videos", True) else []
+            images = {
+                f"clips/{stem}-{'-'.join(map(str, shown))}.png": shown
+                for shown in row.get("images", [])
+            }
+            media |= {path: (family.kind, key) for path in videos}
+            media |= {path: (family.kind, key, shown) for path, shown in images.items()}
+            rows.append(
+                {**row, "videos": videos, "images": list(images), "data_source": f"tiny-{name}"}
+            )
+    shuffled = [rows[index] for index in rng.permutation(len(rows))]
+    for number, row in enumerate(shuffled):
+        row["question_id"] = f"tiny-{split}-{number:05d}"
+        row["process"] = row["process"] if split == "train" else None
+    return shuffled, media
+
+
+def template_texts() -> list[str]:
+    """Texts with every word of the families, always the same: what the tokenizer is trained on."""
+    rows, _ = make_split("train", questions=list(FAMILIES), size=100 * len(FAMILIES))
+    texts = [
+        " ".join([row["problem"], *row["options"], row["process"], row["solution"]]) for row in rows
+    ]
+    return [
+        *texts,
+        "yes",
+        "no",
+        *ORDINALS,
+        "It",
+        "So",
+        "Find",
+    ]  # these stand without a space before them too
