@@ -1,0 +1,99 @@
+"""Every tiny configuration of the relatives, run for two steps on small worlds, untrained.
+
+python -m pytest tests_configs
+"""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from veripo_trl.answers.rewards import reward_functions
+from veripo_trl.data.prompts import build_target, load_template
+from veripo_trl.data.rollouts import RolloutStore
+from veripo_trl.tiny import questions, relatives
+from veripo_trl.tiny.questions import SplitSize
+from veripo_trl.tiny.world import make_world
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+TINY = {
+    str(file.relative_to(RECIPES / "configs")): yaml.safe_load(file.read_text())
+    for file in sorted((RECIPES / "configs").glob("*/tiny*.yaml"))
+}
+GRPO = [name for name, settings in TINY.items() if "rewards" in settings]
+SFT = [name for name in TINY if name not in GRPO]
+TWO_STEPS = {
+    "max_steps": 2, "per_device_train_batch_size": 16, "logging_steps": 1, "save_strategy": "no",
+    "dataloader_num_workers": 0, "report_samples": 1, "report_max_new_tokens": 8,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workplace(tmp_path_factory):
+    """A working directory with small worlds where the configurations look for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for split in questions.SPLITS:
+            patch.setitem(questions.SIZES, split, SplitSize(clips=8, questions=12))
+            patch.setitem(relatives.SIZES, split, 6)
+        patch.chdir(tmp_path_factory.mktemp("configs"))
+        for settings in TINY.values():
+            make_world(settings["tiny_world"], questions=settings.get("tiny_questions"))
+        yield
+
+
+def run(recipe: str, name: str, **changes) -> dict:
+    """The results of a configuration's two steps, from the untrained model of its world."""
+    spec = importlib.util.spec_from_file_location(recipe, RECIPES / f"{recipe}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    start = f"{TINY[name]['tiny_world']}/model"
+    changes = {**TWO_STEPS, "model_name_or_path": start, **changes}
+    words = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
+    assert not module.main(["--config", name, *words])
+    return json.loads((Path(TINY[name]["output_dir"]) / "results.json").read_text())
+
+
+@pytest.mark.parametrize("name", GRPO)
+def test_grpo(name):
+    settings = TINY[name]
+    results = run("grpo_video", name, report_before=False)
+    assert results["steps"] == 2 and math.isfinite(results["after"]["sampled"]["accuracy"])
+    rollouts = RolloutStore(Path(settings["output_dir"]) / "rollouts").read()
+    assert len(rollouts) == results["rollouts"] == 16 * 2 // settings["num_iterations"]
+    columns = [
+        function.__name__
+        for function in reward_functions(settings["rewards"], settings.get("reward_kwargs"))
+    ]
+    for rollout in rollouts:
+        assert list(rollout["rewards"]) == columns
+    for column in columns:  # each reward has something to say about these rows
+        assert any(rollout["rewards"][column] is not None for rollout in rollouts)
+
+
+@pytest.mark.parametrize("name", SFT)
+def test_sft(name):
+    results = run("sft_video", name, stop_check_steps=2)
+    assert results["steps"] == 2 and len(results["development"]) == 1
+    assert results["history"][-2]["loss"] < 20
+
+
+@pytest.mark.parametrize("name", GRPO)
+def test_what_its_cold_start_teaches_earns_the_most(name):
+    """The SFT targets of a configuration's world, under its rewards."""
+    settings, template = TINY[name], load_template(TINY[name]["prompt_template"])
+    starts = {TINY[start]["output_dir"]: TINY[start]["tiny_world"] for start in SFT}
+    starts["outputs/tiny_sft"] = "outputs/tiny_world"
+    assert starts[settings["model_name_or_path"]] == settings["tiny_world"]
+    file = Path(settings["tiny_world"]) / "train.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    for function in reward_functions(settings["rewards"], settings.get("reward_kwargs")):
+        scores = function(completions=[build_target(row, template) for row in rows], **columns)
+        best = max(score for score in scores if score is not None)
+        assert best > 0 and {score for score in scores if score is not None} == {best}, (
+            function,
+            scores,
+        )
