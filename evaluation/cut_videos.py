@@ -2,13 +2,14 @@
 
     python evaluation/cut_videos.py --source mvbench --path MVBench/json --video_dir videos
 
-Each part is encoded anew (H.264, without sound), its frames at their own times from 0. A video that is a folder of
-images (MVBench's TVQA) becomes one too, an image every 1 / `fps` s. Parts that are there stay. Exits with 3 if some could
-not be cut (they are listed).
+Each part is encoded anew (H.264, without sound), its frames at their own times from 0. What is a folder
+of images (MVBench's TVQA) or a list of frames (source frame_list) becomes a video too. Parts that are
+there stay. Exits with 3 if some could not be cut (they are listed).
 """
 
 import argparse
 import bisect
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -61,6 +62,20 @@ def frames_of(
             shown = time, frame
         if shown is not None and shown[0] <= start:
             yield 0.0, upright(shown[1])
+
+
+def images_of(root: Path, cut: dict) -> Frames:
+    """(seconds, image) of a list of frames, each until the next one's time, the first from 0.
+
+    At a constant rate, the highest that all times are multiples of: one that is nearly constant would be taken for it.
+    """
+    indices, pixels = cut["indices"], None
+    tick = math.gcd(*indices) or 1
+    for index in range(0, indices[-1] + 1, tick):
+        if index in indices or pixels is None:
+            name = cut["frames"][indices.index(index) if index in indices else 0]
+            pixels = np.asarray(read_image(root / name).convert("RGB"))
+        yield index / cut["fps"], pixels
 
 
 def write_video(path: Path, frames: Frames) -> int:
@@ -117,13 +132,16 @@ def main(argv: list[str] | None = None) -> int:
     failed = []
     for name, cut in tqdm(missing.items(), desc="cut", unit="part"):
         try:
-            check_path(cut["video"], "videos", allow_urls=False)
-            frames = frames_of(
-                args.video_dir / cut["video"], cut["start"], cut["end"], cut.get("fps", 1.0)
-            )
+            for path in cut.get("frames") or [cut["video"]]:
+                check_path(path, "videos", allow_urls=False)
+            if "frames" in cut:
+                frames = images_of(args.video_dir, cut)
+            else:
+                video = args.video_dir / cut["video"]
+                frames = frames_of(video, cut["start"], cut["end"], cut.get("fps", 1.0))
             write_video(args.video_dir / name, frames)
         except (BadFile, Unreadable, OSError, ValueError) as error:
-            failed.append(f"{cut['video']}: {error}")
+            failed.append(f"{name}: {error}")
     for line in failed[:10]:
         print(f"  {printable(line)}")
     print(f"{len(missing) - len(failed)} cut, {len(failed)} could not be")

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -400,11 +401,11 @@ SOURCES = [
     ("ms_swift", "a.jsonl",
      [SWIFT, SWIFT | {"messages": SWIFT["messages"] * 2}, SWIFT | {"messages": SWIFT["messages"][:1]},
       SWIFT | {"messages": SWIFT["messages"][:1], "solution": "A. left", "id": "x"},
-      {"messages": [{"role": "user", "content": "Look: <video> How far?"}], "videos": "v/1.mp4", "solution": 3}],
+      {"messages": [{"role": "user", "content": "Look: <video> How far?"}], "videos": "v/1.mp4", "solution": 0}],
      [{"question_id": "row-0", "problem": "Which way?\nA. left\nB. right", "options": ["A. left", "B. right"],
        "problem_type": "multiple choice", "solution": "B", "process": "It turns.", "videos": ["v/1.mp4"]},
       {"question_id": "x", "solution": "A"}, {"problem_type": "numerical", "problem": "Look: \n How far?",
-                                              "solution": "3"}],
+                                              "solution": "0"}],
      {"left out: several turns": 1, "left out: no solution": 1, "changed: videos, then images, before the text": 1}),
     ("llama_factory", "a.json",
      [FACTORY, {"instruction": "Who?", "input": "<video>", "output": "a man", "videos": ["v/1.mp4"]},
@@ -676,3 +677,36 @@ def test_a_folder_of_frames_becomes_a_video_with_its_times(cutter, tmp_path):
     (row,) = load_rows([{"path": str(path), "source": "mvbench"}])
     fps, indices = shown(tmp_path / row["videos"][0])
     assert indices == [3, 4, 5, 6, 7, 8] and fps == pytest.approx(3.0)
+
+
+def test_a_list_of_frames_becomes_a_video_with_their_times(cutter, tmp_path):
+    names = []
+    for index, pixels in enumerate(grey(4)):
+        names.append(f"f/{index}.png")
+        (tmp_path / "f").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / names[-1])
+    row = {"question_id": "q", "problem": "?", "problem_type": "numerical", "solution": "1", "frames": names,
+           "frames_fps": 30, "frames_indices": [0, 15, 60, 75]}  # fmt: skip
+    path = write_official(tmp_path / "rows.jsonl", [row])
+    assert cutter.main(["--source", "frame_list", "--path", str(path), "--video_dir", str(tmp_path)]) == 0
+    (made,) = load_rows([{"path": str(path), "source": "frame_list"}])
+    clip = VideoLoader(VideoSettings(2.0, 2, 64, 16 * 16, 64 * 64)).load(tmp_path / made["videos"][0], row_id="q")
+    seen = [(round(i / clip.fps, 2), round(float(f.mean()) / 20)) for i, f in zip(clip.frames_indices, clip.frames)]
+    starts = {0: 0.0, 1: 0.5, 2: 2.0, 3: 2.5}  # what is on the screen at a time is the last that has begun
+    assert {shown for _, shown in seen} == set(starts)
+    assert all(shown == max(i for i, start in starts.items() if start <= time + 1e-3) for time, shown in seen), seen
+    bad = write_official(tmp_path / "bad.jsonl", [row | {"frames_indices": [0, 15, 15, 75]}])
+    with pytest.raises(RowError, match="frames_indices: expected rising indices"):
+        load_rows([{"path": str(bad), "source": "frame_list"}])
+
+
+def test_a_hub_dataset_and_one_saved_by_datasets_may_have_a_source(tmp_path, monkeypatch):
+    rows = [VST, VST | {"question": "Who?\nA. he\nB. she"}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_list(rows))
+    entry = {"path": "someone/vst", "source": "vst", "media_root": str(tmp_path)}
+    assert load_rows([entry], shuffle=False)["question_id"][:] == ["vst-x1-0", "vst-x1-1"]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    loaded = load_rows([{"path": str(tmp_path / "saved"), "source": "vst"}], shuffle=False)
+    assert loaded["question_id"][:] == ["vst-x1-0", "vst-x1-1"]
+    with pytest.raises(RowError, match="what `source` reads has no split 'test'"):
+        load_rows([{"path": str(write_official(tmp_path / "a.jsonl", rows)), "source": "vst", "split": "test"}])

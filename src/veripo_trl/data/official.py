@@ -47,30 +47,36 @@ def read_official(path: Path, source: str) -> list[tuple[str, int, Any]]:
 
 
 def _records(file: Path, module: ModuleType) -> list[tuple[str, int, Any]]:
-    nested = getattr(module, "records", None)
     if file.suffix == ".txt":
-        content = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    elif uncompressed(file).suffix == ".json":
-        content = read_json(file)
-    elif nested is None:
-        return read_file(file)
-    else:
-        content = [record for _, _, record in read_file(file)]
-    if nested is None:
-        content = list(content.values()) if isinstance(content, dict) else content
-    else:
         try:
-            content = nested(content, file=str(file))
-        except FieldError as error:
-            problem = {"file": str(file), "row": None, "question_id": None, **error.problem}
-            raise row_error([problem]) from error
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise RowError(
-                f"{file}: not {module.NAME}'s official form ({type(error).__name__}: {error})."
-            ) from error
+            content = file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise RowError(f"{file}: not UTF-8 text: {error}.") from error
+        return unnested([line for line in content if line.strip()], str(file), module)
+    if uncompressed(file).suffix == ".json":
+        return unnested(read_json(file), str(file), module)
+    records = read_file(file)
+    nested = hasattr(module, "records")  # else the numbers stay those of the file's lines
+    return unnested([record for *_, record in records], str(file), module) if nested else records
+
+
+def unnested(content: Any, file: str, module: ModuleType) -> list[tuple[str, int, Any]]:
+    """(file, number from 1, record) of what a file or a dataset of the Hub holds, as the source's `records` takes it
+    apart; without it a list stays one, and a dict is its values."""
+    try:
+        if (nested := getattr(module, "records", None)) is not None:
+            content = nested(content, file=file)
+        elif isinstance(content, dict):
+            content = list(content.values())
+    except FieldError as error:
+        problem = {"file": file, "row": None, "question_id": None, **error.problem}
+        raise row_error([problem]) from error
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise RowError(f"{file}: not {module.NAME}'s official form ({reason}).") from error
     if not isinstance(content, list):
         raise RowError(f"{file}: expected {module.NAME}'s records, came {show(content)}.")
-    return numbered(str(file), content)
+    return numbered(file, content)
 
 
 def make_rows(records: Iterable[tuple[str, int, Any]], source: str) -> tuple[list[tuple], Counter]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from veripo_trl.data.fields import checked_row
 from veripo_trl.data.files import SUFFIXES, is_data_file, numbered, read_directory, read_file
 from veripo_trl.data.manifest import read_manifest, report_dropped
-from veripo_trl.data.official import find_source, make_rows, print_counts, read_official
+from veripo_trl.data.official import find_source, make_rows, print_counts, read_official, unnested
 from veripo_trl.data.schema import (
     COLUMNS,
     REQUIRED,
@@ -188,17 +188,19 @@ def _read(source: DatasetSource) -> tuple[list[tuple[str, int, Any]], str | None
             )
         if source.name or source.revision:
             raise RowError(f"{source.path} is local: `name` and `revision` are for Hub datasets; leave them out.")
-        if source.source and not own and not (path / "dataset_dict.json").is_file():
-            return read_official(path, source.source), str(path if path.is_dir() else path.parent)
-        if path.is_dir():
-            return read_directory(path, source.split), str(path)
+        saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+        if path.is_dir() and (saved or not source.source):
+            return _taken_apart(read_directory(path, source.split), source), str(path)
         if source.split != "train":
+            what = "what `source` reads" if source.source else "a file"
             raise RowError(
-                f"{source.path}: a file has no split {source.split!r}; leave `split` out or name a directory."
+                f"{source.path}: {what} has no split {source.split!r}; leave `split` out or name a directory."
             )
         if own:
-            return numbered(source.path, user_function(source.path, setting="datasets")()), None
-        return read_file(path), str(path.parent)
+            records = numbered(source.path, user_function(source.path, setting="datasets")())
+            return _taken_apart(records, source), None
+        root = str(path if path.is_dir() else path.parent)
+        return read_official(path, source.source) if source.source else read_file(path), root
 
     import datasets
 
@@ -211,7 +213,13 @@ def _read(source: DatasetSource) -> tuple[list[tuple[str, int, Any]], str | None
         if "scripts" in reason:
             reason += ". Nothing of it is run: convert it to Parquet, or give a revision that holds Parquet files"
         raise RowError(f"{source.path}: no such directory here, and not read as a Hub dataset: {reason}.") from error
-    return numbered(source.path, dataset.with_format("arrow")[:].to_pylist()), None
+    return _taken_apart(numbered(source.path, dataset.with_format("arrow")[:].to_pylist()), source), None
+
+
+def _taken_apart(records: list[tuple[str, int, Any]], source: DatasetSource) -> list[tuple[str, int, Any]]:
+    if not source.source:
+        return records
+    return unnested([record for *_, record in records], source.path, find_source(source.source))
 
 
 def _media_root(source: DatasetSource, default: str | None) -> str | None:

@@ -60,10 +60,10 @@ def row_of_turns(turns: list[tuple[str, str]], record: dict) -> list[dict | str]
         counted.append("changed: videos, then images, before the text")
     reply = turns[1][1] if len(turns) == 2 else ""
     thought = re.fullmatch(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", reply, re.S)
-    solution = untagged(record.get("solution"), "answer") or (
-        thought[2] if thought else untagged(reply, "answer")
-    )
-    if not solution or not str(solution).strip():
+    solution = untagged(record.get("solution"), "answer")
+    if solution is None:
+        solution = thought[2] if thought else untagged(reply, "answer")
+    if not str(solution).strip():
         return [*counted, "left out: no solution"]
     problem = re.sub(r"\n?<(?:video|image)>\n?", "\n", turns[0][1]).strip()
     options, solution = record.get("options") or read_options(problem), str(solution).strip()
