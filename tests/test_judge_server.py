@@ -240,6 +240,17 @@ def test_a_server_that_only_fails_stops_the_run(status, cause):
             verify(make_judge(server.url))
 
 
+def test_texts_that_are_refused_before_the_first_reply_do_not_stop_the_run():
+    """A server refuses at once, and takes its time for a reply."""
+    first = ("Case 0:", "Case 1:", "Case 2:", "Case 3:")
+    with JudgeServer(
+        lambda n, b: Reply(status=400) if any(case in str(b) for case in first) else Reply(delay_s=0.2)
+    ) as server:
+        judge = make_judge(server.url)
+        assert consistencies(verify(judge))[4:] == expected(40)[4:]
+    assert dict(judge.failures) == {"HTTP 400": 4}
+
+
 def test_a_judge_that_writes_only_garbage_does_not_stop_the_run():
     with JudgeServer(lambda n, b: Reply(content="yes", delay_s=0.02)) as server:
         judge = make_judge(server.url)

@@ -667,7 +667,7 @@ def test_a_signal_goes_to_the_trainer_alone_which_is_waited_for(number, tmp_path
     assert state(tmp_path, "veripo")["cold-start"]["status"] == "stopped" and "ending" not in said
 
 
-def test_leftovers_are_ended(tmp_path, capsys):
+def test_leftovers_are_ended(tmp_path):
     run_folder = tmp_path / "run"
     run_folder.mkdir()
     env = {**os.environ, MARKER: str(run_folder.resolve())}
@@ -680,10 +680,23 @@ def test_leftovers_are_ended(tmp_path, capsys):
     for process in ours:
         process.stdout.readline()
     end_leftovers(run_folder, patience_s=1)
-    assert all(process.poll() is not None for process in ours)  # the second one by SIGKILL
-    assert f"ending 1 processes that this run left behind: [{ours[1].pid}]" in capsys.readouterr().out
+    assert [process.wait(5) for process in ours] == [-signal.SIGTERM, -signal.SIGKILL]
     assert other.poll() is None
     other.kill()
+
+
+def test_leftovers_that_nobody_reaps_are_not_waited_for(tmp_path):
+    """As in a container whose first process does not."""
+    code = (
+        "import subprocess, time; child = subprocess.Popen(['sleep', '99'], "
+        f"env={{{MARKER!r}: {str(tmp_path.resolve())!r}}}); print('up', flush=True); time.sleep(99)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    parent.stdout.readline()
+    started = time.monotonic()
+    end_leftovers(tmp_path, patience_s=20)
+    assert time.monotonic() - started < 10 and parent.poll() is None
+    parent.kill()
 
 
 JUDGE = """

@@ -172,6 +172,7 @@ def test_a_readable_reply(text):
         (f"{REPLY} Hope that helps", "not JSON"),
         (f"{REPLY}\n{REPLY}", "not JSON"),
         ("[" * 15_000, "not JSON"),
+        ("```" + "\n" * 100_000 + "x", "not JSON"),  # read at once
         (REPLY.replace('"so B"', "1" * 5_000), "not JSON"),  # Python converts no integer of that length
         (f"[{REPLY}]", "wrong schema"),
         ("null", "wrong schema"),

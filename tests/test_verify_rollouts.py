@@ -321,6 +321,8 @@ REFUSED = [
     (settings(accuracy_reward="mse"), r"accuracy_reward: expected one of accuracy, .*or module:function; got 'mse'"),
     (settings(accuracy_reward="format"), r"accuracy_reward: expected one of accuracy, .*; got 'format'"),
     (settings(judge_concurrency=0), r"judge_concurrency: expected 1 or more; got 0"),
+    (settings(judge_timeout_s=0), r"judge_timeout_s: expected more than 0; got 0"),
+    (settings(judge_retries=-1), r"judge_retries: expected 0 or more; got -1"),
     (settings(judge="local", judge_model="x", judge_prompt="my/consistency.yaml"), r"my/consistency.yaml.*No such"),
 ]  # fmt: skip
 

@@ -100,7 +100,10 @@ def end_leftovers(folder: Path, patience_s: float = 20.0) -> None:
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 end(process)
-        psutil.wait_procs(left, timeout=patience_s)
+        # Not `psutil.wait_procs`: where nobody reaps them, what has ended stays as a zombie.
+        deadline = time.monotonic() + patience_s
+        while leftovers(folder) and time.monotonic() < deadline:
+            time.sleep(0.1)
     if left := leftovers(folder):
         raise LoopError(
             f"processes {[p.pid for p in left]} of this run do not end; end them first."

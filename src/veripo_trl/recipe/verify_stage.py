@@ -108,6 +108,8 @@ class VerifyArguments:
         check("judge_url", self.judge_url or self.judge != "server", "a URL, for judge: server")
         check("judge_model", self.judge_model or model_less, f"a name, for judge: {self.judge}")
         check("judge_concurrency", self.judge_concurrency >= 1, "1 or more")
+        check("judge_timeout_s", self.judge_timeout_s > 0, "more than 0")
+        check("judge_retries", self.judge_retries >= 0, "0 or more")
         fine = isinstance(self.judge_request_options, dict | None)
         check("judge_request_options", fine, 'JSON like {"max_tokens": 2048}')
         check("drop_solved_share", 0 <= self.drop_solved_share <= 1, "a share from 0 to 1")

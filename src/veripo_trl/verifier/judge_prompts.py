@@ -141,7 +141,8 @@ def read_reply(text: object) -> dict:
     if not text:
         raise ReplyError("no text")
     body = re.sub(r"^<think>.*?</think>\s*", "", text, flags=re.S)
-    body = re.sub(r"^```(?:json)?\s*\n(.*)\n\s*```$", r"\1", body, flags=re.S)
+    # In a time that grows with the text alone, however many empty lines it has.
+    body = re.sub(r"^```(?:json)?[^\S\n]*\n(.*)\n[^\S\n]*```$", r"\1", body, flags=re.S)
     try:
         reply = json.loads(body, object_pairs_hook=_pairs)
     # A plain ValueError: an integer of more digits than Python converts.

@@ -90,7 +90,7 @@ class ServerJudge(ModelJudge):
         self.identify(f"server:{shown_model(self.model)}", body)
         self.request = {"response_format": RESPONSE_FORMAT, **body}
         self.succeeded, self._failed_in_a_row, self._said_gone = False, 0, False
-        self._session = None
+        self._session, self._in_flight = None, 0
         _read_key(self.api_key_env)
 
     async def __call__(self, item: dict) -> dict:
@@ -101,7 +101,11 @@ class ServerJudge(ModelJudge):
         """
         if self._session is None:
             self._open()
-        return await self._judge(item)
+        self._in_flight += 1
+        try:
+            return await self._judge(item)
+        finally:
+            self._in_flight -= 1
 
     def _open(self) -> None:
         import aiohttp
@@ -154,7 +158,9 @@ class ServerJudge(ModelJudge):
         if not self.succeeded or failure.cause not in ("HTTP 400", "HTTP 413", "HTTP 422"):
             self._failed_in_a_row += 1
         gone = failure.cause == "no connection"
-        most = max(8, self.concurrency) if self.succeeded else FIRST_FAILURES
+        # A refusal overtakes the replies that are being written: few mean nothing until no other request is under way.
+        nothing_came = not self.succeeded and self._in_flight == 1
+        most = FIRST_FAILURES if nothing_came else max(8, self.concurrency)
         if gone or self._failed_in_a_row >= most:
             state = "no longer answers" if self.succeeded else "has not answered a single request"
             raise JudgeError(
