@@ -22,7 +22,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from veripo_trl.answers.rewards import reward_function
 from veripo_trl.data.prompts import load_template
 from veripo_trl.errors import run
 from veripo_trl.files.run_folder import only_process
@@ -63,10 +62,13 @@ def verify(arguments: VerifyArguments, options: PairOptions) -> None:
     folder = recipe.open_folder(arguments.output_dir)
     save_arguments(str(folder), arguments, options)
 
-    reward = reward_function(arguments.accuracy_reward)
     with cache or contextlib.nullcontext():
         verdicts = verify_stream(
-            files.rows_of(rollouts), judge=judge, tokenizer=tokenizer, cache=cache, reward=reward
+            files.rows_of(rollouts),
+            judge=judge,
+            tokenizer=tokenizer,
+            cache=cache,
+            reward=arguments.reward(),
         )
         verdicts = tqdm(
             verdicts, total=len(rollouts), desc="verdicts", unit="rollout", smoothing=0.05

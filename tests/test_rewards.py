@@ -7,6 +7,7 @@ import pytest
 from helpers import documented
 
 from veripo_trl.answers.rewards import (
+    ACCURACIES,
     MAKERS,
     REWARDS,
     accuracy_relative_error_reward,
@@ -89,6 +90,7 @@ def test_broken_is_not_wrong():
 
 def test_names_are_the_metrics_names():
     made = {name: reward_function(name) for name in (*REWARDS, *MAKERS)}
+    assert set(ACCURACIES) <= made.keys()
     assert {name: function.__name__ for name, function in made.items()} == {name: f"{name}_reward" for name in made}
 
 
@@ -115,7 +117,10 @@ RELATIVES = [  # problem type, solution, answer; then what each reward gives
 ACCURATE = {"accuracy_relative_error", "accuracy_soft", "accuracy_absolute_range", "yes_no_first"}
 
 
-@pytest.mark.parametrize("reward", [name for name in (*REWARDS, *MAKERS) if "format" not in name])
+OF_ANSWERS = [name for name in (*REWARDS, *MAKERS) if "format" not in name and name != "consistency"]
+
+
+@pytest.mark.parametrize("reward", OF_ANSWERS)
 def test_each_reward_of_a_mixed_batch(reward):
     """An accuracy gives every row its own type's; what is of some types is None for the others, which TRL leaves out."""
     kinds, solutions, answers, _ = zip(*RELATIVES, strict=True)
@@ -202,7 +207,7 @@ def test_trls_rewards_by_their_makers():
         (["exponential_error"], {"exponential_error": {"tou": 1}}, "exponential_error: .*unexpected keyword.*tou"),
         (["accuracy_absolute_range"], {"accuracy_absolute_range": {"max_range": "x"}}, "max_range: expected a number"),
         (["structured_format"], {"structured_format": {"sections": "plan"}}, "sections: expected a list"),
-        (["accuracy"], {"accuracy": {"tau": 1}}, "accuracy has no options; those that do are accuracy_absolute_range"),
+        (["accuracy"], {"accuracy": {"tau": 1}}, "accuracy has no options; those that do are consistency, accuracy_absolute_range"),
         (["accuracy"], {"exponential_error": {}}, "exponential_error: not among rewards"),
         (["accuracy"], {"accuracy": 3}, "expected {"),
         (["accuracy"], [], "expected {"),

@@ -25,7 +25,7 @@ from veripo_trl.user_functions import is_user_function, user_function
 FORMAT_REWARD = 0.5
 
 
-def _text(completion: str | list[dict]) -> str:
+def completion_text(completion: str | list[dict]) -> str:
     """The text of a completion, plain or conversational (one assistant message whose content is a string)."""
     if isinstance(completion, str):
         return completion
@@ -42,7 +42,7 @@ def _scores(completions, solution, problem_type, options, own: dict[str, Callabl
     None where `others` is false."""
     options = options if options is not None else [None] * len(completions)
     return [
-        _score(extract_answer(_text(completion)), kind, truth, tuple(choices or ()), own.get(kind))
+        _score(extract_answer(completion_text(completion)), kind, truth, tuple(choices or ()), own.get(kind))
         if others or kind in own
         else None
         for completion, truth, kind, choices in zip(completions, solution, problem_type, options, strict=True)
@@ -150,7 +150,7 @@ def exponential_error(tau: float = 10.0, scale: float = 1.5) -> Callable[..., li
 
 def format_reward(completions: list, **kwargs) -> list[float]:
     """0.5 for each completion that is exactly one think span, then one answer span; else 0."""
-    return [FORMAT_REWARD if is_well_formed(_text(completion)) else 0.0 for completion in completions]
+    return [FORMAT_REWARD if is_well_formed(completion_text(completion)) else 0.0 for completion in completions]
 
 
 def segments_format_reward(completions: list, solution, problem_type, **kwargs) -> list[float]:
@@ -160,7 +160,8 @@ def segments_format_reward(completions: list, solution, problem_type, **kwargs) 
         solution_duration(truth) if kind in WITH_DURATION else None
         for truth, kind in zip(solution, problem_type, strict=True)
     ]
-    return [float(are_segments(_text(each), duration)) for each, duration in zip(completions, durations, strict=True)]
+    texts = map(completion_text, completions)
+    return [float(are_segments(text, duration)) for text, duration in zip(texts, durations, strict=True)]
 
 
 def structured_format(sections: Sequence[str] = ("planning", "observation", "reasoning")) -> Callable[..., list[float]]:
@@ -169,7 +170,7 @@ def structured_format(sections: Sequence[str] = ("planning", "observation", "rea
         raise ConfigError(f"structured_format: sections: expected a list of names of tags; got {sections!r}.")
 
     def structured_format_reward(completions: list, **kwargs) -> list[float]:
-        return [float(is_structured(_text(each), tuple(sections))) for each in completions]
+        return [float(is_structured(completion_text(each), tuple(sections))) for each in completions]
 
     return structured_format_reward
 
@@ -195,6 +196,7 @@ REWARDS = {
     "segments_format": segments_format_reward,
 }
 MAKERS = {  # called with the entries that `reward_kwargs` has for them, for the reward function
+    "consistency": "veripo_trl.verifier.reward:consistency",  # by name: that room is above this one
     "accuracy_absolute_range": accuracy_absolute_range,
     "object_id": object_id_maker,
     "exponential_error": exponential_error,
@@ -223,7 +225,8 @@ def reward_function(name: str, options: dict[str, Any] | None = None) -> Callabl
     if name not in MAKERS and not is_user_function(name):
         known = ", ".join((*REWARDS, *MAKERS))
         raise ConfigError(f"rewards: expected some of {known}, or module:function; got {name!r}.")
-    make = MAKERS[name] if name in MAKERS else user_function(name, setting="rewards")
+    make = MAKERS.get(name, name)
+    make = user_function(make, setting="rewards") if isinstance(make, str) else make
     if name not in MAKERS and options is None:
         return make
     try:

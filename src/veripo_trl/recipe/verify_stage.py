@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from veripo_trl.answers.rewards import reward_function
+from veripo_trl.answers.rewards import ACCURACIES, reward_functions
 from veripo_trl.data.schema import content_of
 from veripo_trl.errors import ConfigError
 from veripo_trl.files.disk import read_json
@@ -21,6 +21,7 @@ from veripo_trl.hub.cards import dataset_card
 from veripo_trl.hub.locate import fetch, is_local, locate
 from veripo_trl.hub.push import prepare_repo, push_folder
 from veripo_trl.options import option
+from veripo_trl.recipe.arguments import read_mapping
 from veripo_trl.user_functions import is_user_function
 from veripo_trl.verifier import files
 from veripo_trl.verifier.curriculum import choose_solved
@@ -32,7 +33,6 @@ from veripo_trl.verifier.server_judge import ServerJudge
 from veripo_trl.verifier.summary import card_facts
 
 JUDGES = ("rules", "server", "local")
-ACCURACIES = ("accuracy", "accuracy_relative_error")
 
 
 @dataclass
@@ -53,9 +53,12 @@ class VerifyArguments:
         "Counts the tokens of the thinking. Default: the rollouts' policy."
     )
     accuracy_reward: str = option(
-        "What is right: the GRPO run's reward for that, accuracy, accuracy_relative_error or the user's own as "
-        "module:function, from 0 to 1.",
+        f"What is right: the GRPO run's reward for that, {', '.join(ACCURACIES)} or the user's own as module:function, "
+        "from 0 to 1.",
         "accuracy",
+    )
+    reward_kwargs: str | None = option(
+        "Its options, as in the GRPO run: {accuracy_absolute_range: {max_range: 1}}."
     )
     judge: str = option(
         f"Who judges consistency: {', '.join(JUDGES)}, or the user's own as module:function.",
@@ -103,7 +106,8 @@ class VerifyArguments:
             given = getattr(self, name)
             words = f"one of {', '.join(known)}, or module:function"
             check(name, given in known or is_user_function(given), words)
-        reward_function(self.accuracy_reward)
+        self.reward_kwargs = read_mapping("reward_kwargs", self.reward_kwargs)
+        self.reward()
         model_less = self.judge not in ("server", "local")
         check("judge_url", self.judge_url or self.judge != "server", "a URL, for judge: server")
         check("judge_model", self.judge_model or model_less, f"a name, for judge: {self.judge}")
@@ -115,6 +119,10 @@ class VerifyArguments:
         check("drop_solved_share", 0 <= self.drop_solved_share <= 1, "a share from 0 to 1")
         for name in ("hub_pairs_id", "hub_verdicts_id") if self.push_to_hub else ():
             check(name, getattr(self, name), "a name, for push_to_hub")
+
+    def reward(self) -> Callable[..., list[float]]:
+        (found,) = reward_functions([self.accuracy_reward], self.reward_kwargs)
+        return found
 
 
 # ------------------------------------------------------------------------------------------------- what is read

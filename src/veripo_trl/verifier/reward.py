@@ -1,0 +1,102 @@
+"""Consistency as a reward: the verifier's verdict as a column of GRPO, what the pairs teach by DPO otherwise.
+
+The judge that rewards is not the judge that reports: a policy learns what its judge overlooks.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+
+from veripo_trl.answers.rewards import completion_text
+from veripo_trl.answers.score import split_completion
+from veripo_trl.errors import ConfigError
+from veripo_trl.user_functions import is_user_function
+from veripo_trl.verifier.judge_prompts import MAX_ANSWER_CHARS, judged_text, load_judge_prompt
+from veripo_trl.verifier.judges import Judge, JudgeError, RulesJudge, UserJudge
+from veripo_trl.verifier.server_judge import ServerJudge
+
+VALUES = {"consistent": 1.0, "unknown": 0.0, "inconsistent": -1.0}
+_FAILED = ("no connection", "connection", "time-out", "HTTP", "not a chat completion")  # how a dead judge's reasons begin
+
+
+def consistency(
+    judge: str = "rules", prompt: str = "verifier_prompts/consistency.yaml", **server
+) -> Callable[..., list[float]]:
+    """The reward function: 1 for a consistent completion, 0 for unknown, -1 for an inconsistent one.
+
+    The completions of a step are judged at once, equal ones once; the share of unknown verdicts is logged as
+    `consistency/unknown`.
+
+    Args:
+        judge: rules, server, or a coroutine of the user's own as `module:function` (of it, `concurrency` at once).
+        prompt: the file of what a server is asked.
+        server: `url`, `model`, and what else `ServerJudge` takes.
+
+    Raises:
+        JudgeError: by the reward, when no request of a step was answered: a dead judge is no unknown verdict.
+    """
+    asked = _judge(judge, prompt, server)
+
+    def consistency_reward(completions, problem_type, options=None, log_metric=None, **kwargs) -> list[float]:
+        options = options if options is not None else [None] * len(completions)
+        rows = zip(map(completion_text, completions), problem_type, options, strict=True)
+        items = [_item(*row) for row in rows]
+        said = asyncio.run(_verdicts(asked, {_key(item): item for item in items if item}))
+        _refuse_dead(asked, said.values())
+        found = [said[_key(item)]["consistency"] if item else "unknown" for item in items]
+        if log_metric:
+            log_metric("consistency/unknown", Counter(found)["unknown"] / max(1, len(found)))
+        return [VALUES[each] for each in found]
+
+    return consistency_reward
+
+
+def _judge(judge: str, prompt: str, server: dict) -> Judge:
+    if judge == "rules" and not server:
+        return RulesJudge()
+    if judge == "server" and {"url", "model"} <= server.keys():
+        return ServerJudge(prompt=load_judge_prompt(prompt), **server)
+    if is_user_function(judge) and server.keys() <= {"concurrency"}:
+        return UserJudge(judge, concurrency=server.get("concurrency", 64))
+    raise ConfigError(
+        "consistency: expected judge: rules, judge: server with url and model, or judge: module:function; came "
+        f"judge: {judge} with {', '.join(sorted(server)) or 'nothing'}."
+    )
+
+
+def _item(completion: str, problem_type: str, options) -> dict | None:
+    """What a judge is shown; None where there is nothing that it could compare."""
+    think, answer = split_completion(completion)
+    if not think or not answer or len(answer) > MAX_ANSWER_CHARS:
+        return None
+    return {"think": think, "answer": answer, "problem_type": problem_type, "options": options}
+
+
+def _key(item: dict) -> tuple[str, str]:
+    return item["problem_type"], judged_text(item)
+
+
+async def _verdicts(judge: Judge, items: dict[tuple, dict]) -> dict[tuple, dict]:
+    slots = asyncio.Semaphore(judge.concurrency)
+
+    async def ask(item: dict) -> dict:
+        async with slots:
+            return await judge(item)
+
+    tasks = [asyncio.ensure_future(ask(item)) for item in items.values()]
+    try:
+        return dict(zip(items, await asyncio.gather(*tasks), strict=True))
+    finally:  # after an error the others are not waited for
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await judge.close()
+
+
+def _refuse_dead(judge: Judge, said) -> None:
+    reasons = [each["reason"] for each in said if judge.caches]
+    if reasons and all(reason.startswith(_FAILED) for reason in reasons):
+        raise JudgeError(
+            f"consistency: {judge.name} answered none of a step's {len(reasons)} requests; the last failed with "
+            f"{reasons[-1]}. Start it again, then the same command: the run goes on from its last checkpoint."
+        )
