@@ -207,7 +207,7 @@ def test_trls_rewards_by_their_makers():
         (["exponential_error"], {"exponential_error": {"tou": 1}}, "exponential_error: .*unexpected keyword.*tou"),
         (["accuracy_absolute_range"], {"accuracy_absolute_range": {"max_range": "x"}}, "max_range: expected a number"),
         (["structured_format"], {"structured_format": {"sections": "plan"}}, "sections: expected a list"),
-        (["accuracy"], {"accuracy": {"tau": 1}}, "accuracy has no options; those that do are consistency, accuracy_absolute_range"),
+        (["accuracy"], {"accuracy": {"tau": 1}}, "accuracy has no options; those that do are consistency, accuracy_ab"),
         (["accuracy"], {"exponential_error": {}}, "exponential_error: not among rewards"),
         (["accuracy"], {"accuracy": 3}, "expected {"),
         (["accuracy"], [], "expected {"),
