@@ -40,6 +40,7 @@ REASONS = {
     "picture": "image: is not an image",
     "strip": "image: aspect ratio over 200",
     "long": "prompt longer than max_prompt_tokens",
+    "tags": "does not fit the prompt template",
     "unsolved": "solution: expected a non-empty string",
     "twice": "question_id: expected an id used once",
 }
@@ -117,6 +118,7 @@ def mixed(media):
     names = ("good", "missing", "empty", "folder", "outside", "truncated", "cut", "words", "playlist")
     rows = [make_row(name, media, videos=[f"{name}.mp4"]) for name in names]
     rows += [make_row(name, media, images=[f"{name}.png"]) for name in ("image", "picture", "strip")]
+    rows += [make_row("tags", media, process="<think>B</think>")]
     rows += [make_row("text", media), make_row("long", media, problem="Which colour is first? " * 200)]
     return rows + [make_row("unsolved", media, solution=""), make_row("twice", media), make_row("twice", media)]
 
@@ -152,7 +154,7 @@ def test_the_real_script(run, tmp_path):
     assert "truncated.mp4" in by_id["truncated"]["detail"] and "again" in by_id["truncated"]["detail"]
     assert "raise the limit" in by_id["long"]["detail"].lower()
     assert by_id["good"]["prompt_tokens"] > by_id["text"]["prompt_tokens"]
-    assert re.search(r"^17 +3 +14 ", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^18 +3 +15 ", done.stdout, re.MULTILINE), done.stdout
     for text in (f"--manifest {manifest}", "tokens median"):
         assert text in done.stdout, done.stdout
     assert "rows: 100%" in done.stderr

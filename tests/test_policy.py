@@ -12,6 +12,7 @@ from conftest import make_row
 from helpers import make_grpo_trainer
 from helpers import make_sft_trainer as make_trainer
 from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 from trl import ModelConfig
 
@@ -72,7 +73,7 @@ def test_another_model_family_is_refused(model_type, tmp_path):
 def test_a_folder_without_a_model_is_refused(content, tmp_path):
     if content:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises((FileNotFoundError, ValueError), match=f"{tmp_path}.*config.json"):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}.*no config.json with a model_type"):
         load_policy(str(tmp_path))
 
 
@@ -317,6 +318,15 @@ def test_an_adapter_on_weights_that_are_not_its_base(model_paths, media_root, ad
     (tmp_path / "merged").rename(base)
     with pytest.raises(ValueError, match=f"other weights than those of '{base}'"):
         load_policy(run)
+
+
+def test_weights_with_scalars_have_a_hash(tmp_path):
+    """As quantized models and others have them."""
+    hashes = set()
+    for scale in (1.0, 2.0):
+        save_file({"scale": torch.tensor(scale), "empty": torch.zeros(0)}, tmp_path / "model.safetensors")
+        hashes.add(weights_hash(str(tmp_path)))
+    assert len(hashes) == 2 and None not in hashes
 
 
 @pytest.mark.parametrize("adapter", [False, True])

@@ -4,7 +4,6 @@ import fnmatch
 import os
 import re
 import shutil
-from concurrent.futures import Future
 from pathlib import Path
 
 import yaml
@@ -41,9 +40,7 @@ def push_folder(
     replaced: dict[str, str] | None = None,
     message: str = "Push by veripo_trl",
     branch: str = "main",
-    staged: Path | None = None,
-    background: bool = False,
-) -> dict | Future:
+) -> dict:
     """Make a repository hold a folder's files and a card, and make sure that it does.
 
     A push that broke is finished by the same push again: what arrived is not sent twice. Files that the repository has
@@ -57,11 +54,9 @@ def push_folder(
         patterns: globs relative to `folder`, by default `PATTERNS`; never what matches `NEVER`.
         path_in_repo: folder in the repository for the files, the card excepted.
         replaced: {path in the repository: text} that stands there instead of the folder's file.
-        staged: folder for links to what is sent, made and removed; by default in `folder`.
-        background: send in a thread, from the links, whatever becomes of `folder`.
 
     Returns:
-        {"repo_id", "revision", "url"}, as the Hub says; in the background a future of it.
+        {"repo_id", "revision", "url"}, as the Hub says.
 
     Raises:
         HubError: nothing to push, a path of this machine in a dataset, a repository that holds something else or is
@@ -74,21 +69,17 @@ def push_folder(
     for name in files:
         if repo_type == "dataset" and name.endswith(".parquet"):
             refuse_absolute_paths(folder / name)
-    staged = staged or folder / "_push"
+    staged = folder / "_push"
     shutil.rmtree(staged, ignore_errors=True)  # of a push that was killed
     for name in files:
         _link(folder / name, staged / path_in_repo / name)
     for name, text in {**(replaced or {}), "README.md": card}.items():
         write_whole(staged / name, text.encode())
     stale = [f"{path_in_repo}/{pattern}".lstrip("/") for pattern in patterns]
-
-    def send() -> dict:
-        try:
-            return _send(staged, repo_id, repo_type, private=private, stale=stale, message=message, branch=branch)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
-
-    return HfApi().run_as_future(send) if background else send()
+    try:
+        return _send(staged, repo_id, repo_type, private=private, stale=stale, message=message, branch=branch)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def _send(

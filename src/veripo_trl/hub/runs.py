@@ -1,7 +1,6 @@
 """What a training run pushes: its model or adapter with processor and card, and a GRPO run's rollouts."""
 
 import json
-from concurrent.futures import Future
 from pathlib import Path
 
 from veripo_trl.files.disk import read_json
@@ -48,7 +47,7 @@ def push_run(folder: str | Path, args, results: dict, *, license: str) -> dict[s
     return pushed
 
 
-def push_model(folder: Path, args, results: dict, *, license: str = "unknown", **options) -> dict | Future:
+def push_model(folder: Path, args, results: dict, *, license: str = "unknown", **options) -> dict:
     """Push a saved model or adapter with its card; `options` and what comes back are of `push_folder`.
 
     A base model that lies in a folder here means nothing elsewhere: the pushed adapter names the repository and the

@@ -241,8 +241,9 @@ def weights_hash(model_name_or_path: str, revision: str | None = None) -> str | 
             return None
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():
-                row = tensors.get_slice(key)[:1].contiguous().reshape(-1)
-                rows[key] = hashlib.sha256(row.view(torch.uint8).numpy().tobytes()).hexdigest()
+                part = tensors.get_slice(key)
+                row = part[:1] if part.get_shape() else tensors.get_tensor(key)  # a scalar has no rows
+                rows[key] = hashlib.sha256(row.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -285,10 +286,12 @@ def find_base(model_name_or_path: str, revision: str | None = None) -> tuple:
         if base is None or _is_missing(base):
             raise FileNotFoundError("no such folder")
         config, _ = PreTrainedConfig.get_config_dict(base, revision=revision)
+        if (model_type := config.get("model_type")) is None:
+            raise FileNotFoundError("no config.json with a model_type in it")
     except OSError as error:
         where = f"as a folder (looked from {Path.cwd()}) or from the Hub"
         raise FileNotFoundError(f"{what} cannot be loaded, {where}: {error}") from error
-    if (model_type := config.get("model_type")) not in SUPPORTED:
+    if model_type not in SUPPORTED:
         raise ValueError(
             f"{base!r} is a model of type {model_type!r} by its config.json. Expected one of {sorted(SUPPORTED)}: "
             f"positions and video inputs are known for these only."

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor
 from trl import ModelConfig
 
+from veripo_trl.data.prompts import PromptError, build_target
 from veripo_trl.data.rows import read_rows
 from veripo_trl.data.schema import RowError, content_of, line_of, row_error, rows_to_dataset
 from veripo_trl.errors import ConfigError, settings_checked
@@ -56,9 +57,13 @@ def check_row(encoder: PromptEncoder, row: dict) -> dict:
     few, to be counted. `ok` is None where the network was down, so that nothing is known of the row.
     """
     try:
+        if row["process"]:
+            build_target(row, encoder.template)
         prompt = encoder.encode(row)
     except NetworkError as error:
         return {"question_id": row["question_id"], "ok": None, "detail": str(error)}
+    except PromptError as error:
+        return bad(row["question_id"], "does not fit the prompt template", str(error))
     except RowError as error:
         return bad(row["question_id"], reason_of(error.problems[0]), str(error))
     except MediaError as error:
