@@ -11,6 +11,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from trl import ModelConfig
 
+from veripo_trl.answers.rewards import reward_functions
+from veripo_trl.data.prompts import load_template
 from veripo_trl.data.rows import DatasetSource
 from veripo_trl.errors import ConfigError
 from veripo_trl.loop.plan import plan, read_loop
@@ -31,6 +33,8 @@ LOOPS = [name for name in ALL if name.endswith("/veripo.yaml")]
 VERIFY = [name for name in ALL if name.endswith("verify.yaml")]
 TRAINING = [name for name in ALL if name not in {*ACCELERATE, *LOOPS, *VERIFY}]
 GRPO_7B = ["qwen2_5_vl_7b/1_activation.yaml", "qwen2_5_vl_7b/2_search.yaml"]
+SYSTEMS = sorted(file.parent.name for file in CONFIGS.glob("*/README.md"))
+SOURCES = ROOT / "src" / "veripo_trl" / "sources"
 NODE = 8  # processes that the 7B files are written for
 
 # The dataclasses that a recipe adds of its own are found in it by name.
@@ -131,8 +135,10 @@ def test_recipe_parses_it(name, parsed):
     VideoSettings(**{key: seeing[key] for key in ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels")})
     for source in (values["datasets"] or []) + (values["eval_datasets"] or []):
         DatasetSource(**source)  # a mistyped key of an entry is an error here
+        assert source.get("source") is None or (SOURCES / f"{source['source']}.py").is_file()
     for source in values.get("pairs", []):
         PairSource(**source)
+    load_template(values["prompt_template"] or SEEING["prompt_template"])
     assert values["output_dir"].startswith("outputs/")
     for key in ("dataloader_num_workers", "report_to", "save_steps", "logging_steps", "dtype", "seed"):
         assert key in written, f"{key} is left to a default that may change"
@@ -145,6 +151,18 @@ def test_recipe_parses_it(name, parsed):
     if launch(name)[1].name == "grpo_video.py":
         for key in ("loss_type", "beta", "scale_rewards", "num_generations", "temperature", "max_completion_length"):
             assert key in written, key
+        assert values["reward_weights"] is None or len(values["reward_weights"]) == len(values["rewards"])
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_readme_of_a_system(system):
+    """What it is, needs and reports, what is wrong with that, and which of its files is run how."""
+    text = (CONFIGS / system / "README.md").read_text()
+    for name in (name for name in TRAINING if name.startswith(f"{system}/")):
+        assert f"`{Path(name).name}`" in text, name
+    for part in ("**Needs**", "**Published**", "**Known to be wrong**", "**Here**"):
+        assert part in text, part
+    assert "not run on a GPU" in text
 
 
 def test_servers_listen_on_this_machine_alone():
@@ -194,7 +212,8 @@ def test_accelerate_loads_it(name, kind, processes, zero_stage):
 
 
 @pytest.mark.parametrize(
-    ("name", "completions_per_step", "steps_per_rollout"), [(GRPO_7B[0], 128, 4), (GRPO_7B[1], 64, 8)]
+    ("name", "completions_per_step", "steps_per_rollout"),
+    [(GRPO_7B[0], 128, 4), (GRPO_7B[1], 64, 8), ("vst/grpo.yaml", 512, 4)],
 )
 def test_batches_of_the_papers_table(name, completions_per_step, steps_per_rollout, parsed):
     values = parsed[name]
@@ -202,7 +221,7 @@ def test_batches_of_the_papers_table(name, completions_per_step, steps_per_rollo
     per_forward = values["per_device_train_batch_size"] * NODE
     per_rollout = per_forward * values["steps_per_generation"]
     assert per_forward * values["gradient_accumulation_steps"] == completions_per_step
-    assert per_rollout == 64 * values["num_generations"] == 512
+    assert per_rollout == values["num_generations"] * (256 if name == "vst/grpo.yaml" else 64)
     assert per_rollout / completions_per_step == steps_per_rollout
     assert values["num_iterations"] == 1  # more would repeat those steps
     assert values["save_steps"] % steps_per_rollout == 0
@@ -273,12 +292,75 @@ SETTINGS = {
         "beta": 0.0,
     },
 }
+SEED_BENCH = {"source": "seed_bench_r1", "max_frames": 16, "max_pixels": 252 * 252, "max_image_pixels": 252 * 252}
+SETTINGS |= {  # of the relatives, what their code or paper says
+    "tw_grpo/grpo.yaml": {
+        "source": "clevrer", "rewards": ["accuracy_soft", "format"], "reward_weights": [1.0, 2.0], "loss_type": "bnpo",
+        "beta": 0.0, "epsilon_high": 0.28, "learning_rate": 1e-6, "max_steps": 500, "max_grad_norm": 20.0,
+        "max_completion_length": 4096, "max_frames": 16, "max_pixels": 196 * 28 * 28, "train_vision_tower": False,
+    },
+    "deepvideo_r1/grpo.yaml": SEED_BENCH | {"beta": 0.1, "max_steps": 2000, "train_vision_tower": False},
+    "seed_bench_r1/grpo.yaml": SEED_BENCH | {
+        "rewards": ["accuracy"], "beta": 0.1, "learning_rate": 1e-6, "max_completion_length": 256, "num_train_epochs": 1,
+        "max_prompt_tokens": 8192, "min_frames": 4, "loss_type": "grpo", "scale_rewards": "group",
+    },
+    "primo/grpo.yaml": {
+        "source": "primo_r1", "rewards": ["accuracy_absolute_range", "structured_format"], "beta": 0.04, "top_p": 0.95,
+        "reward_kwargs": {"accuracy_absolute_range": {"max_range": 100},
+                          "structured_format": {"sections": ["planning", "observation", "reasoning"]}},
+        "learning_rate": 1e-6, "weight_decay": 0.01, "max_grad_norm": 5.0, "max_completion_length": 4096,
+        "max_steps": 2500, "max_image_pixels": 401_408, "model_name_or_path": "outputs/primo/sft",
+    },
+    "primo/sft.yaml": {"source": "primo_r1", "gradient_accumulation_steps": 8, "max_grad_norm": 4.0},
+    "stvg/grpo.yaml": {
+        "source": "stvg_r1", "rewards": ["object_id", "tiou", "format"], "reward_weights": [1.0, 1.0, 2.0], "beta": 0.04,
+        "learning_rate": 1e-6, "max_completion_length": 1024, "max_prompt_tokens": 8192, "num_train_epochs": 2,
+    },
+    "grounding/grpo.yaml": {
+        "source": "time_r1", "rewards": ["tiou_time_r1", "format"], "loss_type": "bnpo", "beta": 0.04, "epsilon": 0.2,
+        "learning_rate": 1e-6, "gradient_accumulation_steps": 2, "max_completion_length": 200, "num_train_epochs": 5,
+    },
+    "videotg/grpo.yaml": {"source": "charades_sta", "rewards": ["tiou", "format"], "beta": 0.04, "num_train_epochs": 2},
+    "scene_r1/grpo.yaml": {"source": None, "rewards": ["accuracy", "format"], "max_pixels": 256 * 28 * 28},
+    "video_thinker/grpo.yaml": {
+        "source": "video_thinker", "rewards": ["accuracy", "segments_format"], "reward_weights": [1.0, 0.5],
+        "prompt_template": "video_thinker", "beta": 0.04, "learning_rate": 5e-6, "weight_decay": 0.01,
+        "max_grad_norm": 1.0, "max_steps": 2500, "max_frames": 16, "max_pixels": 128 * 28 * 28,
+        "model_name_or_path": "outputs/video_thinker/sft",
+    },
+    "video_thinker/sft.yaml": {"learning_rate": 1e-5, "num_train_epochs": 1, "prompt_template": "video_thinker"},
+    "videohallu/grpo.yaml": {"source": "video_hallu", "beta": 0.04, "learning_rate": 1e-6, "max_completion_length": 768},
+    "sole/grpo.yaml": {
+        "source": "sole_r1", "rewards": ["exponential_error", "format"], "reward_weights": [1.0, 2.0],
+        "reward_kwargs": {"exponential_error": {"tau": 10, "scale": 1.5}}, "top_p": 0.9, "top_k": 50,
+        "max_completion_length": 200, "max_prompt_tokens": 2048, "model_name_or_path": "outputs/sole/sft",
+    },
+    "sole/sft.yaml": {"model_name_or_path": "Qwen/Qwen3-VL-8B-Instruct", "source": "sole_r1"},
+    "vst/grpo.yaml": {
+        "source": "vst", "rewards": ["accuracy"], "loss_type": "dapo", "scale_rewards": "none", "beta": 0.01,
+        "learning_rate": 5e-7, "warmup_steps": 20, "top_p": 0.98, "max_frames": 280, "max_pixels": 160 * 28 * 28,
+        "max_completion_length": 1000, "num_train_epochs": 1,
+    },
+}  # fmt: skip
 SETTINGS[GRPO_7B[1]] = SETTINGS[GRPO_7B[0]] | {"model_name_or_path": "outputs/qwen2_5_vl_7b/1_activation"}
+
+
+def test_trls_own_rewards_are_made_by_their_dotted_names(parsed):
+    values, plain = parsed["video_r1/grpo_trl_rewards.yaml"], parsed["video_r1/grpo.yaml"]
+    functions = reward_functions(values["rewards"], values["reward_kwargs"])
+    names = [function.__name__ for function in functions[2:]]
+    assert names == ["soft_overlong_punishment_reward", "repetition_penalty_reward"]
+    ids = [[1] * 640, [1] * 704, list(range(768))]
+    rewards = [function(completion_ids=ids, completions=[""] * 3) for function in functions[2:]]
+    assert rewards[0] == [0.0, -0.5, -1.0] and rewards[1][0] < -0.99 and rewards[1][2] == 0.0
+    differs = {key for key in SETTINGS["video_r1/grpo.yaml"] if values[key] != plain[key]}
+    assert differs == {"rewards", "reward_weights"}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_with_a_source(name, parsed):
-    assert {key: parsed[name][key] for key in SETTINGS[name]} == SETTINGS[name]
+    values = parsed[name] | {"source": parsed[name]["datasets"][0].get("source")}
+    assert {key: values[key] for key in SETTINGS[name]} == SETTINGS[name]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ DOCS = sorted(
         *(ROOT / "docs").glob("*.md"),
         *ROOT.glob("evaluation/*.md"),
         *ROOT.glob("verifier_prompts/*.md"),
+        *ROOT.glob("recipes/configs/*/README.md"),
     ]
 )
 COMMAND = re.compile(
