@@ -165,7 +165,8 @@ def load_tokenizer(name: str | None, rollout_files: list[Path], policies: Iterab
             raise ConfigError(
                 f"The rollouts are of several policies ({', '.join(policies)}): give `tokenizer`."
             )
-        run = rollout_files[0].absolute().parents[1]
+        store = rollout_files[0].absolute().parent
+        run = store.parent if store.name == "rollouts" else store  # elsewhere what is beside it is another's
         folders = [run, *sorted(run.glob("checkpoint-*"))]
         saved = [str(folder) for folder in folders if (folder / "tokenizer_config.json").is_file()]
         name, given = [*saved, policies[0]][0], "the rollouts' policy"

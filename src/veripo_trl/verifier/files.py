@@ -86,7 +86,13 @@ def read_rollouts(files: Iterable[Path], *, limit: int | None = None) -> pa.Tabl
     Raises:
         FileError: a file is damaged or holds something else, a rollout id is there twice, or there is no rollout.
     """
-    table = pa.concat_tables(map(_read, files))[:limit]
+    tables, rows = [], 0
+    for file in files:
+        tables.append(_read(file))
+        rows += len(tables[-1])
+        if limit is not None and rows >= limit:
+            break
+    table = pa.concat_tables(tables)[:limit]
     counts = pc.value_counts(table["rollout_id"])
     twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
     if twice:

@@ -206,9 +206,9 @@ class ServerJudge(ModelJudge):
         cause, said = f"HTTP {status}", content[:2000].decode("utf-8", "replace")
         said = self._cleaned(" ".join(said.split()))[:300]
         if status in (401, 403, 404):
-            key = self.api_key_env or "none, since judge_api_key_env names none"
+            key = f"with the key in {self.api_key_env}" if self.api_key_env else "without a key (judge_api_key_env)"
             return JudgeError(
-                f"The judge at {self.url}, asked with the key in {key}, refuses with {cause}: {said}. Expected the base "
+                f"The judge at {self.url}, asked {key}, refuses with {cause}: {said}. Expected the base "
                 "of an OpenAI-compatible API, like http://127.0.0.1:8000/v1, whose /models lists "
                 f"{self.model!r}, and its key."
             )
