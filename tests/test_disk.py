@@ -85,8 +85,8 @@ def test_a_full_disk_that_a_library_finds(save, tmp_path, capsys):
     with files_of_at_most(1500):
         assert errors.run(lambda: save({"weight": torch.zeros(9999)}, tmp_path / "weights")) == 1
     assert re.match(r"No room on the disk: .*\. Make room where this run", capsys.readouterr().err)
-    with pytest.raises(ZeroDivisionError):
-        errors.run(lambda: 1 / 0)
+    assert errors.run(lambda: 1 / 0) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 # ---- damaged files --------------------------------------------------------------------------------------------------

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import yaml
 from helpers import make_sft_trainer
+from torch.utils.data import DataLoader
 
 from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.data.schema import rows_to_dataset
@@ -194,6 +196,19 @@ def test_ctrl_c_ends_in_one_line(capsys):
     assert capsys.readouterr().err.strip() == (
         "interrupted: the same command goes on, from the last checkpoint if there is one"
     )
+
+
+def test_an_error_that_nobody_foresaw_holds_nothing(capsys):
+    """Python's own end would keep its frames, and with them a loader whose worker ignores the first SIGTERM."""
+    loaders = []
+
+    def work():
+        loader = DataLoader([0, 1])
+        loaders.append(weakref.ref(loader))
+        raise KeyError("boom")
+
+    assert run(work) == 1 and loaders[0]() is None
+    assert re.search(r"Traceback .*in work\n.*KeyError: 'boom'", capsys.readouterr().err, re.DOTALL)
 
 
 def test_what_says_finished_is_written_when_the_disk_has_the_rest(tmp_path, monkeypatch):

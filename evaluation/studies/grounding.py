@@ -3,10 +3,10 @@ shuffled rewards.
 
     python evaluation/studies/grounding.py --seeds 0 1 2
 
-For each seed: the cold start of `grounding/tiny_sft.yaml`; from it GRPO as in
-`grounding/tiny.yaml`, and the control, GRPO with rewards dealt out at random within groups. The
-floor is the one span that, given as the answer to every question, has the best mean tIoU on the
-training rows. A finished run under the output folder is not repeated.
+For each seed: the cold start of `grounding/tiny_sft.yaml`; from it GRPO as in `grounding/tiny.yaml`,
+and two controls: GRPO with rewards dealt out at random within groups, and GRPO with the reward for
+the format alone. The floor is the one span that, given as the answer to every question, has the
+best mean tIoU on the training rows. A finished run under the output folder is not repeated.
 """
 
 import argparse
@@ -103,9 +103,12 @@ def main(argv: list[str] | None = None) -> None:
         grpo = stage("recipes/grpo_video.py", folder / "grpo", *options)
         options += ["--report_before", "false"]
         control = stage("evaluation/studies/shuffled_rewards.py", folder / "shuffled", *options)
+        options += ["--rewards", "format", "--reward_weights", "2"]
+        form = stage("recipes/grpo_video.py", folder / "format", *options)
         table.append(table_row(seed, "cold start", grpo["before"]))
         table.append(table_row(seed, "GRPO", grpo["after"]))
         table.append(table_row(seed, "control: GRPO, rewards shuffled", control["after"]))
+        table.append(table_row(seed, "control: GRPO, format alone", form["after"]))
         tables.print_table("When is it visible? Held-out questions of the tiny world", table)
         tables.write_json(arguments.json, {"table": table})
 

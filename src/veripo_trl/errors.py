@@ -5,6 +5,7 @@ import io
 import os
 import re
 import sys
+import traceback
 
 _NO_ROOM_SAID = re.compile(
     r"No space left on device|File too large|Disk quota exceeded|StreamWriter failed writing|enforce fail at inline_cont"
@@ -64,10 +65,9 @@ def run(main) -> int | None:
     except VeripoError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 1
-    except Exception as error:  # a full disk that a library found
-        if (message := no_room(error)) is None:
-            raise
-        print(message, file=sys.stderr, flush=True)
+    except Exception as error:  # a full disk that a library found, or what nobody foresaw
+        # Said here and not raised: Python would hold its frames, and with them loaders whose workers it then waits for.
+        print(no_room(error) or traceback.format_exc(), file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         if int(os.environ.get("RANK", "0")) == 0:
