@@ -374,7 +374,7 @@ def test_a_refused_key_stops_the_run_at_once(monkeypatch):
     with JudgeServer(api_key="another") as server:
         with pytest.raises(JudgeError, match="asked with the key in JUDGE_KEY, refuses with HTTP 401") as error:
             verify(make_judge(server.url, api_key_env="JUDGE_KEY"))
-        with pytest.raises(JudgeError, match="asked with the key in none, .*judge_api_key_env.*, refuses with HTTP 401"):
+        with pytest.raises(JudgeError, match="asked without a key .judge_api_key_env., refuses with HTTP 401"):
             verify(make_judge(server.url))
     assert KEY not in str(error.value)
 
