@@ -1,5 +1,7 @@
 """What the trainer computes equals a plain transformers forward of the same prompt, row by row and unpadded."""
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import make_row
@@ -13,6 +15,7 @@ from veripo_trl.model.inputs import model_inputs
 from veripo_trl.shared_prompt.rollout import left_pad, sample_completions
 from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer
 from veripo_trl.trainers.loading import regroup
+from veripo_trl.vllm.inputs import media_items
 
 KINDS = ["qwen2_5_vl", "qwen3_vl"]
 
@@ -44,6 +47,38 @@ def test_update_sees_what_a_plain_forward_sees(kind, batch_size, vision, load, m
     for place, (row, completion) in enumerate(zip(rows, completions, strict=True)):
         expected = plain_log_probs(model, encoder, row, completion)
         torch.testing.assert_close(found[place, : len(completion)].detach(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_media_in_the_templates_order(kind, load, mixed_rows, tmp_path, monkeypatch):
+    """An image of the start, the video so far, an image of now (PRIMO R1), each where the prompt names it: for the
+    update, and for vLLM."""
+    model, encoder = load(kind)
+    encoder.template = dataclasses.replace(encoder.template, media_order=["image", "video", "image"])
+    images = mixed_rows[1]["images"] + mixed_rows[4]["images"]
+    row = {**mixed_rows[2], "images": images[:1] + images[-1:]}
+    trainer = make_trainer(model, encoder, [row], tmp_path)
+    completions = fixed_completions(encoder.processor.tokenizer, 2)
+    give_completions(trainer, completions, monkeypatch)
+    model.train()
+    inputs = trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    trainer._active = trainer._encoded["train"][1]
+    width = inputs["completion_ids"].size(1)
+    found, *_ = trainer._get_per_token_logps_and_entropies(model, ids, mask, width)
+    for place, completion in enumerate(completions):
+        expected = plain_log_probs(model, encoder, row, completion)
+        torch.testing.assert_close(found[place, : len(completion)].detach(), expected, atol=1e-5, rtol=0)
+
+    prompt = encoder.encode(row)
+    items = media_items(prompt, encoder.config)
+    vision = [encoder.config.image_token_id, encoder.config.video_token_id]
+    named = [int(prompt.input_ids[item["offset"]]) for item in items]
+    assert named == [vision[0], *[vision[1]] * (len(items) - 2), vision[0]]
+    first, last = prompt.image_grid_thw.prod(1)
+    assert torch.equal(items[0]["pixels"], prompt.pixel_values[:first])
+    assert torch.equal(items[-1]["pixels"], prompt.pixel_values[first : first + last])
 
 
 @pytest.mark.parametrize("kind", KINDS)
