@@ -14,6 +14,7 @@ from veripo_trl.data.prompts import (
     load_template,
     read_template,
 )
+from veripo_trl.evaluate.questions import from_released
 
 ROW = {
     "question_id": "q1",
@@ -111,8 +112,10 @@ def test_veripo_asks_before_the_question_and_for_numbers_after_it_too():
     asked, *rest = text(ROW, veripo).split("\n")
     assert asked.endswith("</answer>.") and "<answer> $B$ </answer>" in asked
     assert rest == ["Question:", "Which colour comes last?", "A. red", "B. blue"]
-    listed = ROW | {"problem": "Last?\nA. red\nB. blue"}  # as VerIPO's released rows have them
-    assert text(listed, veripo).split("\n") == [asked, "Question:", "Last?", "A. red", "B. blue"]
+    asks_directly = "Answer with the option's letter from the given choices directly."
+    released = {"question_id": 1, "video_path": "MMVU/1.mp4", "answer": "B",
+                "processed_question": f"Last?\nA. red\nB. blue\n{asks_directly}"}  # fmt: skip
+    assert text(from_released(released), veripo).split("\n") == [asked, "Question:", "Last?", "A. red", "B. blue"]
     for kind in ("numerical", "regression"):
         asked, *rest, closing = text(ROW | NUMBER | {"problem_type": kind}, veripo).split("\n")
         assert "<answer> $2$ </answer>" in asked and rest == ["Question:", "Which colour comes last?"]
