@@ -29,10 +29,10 @@ from veripo_trl.evaluate.scores import (
     read_with_record,
     score_predictions,
     summarize_scores,
-    table_of,
     total_intervals,
 )
 from veripo_trl.files.tables import print_table, printable, write_json
+from veripo_trl.report.read import table_of
 from veripo_trl.sources import BENCHMARKS
 
 BY_NAME = {module.NAME: module for module in map(find_source, BENCHMARKS)}

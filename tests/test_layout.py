@@ -20,7 +20,8 @@ ROOMS = ["start", "errors", "options", "user_functions", "files", "answers", "me
 # Light enough for every start: torch is not loaded with them.
 PURE = ["answers.score", "answers.rewards", "data.rows", "data.prompts", "evaluate.questions", "media.worker",
         "verifier.judges", "verifier.checks", "verifier.reply_cache", "verifier.server_judge", "verifier.verify",
-        "verifier.pairs", "verifier.curriculum", "verifier.files", "tiny.judge"]  # fmt: skip
+        "verifier.pairs", "verifier.curriculum", "verifier.files", "report.write",
+        "tiny.judge"]  # fmt: skip
 MODULES = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in sorted(SOURCE.rglob("*.py"))}
 
 

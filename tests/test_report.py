@@ -243,6 +243,13 @@ def test_the_sample_is_drawn_by_seed_and_said(workplace, tmp_path):
     assert "100: 33.3% inconsistent" in text  # tables are about all
 
 
+def test_pairs_are_drawn_from_all_stages(tmp_path):
+    for stage in ("a", "b"):
+        write_stage(tmp_path / stage, {}, pairs=[pair(number, "penalty", "x" * 900, stage) for number in range(40)])
+    shown = embedded(write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "r.html", max_mb=0.2))["pairs"]
+    assert len(shown) < 40 and {item["rejected"] for item in shown} == {"a", "b"}
+
+
 def test_long_completions_and_large_groups_are_cut_and_said(tmp_path):
     rows = [rollout("s", 0, 0, rollout_id=f"r{place}", completion="x" * 30_000) for place in range(100)]
     write_stage(tmp_path / "run", {}, rollouts=rows)

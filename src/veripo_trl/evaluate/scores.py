@@ -188,35 +188,6 @@ def _line(benchmark: str, rows: list[dict], category: str = "", value: str = "")
     return {"benchmark": benchmark, "category": category, "value": value, **summarize_scores(rows)}
 
 
-def table_of(lines: list[dict]) -> list[dict[str, str]]:
-    """The lines for people, also as a file of scores has them, in which NaN is null. Last the types' own metrics, of
-    which MAE is in the truth's units."""
-    metrics = sorted({key for line in lines for key in line if ": " in key})
-
-    def shown(value: float | None, scale: int = 100) -> str:
-        return "–" if value is None or math.isnan(value) else f"{scale * value:.1f}"
-
-    return [
-        {
-            "benchmark": f"· {line['category']}: {line['value']}" if line["category"] else line["benchmark"],
-            "rows": str(line["rows"]),
-            "ours %": shown(line["ours"]),
-            "95%": f"{shown(line['ours_low'])}–{shown(line['ours_high'])}",
-            "released %": shown(line["released"]),
-            "unparsable %": shown(line["unparsable"]),
-            "truncated %": shown(line["truncated"]),
-            "inconsistent %": shown(line["inconsistency"]),
-            "unknown %": shown(line["unknown"]),
-            "thinking": shown(line["think_length"], 1),
-            **{
-                key if "MAE" in key else f"{key} %": shown(line.get(key), 1 if "MAE" in key else 100)
-                for key in metrics
-            },
-        }
-        for line in lines
-    ]
-
-
 def total_intervals(totals: Callable[[dict], dict], groups: dict, mode: str) -> list[tuple[str, float, float, float]]:
     """(what, total, low, high) of a benchmark's own totals; the bootstrap is over the rows of each value.
 

@@ -1,6 +1,7 @@
 """What a run left on disk, for its report: stages, rollouts, verdicts, pairs. Reads only; absent parts are named."""
 
 import hashlib
+import math
 import random
 import sys
 from collections import Counter, defaultdict
@@ -14,7 +15,6 @@ from tqdm import tqdm
 from veripo_trl.data.rollouts import SCHEMA_FIELDS
 from veripo_trl.data.schema import content_of
 from veripo_trl.errors import VeripoError
-from veripo_trl.evaluate.scores import table_of
 from veripo_trl.files.disk import FileError, read_json, read_parquet
 
 MAX_ROLLOUTS = 64  # of one question on the page
@@ -153,6 +153,35 @@ def read_scores(stages: list[dict], runs: list, given: list, absent: list[str]) 
     return found
 
 
+def table_of(lines: list[dict]) -> list[dict[str, str]]:
+    """The lines for people, also as a file of scores has them, in which NaN is null. Last the types' own metrics, of
+    which MAE is in the truth's units."""
+    metrics = sorted({key for line in lines for key in line if ": " in key})
+
+    def shown(value: float | None, scale: int = 100) -> str:
+        return "–" if value is None or math.isnan(value) else f"{scale * value:.1f}"
+
+    return [
+        {
+            "benchmark": f"· {line['category']}: {line['value']}" if line["category"] else line["benchmark"],
+            "rows": str(line["rows"]),
+            "ours %": shown(line["ours"]),
+            "95%": f"{shown(line['ours_low'])}–{shown(line['ours_high'])}",
+            "released %": shown(line["released"]),
+            "unparsable %": shown(line["unparsable"]),
+            "truncated %": shown(line["truncated"]),
+            "inconsistent %": shown(line["inconsistency"]),
+            "unknown %": shown(line["unknown"]),
+            "thinking": shown(line["think_length"], 1),
+            **{
+                key if "MAE" in key else f"{key} %": shown(line.get(key), 1 if "MAE" in key else 100)
+                for key in metrics
+            },
+        }
+        for line in lines
+    ]
+
+
 def _rows(stage: dict, part: str, absent: list[str]) -> Iterator[dict]:
     """The rows of a stage's "rollouts", "verdicts" or "pairs". A file that cannot be read is left out, and what to do
     about it is said on the screen too."""
@@ -250,6 +279,8 @@ def read_rows(stages: list[dict], absent: list[str], *, seed: int, budget: int) 
         absent.append(
             f"{lost} verdicts have no rollouts before them. Give a verifier's folder after that of its rollouts."
         )
+    for kept in pairs.values():
+        rng.shuffle(kept)
     turns = zip_longest(*(pairs[kind] for kind in sorted(pairs, key=str)))
     return {
         "counts": counts,
