@@ -118,6 +118,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name}: expected 1 or more, came {getattr(args, name)}")
     if (args.num_workers or 0) < 0 or not args.decode_timeout_s > 0:
         parser.error("expected --num_workers 0 or more, and --decode_timeout_s above 0")
+    if not 0 < args.gpu_memory_utilization <= 1:
+        parser.error("expected --gpu_memory_utilization above 0 and at most 1")
     try:
         args.decoding = Decoding(
             args.max_new_tokens, args.temperature, args.top_p, args.repetition_penalty, args.seed
@@ -171,6 +173,8 @@ def make_encoder(args):
         frame_cache=args.frame_cache,
     )
     video = see_as_trained(video, args.model_path, args.model_revision, defaults=DEFAULTS)
+    if args.video_min_pixels is None:  # VerIPO's command has none: its --video_max_pixels may be small
+        video.min_pixels = min(video.min_pixels, video.max_pixels)
     _, base, revision, _ = find_base(args.model_path, args.model_revision)
     config = AutoConfig.from_pretrained(base, revision=revision)
     processor = AutoProcessor.from_pretrained(base, revision=revision, padding_side="left")

@@ -295,6 +295,7 @@ BAD = [
     ({"temperature": -1}, "temperature >= 0"), ({"top_p": 0}, "0 < top_p"),
     ({"batch_size": 0}, "--batch_size: expected 1"), ({"num_workers": -1}, "--num_workers 0 or more"),
     ({"decode_timeout_s": 0}, "--decode_timeout_s above 0"), ({"max_new_tokens": 0}, "max_new_tokens >= 1"),
+    ({"gpu_memory_utilization": 90}, "above 0 and at most 1"),
 ]  # fmt: skip
 
 
@@ -303,6 +304,14 @@ def test_bad_options_are_said_at_once(change, told, script, model_paths, media_r
     with pytest.raises(SystemExit) as ended:
         script.parse_arguments(command(model_paths, media_root, prompts, tmp_path / "out.json", **change))
     assert ended.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_few_pixels_alone_are_enough(script, model_paths, media_root, prompts, tmp_path):
+    argv = command(model_paths, media_root, prompts, tmp_path / "out.json")
+    least = argv.index("--video_min_pixels")
+    del argv[least : least + 2]
+    settings = script.make_encoder(script.parse_arguments(argv)).loader.settings
+    assert settings.min_pixels == settings.max_pixels == 112 * 56
 
 
 def test_what_cannot_be_loaded_is_refused(script, model_paths, media_root, prompts, tmp_path):
