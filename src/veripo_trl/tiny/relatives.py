@@ -99,6 +99,17 @@ def _lettered(choices: list[str]) -> list[str]:
     return [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True)]
 
 
+def _choice(spec: dict, colour: str, rng: np.random.Generator) -> dict:
+    """The clip's colours and a stranger as options, by alphabet; the letter of `colour`."""
+    stranger = str(rng.choice([name for name in COLOURS if name not in spec["colours"]]))
+    choices = sorted([*spec["colours"], stranger])
+    return {
+        "options": _lettered(choices),
+        "problem_type": "multiple choice",
+        "solution": LETTERS[choices.index(colour)],
+    }
+
+
 def _several(spec: dict, turn: int, rng: np.random.Generator) -> dict:
     shown, others = spec["colours"], [name for name in COLOURS if name not in spec["colours"]]
     right = int(rng.integers(1, 4))  # how many of the four
@@ -118,24 +129,19 @@ def _several(spec: dict, turn: int, rng: np.random.Generator) -> dict:
 
 
 def _before(spec: dict, turn: int, rng: np.random.Generator) -> dict:
-    stranger = str(rng.choice([name for name in COLOURS if name not in spec["colours"]]))
-    choices, asked = sorted([*spec["colours"], stranger]), spec["shapes"][turn + 1]
-    colour = spec["colours"][turn]
-    letter = LETTERS[choices.index(colour)]
+    asked, colour = spec["shapes"][turn + 1], spec["colours"][turn]
+    choice = _choice(spec, colour, rng)
     return {
+        **choice,
         "problem": "Which colour is before this?",
-        "options": _lettered(choices),
-        "problem_type": "multiple choice",
-        "solution": letter,
-        "process": f"{_seen(spec)}, before {asked['colour']} is {colour}: {letter}.",
+        "process": f"{_seen(spec)}, before {asked['colour']} is {colour}: {choice['solution']}.",
         "images": [[asked["first"]]],
     }
 
 
 def _segments(spec: dict, turn: int, rng: np.random.Generator) -> dict:
-    stranger = str(rng.choice([name for name in COLOURS if name not in spec["colours"]]))
-    choices, colour = sorted([*spec["colours"], stranger]), spec["colours"][turn]
-    letter = LETTERS[choices.index(colour)]
+    colour = spec["colours"][turn]
+    choice = _choice(spec, colour, rng)
     trace = "".join(
         f"<time>{_STAMPS[shape['first']]}-{_STAMPS[shape['last']]}</time>"
         f"<caption>{shape['colour']}</caption>"
@@ -143,11 +149,9 @@ def _segments(spec: dict, turn: int, rng: np.random.Generator) -> dict:
         for shape, ordinal in zip(spec["shapes"], ORDINALS, strict=True)
     )
     return {
+        **choice,
         "problem": f"Which colour is {ORDINALS[turn]}?",
-        "options": _lettered(choices),
-        "problem_type": "multiple choice",
-        "solution": letter,
-        "process": f"{trace} {ORDINALS[turn]} is {colour}: {letter}.",
+        "process": f"{trace} {ORDINALS[turn]} is {colour}: {choice['solution']}.",
     }
 
 
