@@ -115,7 +115,8 @@ def test_veripo_asks_before_the_question_and_for_numbers_after_it_too():
     asks_directly = "Answer with the option's letter from the given choices directly."
     released = {"question_id": 1, "video_path": "MMVU/1.mp4", "answer": "B",
                 "processed_question": f"Last?\nA. red\nB. blue\n{asks_directly}"}  # fmt: skip
-    assert text(from_released(released), veripo).split("\n") == [asked, "Question:", "Last?", "A. red", "B. blue"]
+    row = {"images": []} | from_released(released)
+    assert text(row, veripo).split("\n") == [asked, "Question:", "Last?", "A. red", "B. blue"]
     for kind in ("numerical", "regression"):
         asked, *rest, closing = text(ROW | NUMBER | {"problem_type": kind}, veripo).split("\n")
         assert "<answer> $2$ </answer>" in asked and rest == ["Question:", "Which colour comes last?"]
