@@ -25,7 +25,7 @@ class DataArguments:
     """Which rows a stage reads, and how their media are read. `build.see_as_trained` fills in what `SEEING` names."""
 
     datasets: list[str] | None = option(
-        "List of {path, split, where, limit, media_root, name, revision, id_prefix}; JSON on the command line."
+        "List of {path, source, split, where, limit, media_root, name, revision, id_prefix}; JSON on the command line."
     )
     eval_datasets: list[str] | None = option("Held-out rows, likewise, for the table at the end.")
     holdout: int = option(

@@ -5,7 +5,8 @@ val_1.json 4,917 and 17,505, val_2.json 4,885 and 17,031, the test of most paper
 {v_<YouTube id>: {duration, timestamps [[s, e]], sentences}}. Videos from YouTube, many are gone: state how
 many were found.
 Metric: as Charades-STA's.
-Traps: 4 training spans have no length, 12 end beyond the video: left out, or set to its end, and counted.
+Traps: 4 training spans have no length: left out; 261 end beyond the video, all but 14 by a hundredth of a
+second: set to its end. Both are counted.
 """
 
 from veripo_trl.sources.record import grounding_rows

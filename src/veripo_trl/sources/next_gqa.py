@@ -7,10 +7,12 @@ Metric: accuracy and mIoU, and the share that is right with an overlap; ours in 
 Traps: several spans are one truth (their union). Official letters are read from the first capital anywhere.
 """
 
+from pathlib import PurePath
+
 from veripo_trl.sources.record import letter_in_brackets, span, text
 
 NAME = "NExT-GQA"
-VIDEOS = "NExT-QA/<video>.mp4"
+VIDEOS = "NExTQA/videos/<video>.mp4"
 
 
 def convert(record: dict, *, file: str) -> list[dict | str]:
@@ -30,7 +32,7 @@ def convert(record: dict, *, file: str) -> list[dict | str]:
         "solution": f"{letter_in_brackets(record, 'answer')}; "
         + "; ".join(one.partition(" of ")[0] for one in spans)
         + "".join(whole),
-        "videos": [f"NExT-QA/{record['video']}.mp4"],
+        "videos": [f"NExTQA/videos/{PurePath(str(record['video'])).name.removesuffix('.mp4')}.mp4"],
         "data_source": NAME,
         "categories": {"type": str(record.get("type") or "")},
     }

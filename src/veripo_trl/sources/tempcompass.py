@@ -7,8 +7,8 @@ Licence: questions CC BY-NC 4.0. Videos: https://huggingface.co/datasets/lmms-la
 Metric: mean over questions, per task and per dimension. Quoted figures (Video-R1's) are the mean of all
 7,540; multiple choice alone is told beside it.
 Traps: the video is the key; the two lines of a matching question are headed "Option 1:", "Sentence A:" or
-"Caption B:" and answered by either part; captioning is judged by a language model there, and a choice of its
-pieces of information here (a deduction: its answers begin with a letter).
+"Caption B:" and answered by either part; captioning ("Information A: {…}", answer "B. …") is judged by a
+language model there, and a choice of its pieces of information here.
 """
 
 import re
@@ -20,6 +20,7 @@ from veripo_trl.sources.record import lettered, one_of, read_options, text
 NAME = "TempCompass"
 VIDEOS = "TempCompass/<video>.mp4"
 TASKS = ("multi-choice", "yes_no", "caption_matching", "captioning")
+_PIECE = re.compile(r"^Information ([A-Z]): (.+)", re.M)
 _HEADED = re.compile(r"((?:Option|Sentence|Caption) [12AB]): (.*)")
 
 
@@ -51,8 +52,15 @@ def convert(record: dict, *, file: str) -> list[dict]:
         solution = "AB"[right.index(True)]
     else:
         options = read_options(problem)
+        if task == "captioning":
+            options = [f"{letter}. {piece}" for letter, piece in _PIECE.findall(problem)]
+            problem = "Which of these pieces of information agrees with the video?"
+        if not options:
+            raise FieldError(
+                "question", "its options, a line each", show(record["question"]), "Correct the record."
+            )
         solution = one_of(
-            {"answer": answer[:1]}, "answer", [re.sub(r"\W", "", option)[:1] for option in options]
+            {"answer": answer[:1]}, "answer", [option.strip("(")[0] for option in options]
         )
     return [
         {

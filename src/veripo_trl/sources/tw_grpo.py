@@ -5,10 +5,10 @@ Source: https://github.com/longmalongma/TW-GRPO (data/: id, video, question, opt
 options, answer "(C)") half are inverted here as there: the question is negated, so that the wrong options are
 right and the old answer is wrong.
 Licence: code Apache-2.0; videos as NExT-QA's and STAR's. Videos: <video>.mp4 below media_root.
-Traps: their script inverts the answer also where it could not negate the question, so that labels are wrong,
-and its random numbers have no seed. Here what cannot be negated, or not without another meaning (why, how),
-stays as it is, counted; which rows, and which of their options, follow from the id; an inverted row's id ends
-in -inv.
+Traps: their script inverts the answer also where it could not negate the question, so that labels are
+wrong: such rows of its files are left out, counted; and its random numbers have no seed. Here what cannot
+be negated, or not without another meaning (why, how), stays as it is, counted; which rows, and which of
+their options, follow from the id; an inverted row's id ends in -inv. Rows with `is_negated` stay as they are.
 """
 
 import re
@@ -20,28 +20,29 @@ _NEGATION = {
     word: f"{word}n't"
     for word in "did does do is are was were could would should has have had".split()
 }
+_NEGATIVE = re.compile(r"n't\b|\b(?:not|never|no|unable)\b", re.I)
 _NEGATION |= {"will": "won't", "can": "can't"}
 
 
 def convert(record: dict, *, file: str) -> list[dict | str]:
-    field = "solution" if "solution" in record else "answer"
+    problem = text(record, "question")
+    if record.get("is_negated") and not _NEGATIVE.search(problem):
+        return ["left out: its answer is inverted, its question is not"]
     row = {
         "question_id": f"tw-{record['id']}",
-        "problem": text(record, "question"),
+        "problem": problem,
         "options": list(record["options"]),
         "problem_type": "multiple choice",
-        "solution": letter_in_brackets(record, field),
-        "videos": [f"{str(record['video']).removesuffix('.mp4')}.mp4"],
+        "solution": letter_in_brackets(record, "solution" if "solution" in record else "answer"),
+        "videos": [f"{str(record['video']).lstrip('/').removesuffix('.mp4')}.mp4"],
         "data_source": NAME,
     }
-    if field == "solution" or seeded(row["question_id"]).random() < 0.5:
+    if "is_negated" in record or seeded(row["question_id"]).random() < 0.5:
         return [row]
     inverted = invert(row)
-    return (
-        [inverted, "changed: question and answer inverted"]
-        if inverted
-        else [row, "kept: it cannot be negated"]
-    )
+    if inverted is None:
+        return [row, "kept: it cannot be negated"]
+    return [inverted, "changed: question and answer inverted"]
 
 
 def invert(row: dict) -> dict | None:
@@ -70,8 +71,7 @@ def negate(question: str) -> str | None:
     """ "What did he do?" → "What didn't he do?". None for one that has a negation, no auxiliary as its second or third
     word, or that asks why or how: the reasons for a thing are no reasons for its contrary."""
     words = question.split(" ")
-    negative = re.search(r"n't\b|\b(?:not|never|no)\b", question, re.I)
-    if negative or words[0].lower() not in ("what", "which", "who", "where"):
+    if _NEGATIVE.search(question) or words[0].lower() not in ("what", "which", "who", "where"):
         return None
     for place in range(1, min(3, len(words))):
         if negated := _NEGATION.get(words[place].lower()):

@@ -13,8 +13,10 @@ PhysBench's, two of them in 226 rows: balance them by `where` and `limit`.
 """
 
 import json
+from os.path import normpath
 from pathlib import Path
 
+from veripo_trl.answers.yes_no import read_yes_no
 from veripo_trl.sources.record import text, untagged
 
 NAME = "VideoHallu"
@@ -23,53 +25,39 @@ VIDEOS = "<path> or <video_path>, as in the rows"
 
 def records(content: list[dict], *, file: str) -> list[dict]:
     kind, trained = Path(file).name[:3], Path(file).with_name("synthetic_data_split.json")
-    if "RowID" not in content[0]:
-        return [{**record, "id": f"vh-{kind}-{index:04d}"} for index, record in enumerate(content)]
-    if not trained.is_file():
-        return content
-    seen = {Path(row["path"]).name for row in json.loads(trained.read_text(encoding="utf-8"))}
-    return [{**row, "in_training": Path(row["video_path"]).name in seen} for row in content]
+    numbered = [{**record, "id": f"vh-{kind}-{index:04d}"} for index, record in enumerate(content)]
+    if "RowID" not in content[0] or not trained.is_file():
+        return numbered
+    seen = {normpath(row["path"]) for row in json.loads(trained.read_text(encoding="utf-8"))}
+    return [{**row, "in_training": normpath(row["video_path"]) in seen} for row in numbered]
 
 
 def convert(record: dict, *, file: str) -> list[dict | str]:
     counted: list[dict | str] = []
     if "RowID" in record:
+        fields, categories = ("Question", "video_path", "Answer"), {}
         kinds = [record[name] for name in ("Categorization-1", "Categorization-2")]
-        categories = {"kind": [str(kind) for kind in kinds if kind]}
-        if "in_training" in record:
-            categories["video"] = (
-                "also in the training data" if record["in_training"] else "held out"
-            )
+        categories["kind"] = [str(kind) for kind in kinds if kind]
+        if "in_training" not in record:
+            counted.append("said: not known whether its video is in the training data")
         else:
-            counted.append(
-                "said: not known whether its video is in the training data (see the source's docstring)"
-            )
-        question_id, problem, path = (
-            str(record["RowID"]),
-            text(record, "Question"),
-            text(record, "video_path"),
-        )
-        solution = text(record, "Answer")
+            seen = record["in_training"]
+            categories["video"] = "also in the training data" if seen else "held out"
+    elif record["problem"] is None:
+        return ["left out: no problem (null)"]
     else:
-        if record["problem"] is None:
-            return ["left out: no problem (null)"]
+        fields, categories = ("problem", "path", "solution"), {}
         if record["id"].startswith("vh-syn"):
             counted.append(
-                "said: its video is in VideoHallu's benchmark, which is not held out from it"
+                "said: its video is in VideoHallu's benchmark too, so that is not held out"
             )
-        categories, question_id, problem, path = (
-            {},
-            record["id"],
-            text(record, "problem"),
-            text(record, "path"),
-        )
-        solution = untagged(text(record, "solution"), "answer").strip()
-    first = solution.split()[0].strip(".,;:!").lower() if solution else ""
+    problem, path, solution = (text(record, field) for field in fields)
+    solution = untagged(solution, "answer").strip()
     row = {
-        "question_id": question_id,
+        "question_id": record["id"],
         "problem": problem,
         "options": [],
-        "problem_type": "yes/no" if first in ("yes", "no") else "free-form",
+        "problem_type": "yes/no" if read_yes_no(solution) else "free-form",
         "solution": solution,
         "videos": [path],
         "data_source": NAME,

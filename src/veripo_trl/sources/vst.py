@@ -30,7 +30,9 @@ def convert(record: dict, *, file: str) -> list[dict | str]:
         )
     if not truths:
         return ["left out: no truth"]
+    counted: list[dict | str] = ["said: several truths, the first is taught"] if truths[1:] else []
     return [
+        *counted,
         {
             "question_id": f"vst-{record['extra_info']['origin_id']}-{record['index']}",
             "problem": problem,
@@ -40,5 +42,5 @@ def convert(record: dict, *, file: str) -> list[dict | str]:
             "alternatives": truths,
             "videos": [text(record, "video_context")],
             "data_source": NAME,
-        }
+        },
     ]
