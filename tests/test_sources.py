@@ -437,7 +437,7 @@ SOURCES = [
      [{"problem": "Which fits?", "options": ["A. he runs", "B. he sits"], "solution": "B"}, {"solution": "A"},
       {"solution": "B"}], {}),
     ("tempcompass", "captioning.json",
-     {"v1": {"order": [{"question": "Find it.\nInformation A: {'speed': 'up'}\nInformation B: {'speed': 'down'}\nCaption:",
+     {"v1": {"order": [{"question": "Find it.\nInformation A: {'speed': 'up'}\nInformation B: {'speed': 'down'}",
                         "answer": "B. down"}]}},
      [{"solution": "B", "problem_type": "multiple choice", "options": ["A. {'speed': 'up'}", "B. {'speed': 'down'}"],
        "problem": "Which of these pieces of information agrees with the video?"}], {}),
