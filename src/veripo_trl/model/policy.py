@@ -262,7 +262,8 @@ def adapter_config(model_name_or_path: str, revision: str | None = None) -> dict
     if _is_missing(model_name_or_path):
         raise FileNotFoundError(
             f"{model_name_or_path!r}: no such folder (looked from {Path.cwd()}). Expected the folder of a saved model "
-            f"or adapter, or a model's name on the Hub, like 'Qwen/Qwen2.5-VL-3B-Instruct'."
+            "or adapter, or a model's name on the Hub, like 'Qwen/Qwen2.5-VL-3B-Instruct'. Where an earlier stage makes "
+            "it (recipes/sft_video.py makes outputs/tiny_sft), run that first."
         )
     file = find_adapter_config_file(model_name_or_path, revision=revision)
     return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
