@@ -96,7 +96,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--seed", type=int, default=0, help="of the sampling")
     add("--limit", type=int, help="the first n questions")
-    add("--prompt_template", help=f"default, tiny, or a YAML file of yours; {trained} default")
+    add("--prompt_template", help=f"default, veripo, video_r1, …, or a YAML file of yours; {trained} default")
     add("--video_min_pixels", type=int, help=f"per frame; {trained} {DEFAULTS['min_pixels']}")
     add("--video_min_frames", type=int, help=f"{trained} {DEFAULTS['min_frames']}")
     add(

@@ -80,11 +80,14 @@ def test_half_an_hour_reaches_every_stage_of_a_shape():
 
 
 def test_every_configuration_for_gpus_takes_its_step():
-    """Those that a training recipe is launched with on a GPU."""
+    """Those that a training recipe is launched with on a GPU; of VerIPO's relatives, which differ in rewards and numbers,
+    one system's."""
     folder = BENCHMARKS.parent / "recipes" / "configs"
     training = re.compile(r"^# Launch: .*--config_file \S+ recipes/(sft|grpo|dpo)_video.py --config (\S+)", re.M)
     found = {match[2] for file in folder.rglob("*.yaml") if (match := training.search(file.read_text()))}
-    assert found == set(gpu_cases.CONFIGS)
+    relatives = {name for name in found if (folder / name).with_name("README.md").is_file()}
+    assert found - relatives == {name for name in gpu_cases.CONFIGS if not name.startswith("video_r1/")}
+    assert set(gpu_cases.CONFIGS) & relatives == {"video_r1/sft.yaml", "video_r1/grpo.yaml"}
 
 
 @pytest.mark.slow
