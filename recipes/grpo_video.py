@@ -18,7 +18,7 @@ from pathlib import Path
 from transformers import set_seed
 from trl import ModelConfig
 
-from veripo_trl.answers.rewards import check_truths, reward_functions
+from veripo_trl.answers.rewards import check_reward_truths, reward_functions
 from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.errors import run
 from veripo_trl.files.run_folder import only_process
@@ -46,7 +46,7 @@ def run_stage(data_args, report, grpo, training_args, model_args) -> int | None:
     prepare_machine(training_args, tiny_world=data_args.tiny_world, tiny_questions=data_args.tiny_questions)
     model_args, data_args, inputs = resolve(model_args, data_args)
     dataset = load_training_rows(data_args, seed=training_args.seed)
-    check_truths(grpo.rewards, dataset)
+    check_reward_truths(grpo.rewards, dataset)
     heldout = load_eval_rows(data_args)
 
     set_seed(training_args.seed)

@@ -3,7 +3,7 @@ a released code gives another value, the row says which and why ours differs."""
 
 import pytest
 
-from veripo_trl.answers.boxes import in_units, read_box
+from veripo_trl.answers.boxes import box_iou, in_units, read_box, tube_iou
 from veripo_trl.answers.choice import partial_credit
 from veripo_trl.answers.grammars import are_segments, is_structured, read_segments
 from veripo_trl.answers.objects import object_id_in_time, read_object
@@ -199,6 +199,17 @@ def test_boxes(answer, iou):
 ])  # fmt: skip
 def test_no_box(text):
     assert read_box(text) is None
+
+
+def test_a_tube_of_boxes():
+    """Truth in frames 4 to 7, the right id's tracked boxes in 6 to 9: they share half of 6 and of 7."""
+    half = {frame: (150, 100, 450, 300) for frame in range(6, 10)}
+    truth = {frame: (100, 100, 300, 300) for frame in range(4, 8)}
+    assert box_iou(half[6], truth[6]) == pytest.approx(150 / 350)
+    half = {frame: (100, 100, 300, 200) for frame in half}
+    assert tube_iou(half, truth) == pytest.approx((0.5 + 0.5) / 6)
+    elsewhere = {frame: (600, 600, 700, 700) for frame in half}  # a wrong id
+    assert tube_iou(elsewhere, truth) == 0 == tube_iou({8: truth[4]}, truth) == tube_iou({}, {})
 
 
 def test_a_box_in_pixels():

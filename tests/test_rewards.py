@@ -12,13 +12,14 @@ from veripo_trl.answers.rewards import (
     REWARDS,
     accuracy_relative_error_reward,
     accuracy_reward,
-    check_truths,
+    check_reward_truths,
     format_reward,
     reward_function,
     reward_functions,
 )
 from veripo_trl.answers.score import SolutionError
 from veripo_trl.errors import ConfigError
+from veripo_trl.report.read import accuracy_name
 
 GOOD = "<think>t</think><answer>{}</answer>"
 
@@ -92,6 +93,21 @@ def test_names_are_the_metrics_names():
     made = {name: reward_function(name) for name in (*REWARDS, *MAKERS)}
     assert set(ACCURACIES) <= made.keys()
     assert {name: function.__name__ for name, function in made.items()} == {name: f"{name}_reward" for name in made}
+
+
+@pytest.mark.parametrize(
+    "names, accuracy",
+    [
+        (["format_reward", "accuracy_reward"], "accuracy_reward"),
+        (["accuracy_soft_reward", "accuracy_reward", "tiou_reward"], "accuracy_reward"),
+        (["accuracy_absolute_range_reward", "structured_format_reward"], "accuracy_absolute_range_reward"),
+        (["yes_no_first_reward", "format_reward"], "yes_no_first_reward"),
+        (["yes_no_first"], "yes_no_first"),
+        (["tiou_reward", "format_reward"], None),
+    ],
+)
+def test_which_reward_a_report_shows_as_the_accuracy(names, accuracy):
+    assert accuracy_name(names) == accuracy
 
 
 # --------------------------------------------------------------------------------------------- the relatives' rewards
@@ -222,11 +238,11 @@ def test_options_that_cannot_be_used(names, options, says):
 
 def test_a_truth_without_a_duration_is_told_before_training():
     rows = {"question_id": ["a", "b"], "solution": ["B", "5 to 11"], "problem_type": ["multiple choice"] * 2}
-    check_truths(["accuracy", "tiou_time_r1"], rows)
+    check_reward_truths(["accuracy", "tiou_time_r1"], rows)
     rows["problem_type"] = ["multiple choice", "temporal grounding"]
-    check_truths(["accuracy", "tiou"], rows)
+    check_reward_truths(["accuracy", "tiou"], rows)
     with pytest.raises(SolutionError, match="question_id 'b'.*needs the clip's duration"):
-        check_truths(["accuracy", "tiou_time_r1"], rows)
+        check_reward_truths(["accuracy", "tiou_time_r1"], rows)
 
 
 def test_a_reward_of_the_users_own(tmp_path, monkeypatch):

@@ -67,6 +67,12 @@ def box_iou(a: Box, b: Box) -> float:
     return 0.0 if math.isnan(iou) else iou
 
 
+def tube_iou(boxes: dict[int, Box], truth: dict[int, Box]) -> float:
+    """vIoU of STVG (HC-STVG's): over the frames of either tube, {frame: box}, the mean IoU, 0 where one has none."""
+    shared = boxes.keys() & truth.keys()
+    return sum(box_iou(boxes[frame], truth[frame]) for frame in shared) / max(1, len(boxes.keys() | truth.keys()))
+
+
 def same_box(a: Box, b: Box) -> bool:
     return box_iou(a, b) >= SAME_IOU
 

@@ -248,7 +248,7 @@ def reward_functions(names: Sequence[str], options: dict[str, dict] | None) -> l
     return [reward_function(name, options.get(name)) for name in names]
 
 
-def check_truths(names: Sequence[str], dataset) -> None:
+def check_reward_truths(names: Sequence[str], dataset) -> None:
     """Raise SolutionError, with the row's id, where a reward needs more of a truth than `check_solution` does."""
     if "tiou_time_r1" not in names:
         return

@@ -12,6 +12,7 @@ from statistics import fmean
 
 from tqdm import tqdm
 
+from veripo_trl.answers.rewards import ACCURACIES
 from veripo_trl.data.rollouts import SCHEMA_FIELDS
 from veripo_trl.data.schema import content_of
 from veripo_trl.errors import VeripoError
@@ -297,8 +298,11 @@ def read_rows(stages: list[dict], absent: list[str], *, seed: int, budget: int) 
 
 
 def accuracy_name(names: Iterable[str]) -> str | None:
-    """Which reward is the accuracy: `accuracy_reward`, or the shortest that begins like it; None without one."""
-    return min((name for name in names if name.startswith("accuracy")), key=len, default=None)
+    """Which reward is the accuracy: `accuracy_reward`, the shortest that begins like it, or another of `ACCURACIES`; None
+    without one."""
+    known = [name for name in names if name.startswith("accuracy")]
+    known += [name for name in names if name.removesuffix("_reward") in ACCURACIES]
+    return min(known, key=len, default=None)
 
 
 def _ordered(question: dict) -> dict:
