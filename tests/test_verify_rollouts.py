@@ -320,11 +320,21 @@ REFUSED = [
     (settings(rollouts_revision="main"), r"rollouts_revision: expected one Hub dataset as `rollouts`"),
     (settings(accuracy_reward="mse"), r"accuracy_reward: expected one of accuracy, .*or module:function; got 'mse'"),
     (settings(accuracy_reward="format"), r"accuracy_reward: expected one of accuracy, .*; got 'format'"),
+    (settings(accuracy_reward="exponential_error"), r"accuracy_reward: expected one of accuracy, .*yes_no_first"),
+    (settings(reward_kwargs={"accuracy_soft": {}}), r"reward_kwargs: accuracy_soft: not among rewards \(accuracy\)"),
     (settings(judge_concurrency=0), r"judge_concurrency: expected 1 or more; got 0"),
     (settings(judge_timeout_s=0), r"judge_timeout_s: expected more than 0; got 0"),
     (settings(judge_retries=-1), r"judge_retries: expected 0 or more; got -1"),
     (settings(judge="local", judge_model="x", judge_prompt="my/consistency.yaml"), r"my/consistency.yaml.*No such"),
 ]  # fmt: skip
+
+
+def test_the_runs_accuracy_with_its_options():
+    arguments = VerifyArguments(
+        output_dir="x", rollouts=["x"], accuracy_reward="accuracy_absolute_range",
+        reward_kwargs='{"accuracy_absolute_range": {"max_range": 1}}',
+    )  # fmt: skip
+    assert arguments.reward()(["<answer>.3</answer>"], [".5"], ["regression"]) == [pytest.approx(0.8)]
 
 
 @pytest.mark.parametrize(("make", "message"), REFUSED, ids=[make.__name__ for make, _ in REFUSED])
