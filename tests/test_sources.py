@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from veripo_trl.data.official import make_rows, read_official
+from veripo_trl.data.official import find_source, make_rows, read_official
 from veripo_trl.data.rows import load_rows
 from veripo_trl.data.schema import RowError
 from veripo_trl.evaluate.questions import read_questions
@@ -716,3 +716,25 @@ def test_a_hub_dataset_and_one_saved_by_datasets_may_have_a_source(tmp_path, mon
     assert loaded["question_id"][:] == ["vst-x1-0", "vst-x1-1"]
     with pytest.raises(RowError, match="what `source` reads has no split 'test'"):
         load_rows([{"path": str(write_official(tmp_path / "a.jsonl", rows)), "source": "vst", "split": "test"}])
+
+
+def test_each_source_says_where_it_is_from_and_is_in_the_page():
+    root = EVALUATION.parent
+    page = (root / "docs" / "sources.md").read_text() + (EVALUATION / "README.md").read_text()
+    names = {path.stem for path in (root / "src/veripo_trl/sources").glob("*.py")} - {"__init__", "record"}
+    assert set(BENCHMARKS) <= names == {case[0] for case in [*SOURCES, *CASES]} | {"frame_list"}
+    for name in sorted(names):
+        said = find_source(name).__doc__
+        assert "\nSource: " in said and "icence" in said or "\nForm: " in said, name
+        assert f"`{name}`" in page, name
+
+
+def test_a_benchmarks_own_total_stands_beside_ours():
+    spec = importlib.util.spec_from_file_location("calculate_score", EVALUATION / "calculate_score.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    scored = [{"benchmark": "MVBench", "ours": float(task == "a"), "released": 0.0, "categories": {"task": task}}
+              for task in "a" + "b" * 9]  # fmt: skip
+    told = script.totals_of(scored)
+    assert told[0].startswith("MVBench, ours: 50.00%")
+    assert told[0].endswith("mean of 2 tasks (the benchmark's own total).")

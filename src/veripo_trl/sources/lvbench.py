@@ -4,7 +4,7 @@ Source: https://huggingface.co/datasets/THUDM/LVBench (video_info.meta.jsonl), a
 video: key (its YouTube id), type, video_info, qa: a list of {uid, question, answer, question_type,
 time_reference}; the options stand in the question as "(A) …". The flat tables made from it (a row per
 question, with key) are read too.
-Videos: LVBench/<key>.mp4, to be fetched from YouTube.
+Licence: its page's, not looked at here. Videos: LVBench/<key>.mp4, to be fetched from YouTube.
 Metric: accuracy. A question counts in each of its question types.
 """
 

@@ -3,7 +3,8 @@
 Source: https://huggingface.co/datasets/yale-nlp/MMVU (validation.json), arXiv 2501.12380. Columns: id, video
 (an address that ends in videos/<subject>/<number>.mp4), youtube_url, question_type, metadata {subject,
 textbook, knowledge, rationale}, question, choices {A: …, E: …}, answer.
-Videos: the dataset's videos folder: MMVU/videos/<subject>/<number>.mp4.
+Licence: its page's, not looked at here. Videos: the dataset's videos folder:
+MMVU/videos/<subject>/<number>.mp4.
 Metric: accuracy of the 625 choice rows, as VerIPO has it. The open-ended rows are left out: their official
 score comes from a language model that compares answers.
 """

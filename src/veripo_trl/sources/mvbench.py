@@ -6,8 +6,8 @@ and end in five tasks.
 Metric: accuracy, mean of the tasks = mean over rows, 200 a task.
 Traps: 5 rows have one candidate, right by default: left out, so that the two means differ a little. 1,000
 rows are about a part of the video from start to end: cut it beforehand (many runs show the whole file).
-TVQA's videos (episodic reasoning) are folders of frames at 3 per second: they become videos as they are cut. 1,000
-rows are CLEVRER validation videos.
+TVQA's videos (episodic reasoning) are folders of frames at 3 per second: they become videos as they are cut.
+1,000 rows are CLEVRER validation videos.
 """
 
 from pathlib import Path

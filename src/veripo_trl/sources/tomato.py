@@ -3,8 +3,8 @@
 Source: https://huggingface.co/datasets/yale-nlp/TOMATO (a Parquet file for each kind of motion) or
 data/*.json of https://github.com/yale-nlp/TOMATO, arXiv 2410.23266. Columns: question, options, answer (a
 place in them, from 0), key, motion_type, demonstration_type, variation, note, video_source_url.
-Videos: TOMATO/videos/<demonstration_type>/<key>.mp4. VerIPO samples them at 4 frames per second: --video_fps
-4.
+Licence: its page's, not looked at here. Videos: TOMATO/videos/<demonstration_type>/<key>.mp4. VerIPO samples
+them at 4 frames per second: --video_fps 4.
 Metric: accuracy.
 """
 

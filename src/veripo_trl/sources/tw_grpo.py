@@ -5,10 +5,10 @@ Source: https://github.com/longmalongma/TW-GRPO (data/: id, video, question, opt
 options, answer "(C)") half are inverted here as there: the question is negated, so that the wrong options are
 right and the old answer is wrong.
 Licence: code Apache-2.0; videos as NExT-QA's and STAR's. Videos: <video>.mp4 below media_root.
-Traps: their script inverts the answer also where it could not negate the question, so that labels are
-wrong: such rows of its files are left out, counted; and its random numbers have no seed. Here what cannot
-be negated, or not without another meaning (why, how), stays as it is, counted; which rows, and which of
-their options, follow from the id; an inverted row's id ends in -inv. Rows with `is_negated` stay as they are.
+Traps: their script inverts the answer also where it could not negate the question, so that labels are wrong:
+such rows of its files are left out, counted; and its random numbers have no seed. Here what cannot be
+negated, or not without another meaning (why, how), stays as it is, counted; which rows, and which of their
+options, follow from the id; an inverted row's id ends in -inv. Rows with `is_negated` stay as they are.
 """
 
 import re

@@ -4,7 +4,8 @@ Source: https://huggingface.co/datasets/lmms-lab/Video-MME (videomme/test-00000-
 2405.21075.
 Columns: video_id, duration, domain, sub_category, url, videoID, question_id, task_type, question, options
 ("A. …"), answer.
-Videos: the dataset's zip files, unpacked: Video-MME/videos/<videoID>.mp4.
+Licence: its page's, not looked at here. Videos: the dataset's zip files, unpacked:
+Video-MME/videos/<videoID>.mp4.
 Metric: accuracy.
 """
 

@@ -3,8 +3,9 @@
 Source: https://huggingface.co/datasets/lmms-lab/VideoMMMU (a folder of Parquet files for each track), arXiv
 2501.13826.
 Columns: id, question, options, answer, question_type, qa_type, link_selected; Adaptation also image.
-Videos: the dataset's zip files, unpacked: VideoMMMU/<group>/<id>.mp4. The image of an adaptation question is
-the end of its video, which the official prompt says too.
+Licence: its page's, not looked at here. Videos: the dataset's zip files, unpacked:
+VideoMMMU/<group>/<id>.mp4. The image of an adaptation question is the end of its video, which the official
+prompt says too.
 Metric: accuracy. VerIPO did not release its file for this benchmark.
 """
 

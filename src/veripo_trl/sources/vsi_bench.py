@@ -3,7 +3,8 @@
 Source: https://huggingface.co/datasets/nyu-visionx/VSI-Bench (test-00000-of-00001.parquet or test.jsonl),
 arXiv 2412.14171. Columns: id, dataset, scene_name, question_type, question, ground_truth, options (null for
 numbers).
-Videos: the dataset's three zip files, unpacked: VSI-Bench/<dataset>/<scene_name>.mp4.
+Licence: its page's, not looked at here. Videos: the dataset's three zip files, unpacked:
+VSI-Bench/<dataset>/<scene_name>.mp4.
 Metric: accuracy of choices, mean relative accuracy of numbers. The benchmark's own total is the mean of eight
 tasks, the three levels of relative direction being averaged into one first; VerIPO's script takes the mean of
 all rows.
