@@ -11,7 +11,6 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from trl import ModelConfig
 
-from veripo_trl.answers.rewards import reward_functions
 from veripo_trl.data.prompts import load_template
 from veripo_trl.data.rows import DatasetSource
 from veripo_trl.errors import ConfigError
@@ -343,18 +342,6 @@ SETTINGS |= {  # of the relatives, what their code or paper says
     },
 }  # fmt: skip
 SETTINGS[GRPO_7B[1]] = SETTINGS[GRPO_7B[0]] | {"model_name_or_path": "outputs/qwen2_5_vl_7b/1_activation"}
-
-
-def test_trls_own_rewards_are_made_by_their_dotted_names(parsed):
-    values, plain = parsed["video_r1/grpo_trl_rewards.yaml"], parsed["video_r1/grpo.yaml"]
-    functions = reward_functions(values["rewards"], values["reward_kwargs"])
-    names = [function.__name__ for function in functions[2:]]
-    assert names == ["soft_overlong_punishment_reward", "repetition_penalty_reward"]
-    ids = [[1] * 640, [1] * 704, list(range(768))]
-    rewards = [function(completion_ids=ids, completions=[""] * 3) for function in functions[2:]]
-    assert rewards[0] == [0.0, -0.5, -1.0] and rewards[1][0] < -0.99 and rewards[1][2] == 0.0
-    differs = {key for key in SETTINGS["video_r1/grpo.yaml"] if values[key] != plain[key]}
-    assert differs == {"rewards", "reward_weights"}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
