@@ -11,7 +11,8 @@ from veripo_trl.answers.score import PROBLEM_TYPES, is_well_formed
 from veripo_trl.data.prompts import build_messages, build_target, load_template
 from veripo_trl.data.rows import load_rows
 from veripo_trl.evaluate.generate import summarize
-from veripo_trl.evaluate.scores import lines_of, score_predictions, table_of
+from veripo_trl.evaluate.scores import lines_of, score_predictions
+from veripo_trl.report.read import table_of
 from veripo_trl.tiny.model import build_tokenizer
 from veripo_trl.verifier.judges import RulesJudge, judge_by_rules
 from veripo_trl.verifier.pairs import PairOptions, build_pairs

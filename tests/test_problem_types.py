@@ -296,7 +296,10 @@ def test_truths():
         ("temporal grounding", "soon", "soon", False),
         ("grounded choice", "B; 5 to 11", "the cat; 5.1 to 11", True),
         ("grounded choice", "B; 5 to 11", "A; 5 to 11", False),
-        ("grounded choice", "B", "B", False),
+        ("grounded choice", "B", "B; 5 to 11", True),  # what a judge may conclude
+        ("grounded choice", "B", "A; 5 to 11", False),
+        ("grounded choice", "B", "5 to 11", False),
+        ("grounded choice", "B; 5 to 11", "B; 8 to 14", False),
         ("object and time", "2; 5 to 11", "Target ID: 2, Time range: 5 to 11", True),
         ("object and time", "2; 5 to 11", "1; 5 to 11", False),
         ("box grounding", BOX, '{"bbox_2d": [100, 100, 300, 305]}', True),

@@ -377,6 +377,14 @@ def test_results_are_text_too(tmp_path):
     assert not [text for text in texts if re.search(r'<img (?!src="data:image/svg)', text)]
 
 
+def test_the_types_own_metrics_stand_beside_the_accuracies(tmp_path):
+    values = {**summary(0.5, 0.1)["greedy"], "mIoU: temporal grounding": 0.482, "MAE: regression": 5.2}
+    write_stage(tmp_path / "run", {"before": summary(0.4, 0.1), "after": {"greedy": values}})
+    text = write_report([tmp_path / "run"]).read_text()
+    for cell in ("mIoU: temporal grounding</th>", "MAE: regression</th>", ">48.2%</td>", ">5.20</td>"):
+        assert cell in text, cell
+
+
 def test_what_cannot_be_reported_is_an_error(tmp_path):
     with pytest.raises(ReportError, match="no such folder"):
         write_report([tmp_path / "nothing"])

@@ -47,7 +47,10 @@ def grounded_score(answer: Grounded, truth) -> float:
 
 
 def same_grounded(a: Grounded, b: Grounded) -> bool:
-    return None not in (*a, *b) and a[0] == b[0] and same_spans(a[1], b[1])
+    """In all that both say, which must be one of the two at least: a thinking may conclude the letter alone."""
+    letters = a[0] == b[0] if a[0] and b[0] else None
+    spans = same_spans(a[1], b[1]) if a[1] and b[1] else None
+    return False not in (letters, spans) and True in (letters, spans)
 
 
 def grounded_metrics(answer: Grounded | None, truth) -> dict[str, float]:

@@ -152,6 +152,7 @@ def _stage_row(stage, count) -> dict[str, str]:
 def _held_out_rows(points: list[dict]) -> list[dict[str, str]]:
     keys = {key for point in points for decoding in DECODINGS for key in point.get(decoding) or {}}
     kinds = sorted(key for key in keys if key.startswith("accuracy: "))
+    metrics = sorted(key for key in keys if ": " in key and key not in kinds)  # mIoU: temporal grounding
     rows = []
     for point in points:
         for decoding in DECODINGS:
@@ -169,6 +170,7 @@ def _held_out_rows(points: list[dict]) -> list[dict[str, str]]:
                 "cut": _percent(values.get("truncated")),
                 "questions": values.get("questions", "–"),
                 **{key.removeprefix("accuracy: "): _percent(values.get(key)) for key in kinds},
+                **{key: _number(values.get(key), ".2f" if "MAE" in key else ".1%") for key in metrics},
             }
             rows += [row] if values else []
     return rows
