@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--source", required=True, help="a public data set by its name, or module:convert"
+        "--source", required=True, help="a public data set by its name, or module:function"
     )
     parser.add_argument(
         "--path", type=Path, required=True, help="its official file, or the folder of them"

@@ -77,7 +77,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tensor_parallel_size", type=int, default=1, help="GPUs per engine (vllm)")
     add("--batch_size", type=int, help="rows at once (default: 64 for vllm, 8 for transformers)")
     add = parser.add_argument_group("more").add_argument
-    known = f"prompt_path is official data of: {', '.join(BENCHMARKS)}; or module:convert"
+    known = f"prompt_path is official data of: {', '.join(BENCHMARKS)}; or module:function"
     add("--benchmark", help=known)
     add("--engine", choices=sorted(BATCH_SIZES), help="default: vllm where it is installed")
     add("--model_revision", help="of model_path on the Hub")

@@ -1,5 +1,6 @@
 """From official columns to our rows: each source on made-up records, and on the traps that its docstring names."""
 
+import importlib
 import importlib.util
 import json
 import re
@@ -147,7 +148,7 @@ def test_a_folder_is_read_whole_and_other_columns_are_refused(tmp_path):
     lost = write_official(tmp_path / "lost.jsonl", [mmmu("dev_Art_1", "A", ["x", "y"])])
     with pytest.raises(RowError, match="a path with the track in it"):
         read_questions(lost, benchmark="video_mmmu")
-    with pytest.raises(RowError, match="source 'video_xyz': expected module:convert, or one of .*video_mme"):
+    with pytest.raises(RowError, match="source 'video_xyz': expected module:function, or one of .*video_mme"):
         read_questions(lost, benchmark="video_xyz")
 
 
@@ -537,14 +538,19 @@ def test_where_chooses_among_official_columns_and_limit_among_rows(tmp_path):
 
 def test_a_source_of_ones_own(tmp_path, monkeypatch, capsys):
     (tmp_path / "my_source.py").write_text(
-        "def convert(record, *, file):\n"
+        "def numbers(record, *, file):\n"
         "    if record['n'] > 1:\n        return ['left out: large']\n"
         "    return [{'question_id': record['n'], 'problem': '?', 'problem_type': 'numerical', 'solution': '1'}]\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     path = write_official(tmp_path / "n.jsonl", [{"n": 0}, {"n": 1}, {"n": 2}])
-    rows = load_rows([{"path": str(path), "source": "my_source:convert"}], shuffle=False)
+    rows = load_rows([{"path": str(path), "source": "my_source:numbers"}], shuffle=False)
     assert rows["question_id"][:] == ["0", "1"] and "left out: large" in capsys.readouterr().out
+    with (tmp_path / "my_source.py").open("a") as module:
+        module.write("\n\ndef one(record, *, file):\n    return numbers(record, file=file)[0]\n")
+    importlib.reload(importlib.import_module("my_source"))
+    with pytest.raises(RowError, match="row 1, .*TypeError: my_source:one gave .* not a list of rows"):
+        load_rows([{"path": str(path), "source": "my_source:one"}])
 
 
 def test_options_follow_from_the_id_alone():

@@ -24,13 +24,13 @@ from veripo_trl.user_functions import is_user_function, user_function
 
 
 def find_source(name: str) -> ModuleType:
-    """The module of a source: one of `sources/` by its name, or that of a `module:convert` of the user's own."""
+    """The module of a source: one of `sources/` by its name, or that of a `module:function` of the user's own."""
     if is_user_function(name):
         return sys.modules[user_function(name, setting="source").__module__]
     known = sorted(Path(file.name).stem for file in (files("veripo_trl") / "sources").iterdir())
     known = [stem for stem in known if stem not in ("__init__", "record", "__pycache__")]
     if name not in known:
-        raise RowError(f"source {name!r}: expected module:convert, or one of {', '.join(known)}.")
+        raise RowError(f"source {name!r}: expected module:function, or one of {', '.join(known)}.")
     return importlib.import_module(f"veripo_trl.sources.{name}")
 
 
@@ -73,9 +73,11 @@ def unnested(content: Any, file: str, module: ModuleType) -> list[tuple[str, int
         raise row_error([problem]) from error
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise RowError(f"{file}: not {module.NAME}'s official form ({reason}).") from error
+        raise RowError(
+            f"{file}: not in the official form of {module.__name__} ({reason})."
+        ) from error
     if not isinstance(content, list):
-        raise RowError(f"{file}: expected {module.NAME}'s records, came {show(content)}.")
+        raise RowError(f"{file}: expected the records of {module.__name__}, came {show(content)}.")
     return numbered(file, content)
 
 
@@ -88,40 +90,34 @@ def make_rows(records: Iterable[tuple[str, int, Any]], source: str) -> tuple[lis
     """
     module = find_source(source)
     id_column = getattr(module, "ID", "question_id")
+    own = is_user_function(source)
+    convert = user_function(source, setting="source") if own else module.convert
     rows, counted = [], Counter()
     for file, number, record in records:
         try:
             if not isinstance(record, dict):
-                raise FieldError(
-                    "(row)",
-                    "an object with the row's columns",
-                    show(record),
-                    "Correct or remove it.",
-                )
-            made = module.convert(record, file=file)
+                expected, remedy = "an object with the row's columns", "Correct or remove it."
+                raise FieldError("(row)", expected, show(record), remedy)
+            made = convert(record, file=file)
+            if isinstance(made, (dict, str)):
+                raise TypeError(f"{source} gave {show(made)}, not a list of rows")
+            made = list(made)
         except FieldError as error:
             made = [error]
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             field = str(error.args[0]) if isinstance(error, KeyError) else "(row)"
             came = f"{type(error).__name__}: {error}"
+            expected = f"the official columns of {getattr(module, 'NAME', source)}"
             remedy = f"Its columns: {', '.join(map(str, record))}."
-            made = [
-                FieldError(
-                    field,
-                    f"the official columns of {getattr(module, 'NAME', source)}",
-                    came,
-                    remedy,
-                )
-            ]
+            made = [FieldError(field, expected, came, remedy)]
         for row in made:
             if isinstance(row, str):
                 counted[row] += 1
             elif isinstance(row, dict):
                 rows.append((file, number, row.get("question_id"), row))
             else:
-                rows.append(
-                    (file, number, record.get(id_column) if isinstance(record, dict) else None, row)
-                )
+                raw_id = record.get(id_column) if isinstance(record, dict) else None
+                rows.append((file, number, raw_id, row))
     return rows, counted
 
 

@@ -53,7 +53,7 @@ class DatasetSource:
         paths from `media_root`); the rows are checked as those of a file are, and must be the same, in the same order,
         on every call and in every process.
     source: what the files are, where they are not in our columns: a public data set by its name (a module of
-        `veripo_trl.sources`), or `module:convert` of the user's own, `convert(record, file=…) -> rows`. A directory is
+        `veripo_trl.sources`), or `module:function` of the user's own, `convert(record, file=…) -> rows`. A directory is
         then every data file below it. Video-R1's files need none.
     where: {raw column: value or list of values}; rows that equal none of the values are left out.
     limit: the first n rows in file order after `where` and `source`: the same rows under every seed. A file sorted by

@@ -29,7 +29,7 @@ def read_questions(
     """The questions of a file that `rows` reads, released rows or our own, or of a benchmark's official file or folder.
 
     Args:
-        benchmark: whose official records they are: one of `sources.BENCHMARKS`, or the user's own `module:convert`.
+        benchmark: whose official records they are: one of `sources.BENCHMARKS`, or the user's own `module:function`.
         video_dir: what video paths are relative to; the file's folder by default. limit: the first n rows.
 
     Returns:
