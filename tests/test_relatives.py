@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from veripo_trl.answers.rewards import check_truths, reward_functions
+from veripo_trl.answers.rewards import check_reward_truths, reward_functions
 from veripo_trl.data.prompts import build_messages, build_target, load_template
 from veripo_trl.data.rows import load_rows
 
@@ -96,7 +96,7 @@ def total(config: dict, row: dict, completion: str) -> float:
 @pytest.mark.parametrize("system, official, totals", CASES, ids=[case[0] for case in CASES])
 def test_record_prompt_and_rewards_go_together(tmp_path, system, official, totals):
     config, rows = rows_of(system, "grpo", official, tmp_path)
-    check_truths(config["rewards"], rows)
+    check_reward_truths(config["rewards"], rows)
     (row,) = rows
     (message,) = build_messages(row, load_template(config["prompt_template"]))
     assert message["content"][-1]["text"].count("<answer>") > 0
