@@ -23,6 +23,7 @@ from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.errors import run
 from veripo_trl.files.run_folder import only_process
 from veripo_trl.hub.cards import shown_name
+from veripo_trl.methods import with_methods
 from veripo_trl.recipe.arguments import SHARED, GRPOArguments, parse
 from veripo_trl.recipe.build import make_encoder, make_policy, resolve
 from veripo_trl.recipe.finish import finish_push, train
@@ -35,12 +36,12 @@ ARGUMENTS = (*SHARED, GRPOArguments, VideoGRPOConfig, ModelConfig)
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    data_args, report, grpo, training_args, model_args = parse(ARGUMENTS, default_config=DEFAULT_CONFIG, argv=argv)
-    with only_process(training_args.output_dir):
-        return run_stage(data_args, report, grpo, training_args, model_args)
+    arguments = parse(ARGUMENTS, default_config=DEFAULT_CONFIG, argv=argv)
+    with only_process(arguments[3].output_dir):
+        return run_stage(*arguments)
 
 
-def run_stage(data_args, report, grpo, training_args, model_args) -> int | None:
+def run_stage(data_args, report, grpo, training_args, model_args, *options) -> int | None:
     if finish_push(training_args):
         return None
     prepare_machine(training_args, tiny_world=data_args.tiny_world, tiny_questions=data_args.tiny_questions)
@@ -51,9 +52,9 @@ def run_stage(data_args, report, grpo, training_args, model_args) -> int | None:
 
     set_seed(training_args.seed)
     model, processor = make_policy(model_args, data_args)
-    checkpoint = open_run(training_args.output_dir, data_args, report, grpo, training_args, model_args)
+    checkpoint = open_run(training_args.output_dir, data_args, report, grpo, training_args, model_args, *options)
     store = RolloutStore(Path(training_args.output_dir) / "rollouts")
-    trainer = VideoGRPOTrainer(
+    trainer = with_methods(VideoGRPOTrainer, grpo.methods, options)(
         model=model,
         reward_funcs=reward_functions(grpo.rewards, grpo.reward_kwargs),
         args=training_args,

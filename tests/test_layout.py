@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "veripo_trl"
 
 # From the ground up: what is in a room imports from its own and from those before it.
 ROOMS = ["start", "errors", "options", "user_functions", "files", "answers", "media", "hub", "data", "sources",
-         "model", "shared_prompt", "verifier", "evaluate", "vllm", "trainers", "report", "tiny",
+         "model", "shared_prompt", "verifier", "evaluate", "vllm", "trainers", "methods", "report", "tiny",
          "recipe", "loop", "chat"]  # fmt: skip
 # Light enough for every start: torch is not loaded with them.
 PURE = ["answers.score", "answers.rewards", "data.rows", "data.prompts", "evaluate.questions", "media.worker",

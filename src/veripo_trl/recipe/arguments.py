@@ -11,6 +11,7 @@ from trl import TrlParser
 
 from veripo_trl.answers.rewards import MAKERS, REWARDS, reward_functions
 from veripo_trl.errors import ConfigError, settings_checked
+from veripo_trl.methods import METHODS, load_methods
 from veripo_trl.model.policy import SEEING
 from veripo_trl.options import option
 from veripo_trl.recipe.console import silence
@@ -105,6 +106,10 @@ class GRPOArguments:
         f"Options of rewards, as a mapping or JSON: {{exponential_error: {{tau: 10}}}}; of {', '.join(MAKERS)}, and of a "
         "module:function that makes a reward: it is called with them once, and what it returns is the reward."
     )
+    methods: list[str] | None = option(
+        f"What changes the training step: some of {', '.join(METHODS)}, or module:Mixin. --help shows the options of "
+        "those that are named."
+    )
 
     def __post_init__(self):
         self.reward_kwargs = read_mapping("reward_kwargs", self.reward_kwargs)
@@ -151,14 +156,18 @@ def parse(dataclasses: tuple, *, default_config: Path, argv: list[str] | None = 
     without what that asks of the machine.
 
     `--config` names a file as seen from the working directory or from `recipes/configs/`. Without it, and without a
-    model, the recipe's default configuration is used.
+    model, the recipe's default configuration is used. Where `dataclasses` have `methods`, the options of those that are
+    named come after their own.
     """
     silence()
     finder = _Parser((), add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path)
     given, argv = finder.parse_known_args(argv)
     config = _find_config(given.config, default_config, argv)
-    known = sorted({f.name for kind in (*dataclasses, *ignored) for f in fields(kind)})
+    options = method_options(_named_methods(config, argv))
+    if "methods" in {f.name for kind in dataclasses for f in fields(kind)}:
+        dataclasses += options
+    known = sorted({f.name for kind in (*dataclasses, *ignored, *options) for f in fields(kind)})
     if config is not None:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"config: {config}", flush=True)
@@ -177,6 +186,19 @@ def parse(dataclasses: tuple, *, default_config: Path, argv: list[str] | None = 
         given = [word[2:].split("=")[0] for word in rest if word.startswith("--")]
         _refuse_unknown("command line", given or rest, known)
     return tuple(parsed)
+
+
+def method_options(methods: list[str] | None) -> tuple:
+    """The dataclasses of options that `methods:` adds to a recipe's own."""
+    return tuple(mixin.OPTIONS for mixin in load_methods(methods))
+
+
+def _named_methods(config: Path | None, argv: list[str]) -> list[str] | None:
+    """The setting `methods`, read before all others: it decides which there are."""
+    finder = _Parser((), add_help=False, allow_abbrev=False)
+    finder.add_argument("--methods", nargs="+")
+    given = finder.parse_known_args(argv)[0].methods
+    return given if given is not None or config is None else _read_yaml(config).get("methods")
 
 
 def _find_config(given: Path | None, default: Path, argv: list[str]) -> Path | None:

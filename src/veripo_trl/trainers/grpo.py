@@ -216,7 +216,7 @@ class VideoGRPOTrainer(VideoMixin, GRPOTrainer):
         self._encoded[mode] = (self._generation, prompts)
         self._active = prompts
         # TRL processes an `images` column itself; ours travel in `self._active`.
-        hidden = ("videos", "images", "encoded", "repeated", "media_root", "process")
+        hidden = ("videos", "images", "encoded", "repeated", "epoch", "media_root", "process")
         output = super()._generate_and_score_completions(
             [{key: value for key, value in row.items() if key not in hidden} for row in inputs]
         )

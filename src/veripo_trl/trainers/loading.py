@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 class MarkedRows(Dataset):
-    """A dataset's rows, with a mark on those that the loader only repeats.
+    """A dataset's rows, with the marks that the sampler sends with an index: `repeated` on those that the loader only
+    repeats, and what a method adds. Evaluation's rows have none.
 
     The loader yields every generation batch `num_iterations × steps_per_generation` times and the trainer uses the
     first; the rows of the others need not be decoded.
@@ -34,12 +35,12 @@ class MarkedRows(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key) -> dict:
-        index, repeated = key if isinstance(key, tuple) else (key, False)
-        return {**self.dataset[index], "repeated": repeated}
+        index, marks = key if isinstance(key, tuple) else (key, {})
+        return {**self.dataset[index], **marks}
 
 
 class MarkedSampler(Sampler):
-    """TRL's sampler, yielding `(index, repeated)`, with an order that depends on the epoch's number alone.
+    """TRL's sampler, yielding `(index, {"repeated", "epoch"})`, with an order that depends on the epoch's number alone.
 
     TRL's own order depends on how many epochs this process has drawn, so that a run resumed in its second epoch would
     see the rows of the first again.
@@ -60,10 +61,11 @@ class MarkedSampler(Sampler):
         return len(self.sampler)
 
     def __iter__(self):
+        epoch = self.epoch()
         if self.sampler.shuffle:
-            self.sampler.generator.manual_seed(self.sampler.seed + self.epoch())
+            self.sampler.generator.manual_seed(self.sampler.seed + epoch)
         for drawn, index in enumerate(self.sampler):
-            yield index, (drawn // self.batch_size) % self.repeat_count > 0
+            yield index, {"repeated": (drawn // self.batch_size) % self.repeat_count > 0, "epoch": epoch}
 
 
 class RolloutCollator:

@@ -1,0 +1,121 @@
+"""How recipes take methods: which mixins and options there are is read before everything else."""
+
+import importlib.util
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+
+from veripo_trl.errors import ConfigError
+from veripo_trl.loop.check import check_settings
+from veripo_trl.loop.plan import LoopError
+from veripo_trl.methods import METHODS, Method, load_methods, with_methods
+from veripo_trl.options import option
+from veripo_trl.recipe.arguments import parse
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+ARGV = ["--model_name_or_path", "none", "--output_dir", "outputs/none", "--bf16", "false", "--use_cpu", "true"]
+
+
+@dataclass
+class OwnOptions:
+    own_size: float = option("A size.", 0.5)
+
+
+class Own(Method):
+    NAME = "own"
+    OPTIONS = OwnOptions
+
+    def __init__(self, *args, own: OwnOptions, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.said = [*self.said, own.own_size]
+
+
+class Later(Method):
+    NAME = "later"
+    OPTIONS = dataclass(type("LaterOptions", (), {}))
+    EXCLUDES = {"other": "both weigh tokens."}
+
+    def __init__(self, *args, later, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.said = [*self.said, "later"]
+
+
+class Other(Later):
+    NAME = "other"
+    EXCLUDES = {}
+
+
+class Trainer:
+    def __init__(self, start):
+        self.said = [start]
+
+
+@pytest.fixture
+def grpo():
+    spec = importlib.util.spec_from_file_location("grpo_video", RECIPES / "grpo_video.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def parsed(recipe, *argv) -> tuple:
+    return parse(recipe.ARGUMENTS, default_config=recipe.DEFAULT_CONFIG, argv=[*ARGV, *argv])
+
+
+def test_options_of_a_named_method_are_the_recipes(grpo, tmp_path, capsys):
+    assert len(parsed(grpo)) == len(grpo.ARGUMENTS)
+    assert parsed(grpo, "--methods", "test_methods:Own", "--own_size", "2")[-1] == OwnOptions(2.0)
+    file = tmp_path / "own.yaml"
+    file.write_text("methods: [test_methods:Own, test_methods:Later]\nown_size: 3\n")
+    *_, own, later = parsed(grpo, "--config", str(file))
+    assert (own, type(later)) == (OwnOptions(3.0), Later.OPTIONS)
+    file.write_text("methods: test_methods:Own\n")
+    with pytest.raises(ConfigError, match=r"methods: expected a list, like \[test_methods:Own\]"):
+        parsed(grpo, "--config", str(file))
+    with pytest.raises(ConfigError, match="unknown key 'own_size'"):
+        parsed(grpo, "--own_size", "2")
+    with pytest.raises(SystemExit):
+        grpo.main(["--methods", "test_methods:Own", "--help"])
+    assert "--own_size" in capsys.readouterr().out
+
+
+def test_mixins_come_before_the_trainer_in_order():
+    make = with_methods(Trainer, ["test_methods:Own", "test_methods:Later"], [OwnOptions(), Later.OPTIONS()])
+    made = make("start")
+    assert made.said == ["start", "later", 0.5]  # the first is the outermost
+    assert isinstance(made, Trainer) and type(made).__name__ == "Trainer"
+    assert type(with_methods(Trainer, None, [])("start")).__mro__[1] is Trainer
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["unknown"], "expected some of .*, or module:Mixin; got 'unknown'"),
+        (["test_methods:Trainer"], "expected a subclass of veripo_trl.methods.Method"),
+        (["test_methods:Other", "test_methods:Later"], "later and other cannot go together: both weigh tokens"),
+        (["test_methods:Later", "test_methods:Other"], "other and later cannot go together: both weigh tokens"),
+        (["test_methods:Own", "test_methods:Own"], "own twice, or options of one name: .'own_size'"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_reason(names, message):
+    with pytest.raises(ConfigError, match=message):
+        load_methods(names)
+
+
+def test_every_shipped_method_keeps_the_contract(grpo):
+    taken = {item.name for kind in grpo.ARGUMENTS for item in fields(kind)}
+    for name in METHODS:
+        (mixin,) = load_methods([name])
+        assert mixin.NAME == name and mixin.__doc__
+        own = {item.name for item in fields(mixin.OPTIONS)}
+        assert not own & taken and all(item.metadata["help"] for item in fields(mixin.OPTIONS))
+        taken |= own
+
+
+def test_a_loop_knows_the_options_of_a_stages_methods():
+    stage = {"name": "search-1", "recipe": "grpo_video.py", "judge_command": None}
+    stage["script"] = str(RECIPES / "grpo_video.py")
+    check_settings([stage | {"settings": {"methods": ["test_methods:Own"], "own_size": 1}}])
+    with pytest.raises(LoopError, match="knows no own_size"):
+        check_settings([stage | {"settings": {"own_size": 1}}])
