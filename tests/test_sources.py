@@ -332,7 +332,7 @@ SOURCES = [
        "images": ["images/EpicKitchens/P01_01_0.png"], "problem": "What should be next?"},
       {"question_id": "sbr1-18", "videos": []}],
      {"changed: a wrong option dropped, it repeats the answer or another": 3, "left out: no wrong option": 1}),
-    ("seed_bench_r1", "validation_L3.jsonl", [SBR1_TEST | {"domain": "Work"}],
+    ("seed_bench_r1", "all_L2/validation_L3.jsonl", [SBR1_TEST | {"domain": "Work"}],
      [{"options": ["A. take cup", "B. wash", "C. open", "D. close"], "solution": "C",
        "categories": {"level": "L3", "domain": "Work"}}], {}),
     ("primo_r1", "rl.json", [PRIMO, PRIMO | {"problem_id": 8, "problem_type": "boolean",
@@ -351,9 +351,9 @@ SOURCES = [
       "solution": "<answer>The first</answer>"}],
      [{"question_id": "vh-phy-0001", "problem_type": "free-form", "solution": "The first"}],
      {"left out: no problem (null)": 1}),
-    ("video_hallu", "data.jsonl", [HALLU_TEST],
+    ("video_hallu", "data.jsonl", [HALLU_TEST, HALLU_TEST | {"RowID": 9}],
      [{"question_id": "vh-dat-0000", "problem_type": "free-form", "categories": {"kind": ["Physics", "Gravity"]}}],
-     {"said: not known whether its video is in the training data": 1}),
+     {"said: not known whether its video is in the training data": 1, "left out: asked before of the same video": 1}),
     ("charades_sta", "test.json", {"9AX": GROUNDING},
      [{"question_id": "cha-9AX-0", "solution": "5.0 to 11.0 of 33.75", "videos": ["Charades_v1_480/9AX.mp4"],
        "problem": "When does this happen in the video: a person puts a cup on the shelf?"},
@@ -394,6 +394,10 @@ SOURCES = [
        "solution": "<answer>B</answer>"}],
      [{"question_id": "tw-1", "solution": "B,C", "videos": ["clv/v_1.mp4"]}],
      {"left out: its answer is inverted, its question is not": 1}),
+    ("tw_grpo", "several.json",  # what is no single choice is not inverted, though the ids would be
+     [GQA | {"id": 6, "question": "What did he do?", "options": ["A. x", "B. y", "C. z"], "answer": "B,C"},
+      GQA | {"id": 10, "question": "What did he do?", "options": ["A. x"], "answer": "A"}],
+     [{"question_id": "tw-6", "solution": "B,C"}, {"question_id": "tw-10", "solution": "A"}], {}),
     ("video_thinker", "a.json", [THINKER, THINKER | {"trace": "<think>no marks</think>"}],
      [{"question_id": "vt-1", "solution": "B", "process": TRACE}],
      {"left out: no time, caption and thought in its trace": 1}),
@@ -410,6 +414,8 @@ SOURCES = [
       {"question_id": "x", "solution": "A"}, {"problem_type": "numerical", "problem": "Look: \n How far?",
                                               "solution": "0"}],
      {"left out: several turns": 1, "left out: no solution": 1, "changed: videos, then images, before the text": 1}),
+    ("ms_swift", "no_mark.jsonl", [SWIFT | {"messages": [{"role": "user", "content": "Who?"}], "solution": "he"}],
+     [{"problem": "Who?", "videos": ["v/1.mp4"]}], {"said: a file without its <video> comes before the text": 1}),
     ("llama_factory", "a.json",
      [FACTORY, {"instruction": "Who?", "input": "<video>", "output": "a man", "videos": ["v/1.mp4"]},
       FACTORY | {"conversations": [{"from": "human", "value": "Who?"}], "rejected": {"from": "gpt", "value": "x"}}],
@@ -464,6 +470,7 @@ SOURCES = [
 @pytest.mark.parametrize("source, file, content, expected, counted", SOURCES, ids=[f"{c[0]}-{c[1]}" for c in SOURCES])
 def test_a_source_makes_rows_and_counts_the_rest(tmp_path, capsys, source, file, content, expected, counted):
     path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
     path.write_text(content) if isinstance(content, str) else write_official(path, content)
     made, counts = make_rows(read_official(path, source), source)
     assert counts == counted
@@ -485,6 +492,14 @@ BROKEN = [  # of the official format: source, file, content, what the error says
      "row 1, question_id '5', problem_type: expected one of num"),
     ("primo_r1", "a.json", [{k: v for k, v in PRIMO.items() if k != "current_frame_path"}],
      "current_frame_path: .* no such"),
+    ("seed_bench_r1", "a.jsonl", [SBR1 | {"negative_answers": "wash"}],
+     "negative_answers: expected a list of texts; came 'w"),
+    ("primo_r1", "a.json", [PRIMO | {"init_frame_path": None}], "init_frame_path: expected a non-empty text; came null"),
+    ("vst", "a.json", [VST | {"reward_model": {"ground_truth": "12"}}], "reward_model: expected ground_truth as a list"),
+    ("stvg_r1", "a.json", {"31": GROUNDING | {"objectid": ["2", None, 1]}}, "objectid: expected a whole number or null"),
+    ("stvg_r1", "a.json", {"31": GROUNDING | {"objectid": [2]}}, "objectid: expected a whole number or null for each"),
+    ("frame_list", "a.json", [{"frames": ["1.png"], "frames_fps": 2, "frames_indices": [0], "videos": ["a.mp4"]}],
+     r"videos: expected none beside frames; came \['a.mp4'\]"),
     ("video_hallu", "synthetic.json", [HALLU, HALLU | {"path": None}],
      "row 2, .*path: expected a non-empty text; came null"),
     ("charades_sta", "a.txt", "9AX 5.0 11.25##a\n9AX 5.0##b\n",
@@ -492,6 +507,7 @@ BROKEN = [  # of the official format: source, file, content, what the error says
     ("charades_sta", "a.json", {"9AX": GROUNDING | {"sentences": ["a"]}}, "timestamps: expected as many as sentences"),
     ("charades_sta", "a.json", {"9AX": GROUNDING | {"timestamps": [[-1, 5]], "sentences": ["a"]}},
      "expected seconds from 0"),
+    ("time_r1", "a.json", [TIME_R1, TIME_R1 | {"video_end": 60.0}], "row 2, .*video_start: expected both ends of the"),
     ("time_r1", "a.json", [TVG | {"answer": "from 3 on"}], "row 1, .*answer: expected a span like '13.4-28.1'"),
     ("sole_r1", "a.json", [SOLE | {"prompt": "no JSON"}], "row 1, .*official columns of SOLE-R1; came JSONDecodeError"),
     ("clevrer", "a.json", [{"scene_index": 1}],

@@ -92,6 +92,7 @@ def make_rows(records: Iterable[tuple[str, int, Any]], source: str) -> tuple[lis
     id_column = getattr(module, "ID", "question_id")
     own = is_user_function(source)
     convert = user_function(source, setting="source") if own else module.convert
+    label = {"data_source": module.NAME} if hasattr(module, "NAME") else {}
     rows, counted = [], Counter()
     for file, number, record in records:
         try:
@@ -114,7 +115,7 @@ def make_rows(records: Iterable[tuple[str, int, Any]], source: str) -> tuple[lis
             if isinstance(row, str):
                 counted[row] += 1
             elif isinstance(row, dict):
-                rows.append((file, number, row.get("question_id"), row))
+                rows.append((file, number, row.get("question_id"), {**label, **row}))
             else:
                 raw_id = record.get(id_column) if isinstance(record, dict) else None
                 rows.append((file, number, raw_id, row))

@@ -47,7 +47,7 @@ class RowError(VeripoError):
 
 
 class FieldError(ValueError):
-    def __init__(self, field: str, expected: str, came: str, remedy: str):
+    def __init__(self, field: str, expected: str, came: str, remedy: str = "Correct the record or take it out."):
         super().__init__(field, expected, came, remedy)
         self.problem = {"field": field, "expected": expected, "came": came, "remedy": remedy}
 

@@ -9,17 +9,14 @@ Traps: 4 training spans have no length: left out; 261 end beyond the video, all 
 second: set to its end. Both are counted.
 """
 
-from veripo_trl.sources.record import grounding_rows
+from veripo_trl.sources.record import grounding_rows, keyed
 
 NAME = "ActivityNet Captions"
 VIDEOS = "ActivityNet/v_<YouTube id>.mp4"
 
 
-def records(content: dict, *, file: str) -> list[dict]:
-    return [{"video": video, **record} for video, record in content.items()]
+records = keyed
 
 
 def convert(record: dict, *, file: str) -> list[dict | str]:
-    return grounding_rows(
-        record, prefix="anet", name=NAME, video=f"ActivityNet/{record['video']}.mp4"
-    )
+    return grounding_rows(record, prefix="anet", video=f"ActivityNet/{record['video']}.mp4")

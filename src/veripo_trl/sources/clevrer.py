@@ -38,7 +38,6 @@ def convert(record: dict, *, file: str) -> list[dict | str]:
                     letter for letter, is_right in zip(LETTERS, right, strict=False) if is_right
                 ),
                 "videos": [f"CLEVRER/{text(record, 'video_filename')}"],
-                "data_source": NAME,
                 "categories": {"answers": "several" if sum(right) > 1 else "one"},
             }
         )

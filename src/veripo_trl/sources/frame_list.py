@@ -11,8 +11,6 @@ from pathlib import PurePath
 
 from veripo_trl.data.schema import FieldError, show
 
-NAME = "frames"
-
 
 def convert(record: dict, *, file: str) -> list[dict]:
     frames, fps, indices = (record[name] for name in ("frames", "frames_fps", "frames_indices"))
@@ -21,14 +19,11 @@ def convert(record: dict, *, file: str) -> list[dict]:
         and sorted({0, *indices})[-len(indices) :] == indices
     )
     if not rising or len(indices) != len(frames) or not frames:
-        raise FieldError(
-            "frames_indices",
-            "rising indices from 0, one an image",
-            show(indices),
-            "Correct the row.",
-        )
+        raise FieldError("frames_indices", "rising indices from 0, one an image", show(indices))
     if not isinstance(fps, (int, float)) or not 0 < fps < 10_000:
-        raise FieldError("frames_fps", "frames per second", show(fps), "Correct the row.")
+        raise FieldError("frames_fps", "frames per second", show(fps))
+    if record.get("videos"):
+        raise FieldError("videos", "none beside frames", show(record["videos"]))
     key = hashlib.sha256(repr((frames, fps, indices)).encode()).hexdigest()[:12]
     row = {name: value for name, value in record.items() if not name.startswith("frames")}
     cut = {"frames": frames, "fps": fps, "indices": indices}

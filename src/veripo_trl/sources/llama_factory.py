@@ -9,7 +9,6 @@ from veripo_trl.sources.ms_swift import records, row_of_turns
 from veripo_trl.sources.record import one_of, text
 
 __all__ = ["convert", "records"]
-NAME = "LLaMA-Factory"
 ROLES = {
     "human": "user",
     "gpt": "assistant",

@@ -23,7 +23,6 @@ def convert(record: dict, *, file: str) -> list[dict]:
             "problem_type": "multiple choice",
             "solution": question["answer"].strip(),
             "videos": [f"LVBench/{record['key']}.mp4"],
-            "data_source": NAME,
             "categories": {
                 "question type": list(question["question_type"]),
                 "video": record["type"],

@@ -27,7 +27,6 @@ def convert(record: dict, *, file: str) -> list[dict | str]:
             "problem_type": "multiple choice",
             "solution": record["answer"],
             "videos": [f"MMVU/{video}"],
-            "data_source": NAME,
             "categories": {"subject": video.split("/")[1]},
         }
     ]

@@ -6,14 +6,15 @@ where there is one. Rows may have our problem_type and options; else options at 
 choice, a bare number is numerical, and all else free-form. "<think>…</think><answer>…</answer>" of the
 assistant is process and solution; other text of it is the solution, unless there is one.
 Traps: a system message is not used and media come first in a prompt here: both counted. Rows of several
-turns, of a preference (rejected_response) or without a solution are left out. As many marks as files, or it
-is an error.
+turns, of a preference (rejected_response) or without a solution are left out. Files without a mark come first,
+as in ms-swift, and are counted; a mark without a file is an error.
 """
 
 import re
 
 from veripo_trl.data.schema import FieldError
 from veripo_trl.sources.record import (
+    indexed,
     is_number,
     letter_in_brackets,
     one_of,
@@ -22,12 +23,10 @@ from veripo_trl.sources.record import (
     untagged,
 )
 
-NAME = "ms-swift"
 _MARK = re.compile(r"<(video|image)>")
 
 
-def records(content: list[dict], *, file: str) -> list[dict]:
-    return [{**record, "index": index} for index, record in enumerate(content)]
+records = indexed
 
 
 def convert(record: dict, *, file: str) -> list[dict | str]:
@@ -51,11 +50,11 @@ def row_of_turns(turns: list[tuple[str, str]], record: dict) -> list[dict | str]
     for kind in ("video", "image"):
         files = record.get(f"{kind}s") or []
         media[f"{kind}s"] = [files] if isinstance(files, str) else list(files)
-        if len(media[f"{kind}s"]) != marks.count(kind):
+        if len(media[f"{kind}s"]) < marks.count(kind):
             came = f"{len(media[f'{kind}s'])} files, {marks.count(kind)} marks"
-            raise FieldError(
-                f"{kind}s", f"a file for each <{kind}>", came, "Correct the record or take it out."
-            )
+            raise FieldError(f"{kind}s", f"a file for each <{kind}>", came)
+        if len(media[f"{kind}s"]) > marks.count(kind):
+            counted.append(f"said: a file without its <{kind}> comes before the text")
     if not re.match(r"(?:<video>\s*)*(?:<image>\s*)*(?!.*<(?:video|image)>)", turns[0][1], re.S):
         counted.append("changed: videos, then images, before the text")
     reply = turns[1][1] if len(turns) == 2 else ""

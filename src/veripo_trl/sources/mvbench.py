@@ -12,7 +12,15 @@ TVQA's videos (episodic reasoning) are folders of frames at 3 per second: they b
 
 from pathlib import Path
 
-from veripo_trl.sources.record import cut_row, letter_of, lettered, mean_of_means, one_of, text
+from veripo_trl.sources.record import (
+    cut_row,
+    indexed,
+    letter_of,
+    lettered,
+    mean_of_means,
+    one_of,
+    text,
+)
 
 NAME = "MVBench"
 VIDEOS = "MVBench/<folder of the task>/<video>; parts as <name>_<start>-<end>.mp4"
@@ -46,7 +54,7 @@ FOLDERS = {
 
 def records(content: list[dict], *, file: str) -> list[dict]:
     task = one_of({"(file)": Path(file).name.partition(".")[0]}, "(file)", FOLDERS)
-    return [{**record, "task": task, "index": index} for index, record in enumerate(content)]
+    return [record | {"task": task} for record in indexed(content)]
 
 
 def convert(record: dict, *, file: str) -> list[dict | str]:
@@ -67,7 +75,6 @@ def convert(record: dict, *, file: str) -> list[dict | str]:
             "options": lettered(texts),
             "problem_type": "multiple choice",
             "solution": letter_of(str(record["answer"]), texts),
-            "data_source": NAME,
             "categories": {"task": task},
             **media,
         }

@@ -33,7 +33,6 @@ def convert(record: dict, *, file: str) -> list[dict | str]:
         + "; ".join(one.partition(" of ")[0] for one in spans)
         + "".join(whole),
         "videos": [f"NExTQA/videos/{PurePath(str(record['video'])).name.removesuffix('.mp4')}.mp4"],
-        "data_source": NAME,
         "categories": {"type": str(record.get("type") or "")},
     }
     return [*counted, row]

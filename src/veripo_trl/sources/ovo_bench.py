@@ -12,7 +12,7 @@ there. Official letters, numbers and yes are looked for anywhere in the output.
 """
 
 from veripo_trl.data.schema import FieldError, show
-from veripo_trl.sources.record import LETTERS, lettered, one_of, text
+from veripo_trl.sources.record import LETTERS, lettered, mean_of_means, one_of, text
 
 NAME = "OVO-Bench"
 VIDEOS = "OVO-Bench/<id>.mp4, forward tasks <id>_<i>.mp4"
@@ -28,7 +28,7 @@ COUNT = "How many times has this been done in the video so far: {}?"
 
 def convert(record: dict, *, file: str) -> list[dict | str]:
     task = one_of(record, "task", CATEGORIES)
-    base = {"data_source": NAME, "categories": {"category": CATEGORIES[task], "task": task}}
+    base = {"categories": {"category": CATEGORIES[task], "task": task}}
     if CATEGORIES[task] == "forward":
         return [
             {**base, **_query(record, task, i, query)}
@@ -36,9 +36,7 @@ def convert(record: dict, *, file: str) -> list[dict | str]:
         ]
     texts, right = [str(option) for option in record["options"]], record["gt"]
     if not isinstance(right, int) or not 0 <= right < len(texts):
-        raise FieldError(
-            "gt", f"an index of {len(texts)} options", show(right), "Correct the record."
-        )
+        raise FieldError("gt", f"an index of {len(texts)} options", show(right))
     counted: list[dict | str] = []
     if record.get("answer") not in (texts[right], LETTERS[right]):
         counted.append("said: its answer is not the text of options[gt]; gt is taken")
@@ -55,23 +53,17 @@ def convert(record: dict, *, file: str) -> list[dict | str]:
 
 def _query(record: dict, task: str, index: int, query: dict) -> dict:
     if task == "REC":
-        field = "activity" if record.get("activity") else "question"
-        kind, solution, problem = (
-            "numerical",
-            str(query["count"]),
-            COUNT.format(text(record, field)),
-        )
+        problem = COUNT.format(text(record, "activity" if record.get("activity") else "question"))
+        kind, solution = "numerical", str(query["count"])
     else:
-        problem = (
-            STEP.format(text(query, "step"))
-            if task == "SSR"
-            else ENOUGH.format(text(record, "question"))
+        form, asked = (
+            (STEP, text(query, "step")) if task == "SSR" else (ENOUGH, text(record, "question"))
         )
+        problem = form.format(asked)
         kind, solution = "yes/no", ("no", "yes")[one_of(query, "type", (0, 1))]
     return {
         "question_id": f"ovo-{record['id']}-{index}",
         "problem": problem,
-        "options": [],
         "problem_type": kind,
         "solution": solution,
         "videos": [f"OVO-Bench/{record['id']}_{index}.mp4"],
@@ -80,20 +72,13 @@ def _query(record: dict, task: str, index: int, query: dict) -> dict:
 
 def totals(by_category: dict[str, dict]) -> dict[str, float]:
     """The mean of the categories' means of their tasks, and that of backward and real-time alone."""
-    tasks: dict[str, list] = {}
+    tasks: dict[str, dict] = {}
     for task, scores in by_category["task"].items():
-        tasks.setdefault(CATEGORIES[task], []).append(scores.mean(axis=0))
-    means = {category: sum(some) / len(some) for category, some in tasks.items()}
-    found = {
-        f"mean of {len(means)} categories (the benchmark's own total is of 3)": sum(means.values())
-        / len(means)
-    }
+        tasks.setdefault(CATEGORIES[task], {})[task] = scores
+    means = {category: mean_of_means(some) for category, some in tasks.items()}
+    what = f"mean of {len(means)} categories (the benchmark's own total is of 3)"
+    found = {what: sum(means.values()) / len(means)}
     seen = [mean for category, mean in means.items() if category != "forward"]
-    return {
-        **found,
-        **(
-            {"of backward and real-time alone": sum(seen) / len(seen)}
-            if 0 < len(seen) < len(means)
-            else {}
-        ),
-    }
+    if 0 < len(seen) < len(means):
+        found["of backward and real-time alone"] = sum(seen) / len(seen)
+    return found

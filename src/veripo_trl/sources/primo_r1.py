@@ -18,6 +18,7 @@ ID = "problem_id"
 VIDEOS = "<path>, as in the rows"
 TYPES = {"numerical": "regression", "boolean": "yes/no"}
 TYPES |= {name: name for name in ("multiple choice", "regression", "OCR", "free-form")}
+FRAMES = ("init_frame_path", "current_frame_path")
 SECTIONS = ("planning", "observation", "reasoning")
 
 
@@ -33,7 +34,7 @@ def convert(record: dict, *, file: str) -> list[dict | str]:
         )
     kind = TYPES[one_of(record, "problem_type", TYPES)]
     media = {"video": "videos", "image": "images"}[one_of(record, "data_type", ("video", "image"))]
-    frames = ["init_frame_path", "current_frame_path"] if record.get("init_frame_path") else []
+    frames = FRAMES if any(record.get(name) for name in FRAMES) else ()
     row = {
         "question_id": record["problem_id"],
         "problem": text(record, "problem"),

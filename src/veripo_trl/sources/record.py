@@ -23,7 +23,7 @@ def text(record: dict, field: str) -> str:
     value = record.get(field)
     if not isinstance(value, str) or not value.strip():
         came = show(value) if field in record else "no such column"
-        raise FieldError(field, "a non-empty text", came, "Correct the record or take it out.")
+        raise FieldError(field, "a non-empty text", came)
     return value.strip()
 
 
@@ -31,9 +31,7 @@ def one_of(record: dict, field: str, known) -> Any:
     """A field that must have one of the known values."""
     value = record.get(field)
     if value not in list(known):
-        raise FieldError(
-            field, f"one of {', '.join(map(str, known))}", show(value), "Correct the record."
-        )
+        raise FieldError(field, f"one of {', '.join(map(str, known))}", show(value))
     return value
 
 
@@ -48,9 +46,7 @@ def letter_of(answer: str, texts: list[str], field: str = "answer") -> str:
     """The letter of the option that the answer is. Raises FieldError where it is none of them, or twice there."""
     if texts.count(answer) != 1:
         what = f"the text of exactly one option of {show(texts)}"
-        raise FieldError(
-            field, what, f"{show(answer)}, {texts.count(answer)} times there", "Correct the record."
-        )
+        raise FieldError(field, what, f"{show(answer)}, {texts.count(answer)} times there")
     return LETTERS[texts.index(answer)]
 
 
@@ -63,6 +59,16 @@ def untagged(value: Any, tag: str) -> Any:
         else None
     )
     return match[1] if match else value
+
+
+def indexed(content: list[dict], *, file: str = "") -> list[dict]:
+    """A file's records with their places in it from 0, `index`, where no column is an id."""
+    return [{**record, "index": index} for index, record in enumerate(content)]
+
+
+def keyed(content: dict[str, dict], *, file: str = "") -> list[dict]:
+    """The records of {video: record}, each with its `video`."""
+    return [{"video": video, **record} for video, record in content.items()]
 
 
 def seeded(name: str) -> random.Random:
@@ -88,12 +94,7 @@ def span(
         isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and v >= 0
         for v in values
     ):
-        raise FieldError(
-            field,
-            "seconds from 0",
-            show([start, end, duration]),
-            "Correct the record or take it out.",
-        )
+        raise FieldError(field, "seconds from 0", show([start, end, duration]))
     if start >= end:
         return None, ["left out: its start is not before its end"]
     counted = []
@@ -105,14 +106,12 @@ def span(
     return f"{round(float(start), 3)} to {round(float(end), 3)}{whole}", counted
 
 
-def grounding_rows(record: dict, *, prefix: str, name: str, video: str) -> list[dict | str]:
+def grounding_rows(record: dict, *, prefix: str, video: str) -> list[dict | str]:
     """Rows of {video, duration, timestamps [[start, end], …], sentences}: one a sentence, "when does this happen"."""
     spans, sentences = record["timestamps"], record["sentences"]
     if len(spans) != len(sentences):
         came = f"{len(spans)} and {len(sentences)}"
-        raise FieldError(
-            "timestamps", "as many as sentences", came, "Correct the record or take it out."
-        )
+        raise FieldError("timestamps", "as many as sentences", came)
     rows: list[dict | str] = []
     for number, ((start, end), sentence) in enumerate(zip(spans, sentences, strict=True)):
         solution, counted = span(start, end, record.get("duration"))
@@ -124,11 +123,9 @@ def grounding_rows(record: dict, *, prefix: str, name: str, video: str) -> list[
             {
                 "question_id": f"{prefix}-{record['video']}-{number}",
                 "problem": f"When does this happen in the video: {event}?",
-                "options": [],
                 "problem_type": "temporal grounding",
                 "solution": solution,
                 "videos": [video],
-                "data_source": name,
             }
         )
     return rows
@@ -201,7 +198,5 @@ def letter_in_brackets(record: dict, field: str) -> str:
     """B of "(B)", "B", or "<answer>B</answer>"; "B,C" of several."""
     letters = str(untagged(text(record, field), "answer")).strip()
     if not (found := re.fullmatch(r"\(?([A-Z](?:,\s?[A-Z])*)\)?\.?", letters)):
-        raise FieldError(
-            field, "the letter of an option", show(record[field]), "Correct the record."
-        )
+        raise FieldError(field, "the letter of an option", show(record[field]))
     return found[1]

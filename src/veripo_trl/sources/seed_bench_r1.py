@@ -15,8 +15,9 @@ read.
 """
 
 import re
+from pathlib import PurePath
 
-from veripo_trl.data.schema import FieldError
+from veripo_trl.data.schema import FieldError, show
 from veripo_trl.sources.record import LETTERS, lettered, one_of, seeded, text
 
 NAME = "SEED-Bench-R1"
@@ -27,7 +28,7 @@ def convert(record: dict, *, file: str) -> list[dict | str]:
     counted: list[dict | str] = []
     question_id = f"sbr1-{record['sample_id']}"
     if "golden_choice_idx" in record:
-        if not (level := re.search(r"_(L[123])\b", file)):
+        if not (level := re.search(r"_(L[123])\b", PurePath(file).name)):
             raise FieldError(
                 "(file)", "a name that ends in _L1, _L2 or _L3", file, "Keep the official names."
             )
@@ -36,9 +37,11 @@ def convert(record: dict, *, file: str) -> list[dict | str]:
         categories = {"level": level[1], "domain": str(record.get("domain") or "")}
     else:
         answer, random, categories = text(record, "answer"), seeded(question_id), {}
-        wrong = list(dict.fromkeys(other.strip() for other in record["negative_answers"]))
+        if not isinstance(others := record["negative_answers"], list):
+            raise FieldError("negative_answers", "a list of texts", show(others))
+        wrong = list(dict.fromkeys(other.strip() for other in others))
         wrong = [other for other in wrong if other and other != answer]
-        if dropped := len(record["negative_answers"]) - len(wrong):
+        if dropped := len(others) - len(wrong):
             counted += [
                 "changed: a wrong option dropped, it repeats the answer or another"
             ] * dropped
@@ -61,7 +64,6 @@ def convert(record: dict, *, file: str) -> list[dict | str]:
         if record["task_progress_metadata"]
         else [],
         "images": [f"images/{folder}/{image}"],
-        "data_source": NAME,
         "categories": categories,
     }
     return [*counted, row]

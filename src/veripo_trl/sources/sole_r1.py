@@ -20,18 +20,10 @@ CELL, GAP = 384, 5
 
 
 def convert(record: dict, *, file: str) -> list[dict | str]:
-    parts = [
-        message["content"]
-        for message in json.loads(text(record, "prompt"))
-        if message["role"] == "user"
-    ]
-    texts = [
-        part if isinstance(part, str) else [p["text"] for p in part if p.get("type") == "text"]
-        for part in parts
-    ]
-    problem = "\n".join(
-        piece for part in texts for piece in ([part] if isinstance(part, str) else part)
-    )
+    messages = json.loads(text(record, "prompt"))
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    parts = [[{"text": part}] if isinstance(part, str) else part for part in asked]
+    problem = "\n".join(piece["text"] for part in parts for piece in part if "text" in piece)
     found = re.fullmatch(
         r"\s*(?:<think>(.*)</think>)?\s*<answer>\s*(-?\d+(?:\.\d+)?)\s*%?\s*</answer>\s*",
         text(record, "solution"),
@@ -44,7 +36,6 @@ def convert(record: dict, *, file: str) -> list[dict | str]:
         {
             "question_id": f"sole-{image}",
             "problem": problem,
-            "options": [],
             "problem_type": "regression",
             "solution": found[2],
             "process": found[1],
@@ -59,6 +50,9 @@ def make_composite(rows: list[list]):
     centred on black, 5 black pixels between them. Three columns and two rows are 1162 × 773."""
     from PIL import Image
 
+    if len({len(row) for row in rows}) != 1:
+        counts = [len(row) for row in rows]
+        raise ValueError(f"make_composite: expected as many images in each row, came {counts}")
     step = CELL + GAP
     picture = Image.new("RGB", (step * len(rows[0]) - GAP, step * len(rows) - GAP))
     for y, row in enumerate(rows):

@@ -15,7 +15,7 @@ time of its own: refused.
 import re
 from pathlib import Path
 
-from veripo_trl.sources.record import cut_row, lettered, one_of, text
+from veripo_trl.sources.record import cut_row, indexed, lettered, one_of, text
 
 NAME = "StreamingBench"
 VIDEOS = "<video_path>, parts as <name>_<start>-<end>.mp4"
@@ -31,8 +31,7 @@ def records(content: list[dict], *, file: str) -> list[dict]:
             {**some[0], "questions": [q for one in some for q in one["questions"]]}
             for some in content
         ]
-    part = part.removeprefix("questions_")
-    return [{**record, "part": part, "index": index} for index, record in enumerate(content)]
+    return [record | {"part": part.removeprefix("questions_")} for record in indexed(content)]
 
 
 def convert(record: dict, *, file: str) -> list[dict | str]:
@@ -56,7 +55,6 @@ def convert(record: dict, *, file: str) -> list[dict | str]:
                 "options": options,
                 "problem_type": "multiple choice",
                 "solution": solution,
-                "data_source": NAME,
                 "categories": {"task": question["task_type"], "questions": record["part"]},
                 **cut_row(record["video_path"], max(0.0, now - CONTEXT_S), now),
             }

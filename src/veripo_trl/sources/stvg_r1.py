@@ -9,30 +9,28 @@ Traps: videos without a mark are skipped there without a word: left out here and
 among frames without a threshold, so it may be wrong.
 """
 
-from veripo_trl.sources.record import grounding_rows
+from veripo_trl.data.schema import FieldError, show
+from veripo_trl.sources.record import grounding_rows, keyed
 
 NAME = "STVG-R1"
 
 
-def records(content: dict, *, file: str) -> list[dict]:
-    return [{"video": video, **record} for video, record in content.items()]
+records = keyed
 
 
 def convert(record: dict, *, file: str) -> list[dict | str]:
-    made, ids = [], dict(enumerate(record["objectid"]))
+    made, ids = [], record["objectid"]
+    if len(ids) != len(record["sentences"]) or not all(i is None or type(i) is int for i in ids):
+        raise FieldError("objectid", "a whole number or null for each sentence", show(ids))
     for row in grounding_rows(
-        record, prefix="stvg", name=NAME, video=f"{record['video'].removesuffix('.mp4')}.mp4"
+        record, prefix="stvg", video=f"{record['video'].removesuffix('.mp4')}.mp4"
     ):
         if isinstance(row, dict):
             index = int(row["question_id"].rpartition("-")[2])
-            if not isinstance(ids.get(index), int) or ids[index] < 0:
+            if ids[index] is None or ids[index] < 0:
                 made.append("left out: no mark on the object")
                 continue
-            solution = f"{ids[index]}; {row['solution']}"
-            row |= {
-                "problem": record["sentences"][index],
-                "problem_type": "object and time",
-                "solution": solution,
-            }
+            row["solution"] = f"{ids[index]}; {row['solution']}"
+            row |= {"problem": record["sentences"][index], "problem_type": "object and time"}
         made.append(row)
     return made

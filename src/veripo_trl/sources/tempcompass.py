@@ -45,9 +45,7 @@ def convert(record: dict, *, file: str) -> list[dict]:
         right = [bool(pair) and answer in (pair[0], pair[1], pair[2].strip()) for pair in pairs]
         if not all(pairs) or sum(right) != 1:
             came = f"{show(problem)}, answer {show(answer)}"
-            raise FieldError(
-                "answer", "one of the question's two last lines", came, "Correct the record."
-            )
+            raise FieldError("answer", "one of the question's two last lines", came)
         problem, options = "\n".join(lines).strip(), lettered([pair[2] for pair in pairs])
         solution = "AB"[right.index(True)]
     else:
@@ -56,9 +54,7 @@ def convert(record: dict, *, file: str) -> list[dict]:
             options = [f"{letter}. {piece}" for letter, piece in _PIECE.findall(problem)]
             problem = "Which of these pieces of information agrees with the video?"
         if not options:
-            raise FieldError(
-                "question", "its options, a line each", show(record["question"]), "Correct the record."
-            )
+            raise FieldError("question", "its options, a line each", show(record["question"]))
         solution = one_of(
             {"answer": answer[:1]}, "answer", [option.strip("(")[0] for option in options]
         )
@@ -70,7 +66,6 @@ def convert(record: dict, *, file: str) -> list[dict]:
             "problem_type": "yes/no" if task == "yes_no" else "multiple choice",
             "solution": solution,
             "videos": [f"TempCompass/{record['video']}.mp4"],
-            "data_source": NAME,
             "categories": {"task": task, "dimension": record["dimension"]},
         }
     ]

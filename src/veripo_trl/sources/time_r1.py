@@ -12,56 +12,39 @@ end. 11 of its 800 answers have no length: no span can match them, left out here
 """
 
 from veripo_trl.data.schema import FieldError, show
-from veripo_trl.sources.record import cut_row, span, text
+from veripo_trl.sources.record import cut_row, indexed, span, text
 
 NAME = "Time-R1"
 VIDEOS = "<video> or <path>, as in the rows; parts as <name>_<start>-<end>.mp4"
 
 
-def records(content: list[dict], *, file: str) -> list[dict]:
-    return [{**record, "index": index} for index, record in enumerate(content)]
+records = indexed
 
 
 def convert(record: dict, *, file: str) -> list[dict | str]:
     if "timestamp" in record:
-        (start, end), part = (
-            record["timestamp"],
-            (record.get("video_start"), record.get("video_end")),
-        )
-        video, event, question_id, name = (
-            text(record, "video"),
-            text(record, "sentence"),
-            f"tr1-{record['qid']}",
-            NAME,
-        )
+        ends, (start, end) = ("video_start", "video_end"), record["timestamp"]
+        video, event = text(record, "video"), text(record, "sentence")
+        row = {"question_id": f"tr1-{record['qid']}"}
     else:
         try:
             start, end = map(float, text(record, "answer").split("-"))
         except ValueError:
-            remedy = "Correct the record or take it out."
-            raise FieldError(
-                "answer", "a span like '13.4-28.1'", show(record["answer"]), remedy
-            ) from None
-        part, event, name = (
-            (record.get("start"), record.get("end")),
-            text(record, "question"),
-            "TVGBench",
-        )
-        video = text(record, "path")
-        question_id = f"tvg-{record['index']:03d}"
+            raise FieldError("answer", "a span like '13.4-28.1'", show(record["answer"])) from None
+        ends, video, event = ("start", "end"), text(record, "path"), text(record, "question")
+        row = {"question_id": f"tvg-{record['index']:03d}", "data_source": "TVGBench"}
+    part = [record.get(name) for name in ends]
+    if part.count(None) == 1:
+        raise FieldError(ends[part.index(None)], "both ends of the part, or null for both", "null")
     cut = None not in part
-    solution, counted = span(
-        start, end, part[1] - part[0] if cut else record.get("duration"), field="timestamp"
-    )
+    duration = part[1] - part[0] if cut else record.get("duration")
+    solution, counted = span(start, end, duration, field="timestamp")
     if solution is None:
         return counted
-    row = {
-        "question_id": question_id,
+    row |= {
         "problem": f"When does this happen in the video: {event.rstrip('.?')}?",
-        "options": [],
         "problem_type": "temporal grounding",
         "solution": solution,
-        "data_source": name,
         **(cut_row(video, *part) if cut else {"videos": [video]}),
     }
     return [*counted, row]

@@ -8,25 +8,22 @@ them at 4 frames per second: --video_fps 4.
 Metric: accuracy.
 """
 
+from veripo_trl.sources.record import LETTERS, lettered
+
 NAME = "TOMATO"
 VIDEOS = "TOMATO/videos/<human|object|simulated>/<key>.mp4"
 
 
 def convert(record: dict, *, file: str) -> list[dict]:
-    letters = [chr(ord("A") + place) for place in range(len(record["options"]))]
     return [
         {
-            "question_id": record[
-                "key"
-            ],  # several questions share a video: ids repeat, as in VerIPO's file
+            # several questions share a video: ids repeat, as in VerIPO's file
+            "question_id": record["key"],
             "problem": record["question"],
-            "options": [
-                f"{letter}. {text}" for letter, text in zip(letters, record["options"], strict=True)
-            ],
+            "options": lettered(record["options"]),
             "problem_type": "multiple choice",
-            "solution": letters[record["answer"]],
+            "solution": LETTERS[record["answer"]],
             "videos": [f"TOMATO/videos/{record['demonstration_type']}/{record['key']}.mp4"],
-            "data_source": NAME,
             "categories": {
                 "motion": record["motion_type"],
                 "demonstration": record["demonstration_type"],

@@ -35,9 +35,9 @@ def convert(record: dict, *, file: str) -> list[dict | str]:
         "problem_type": "multiple choice",
         "solution": letter_in_brackets(record, "solution" if "solution" in record else "answer"),
         "videos": [f"{str(record['video']).lstrip('/').removesuffix('.mp4')}.mp4"],
-        "data_source": NAME,
     }
-    if "is_negated" in record or seeded(row["question_id"]).random() < 0.5:
+    several = len(row["solution"]) > 1 or len(row["options"]) < 2
+    if "is_negated" in record or several or seeded(row["question_id"]).random() < 0.5:
         return [row]
     inverted = invert(row)
     if inverted is None:

@@ -8,7 +8,8 @@ Metric: a language model judges. Ours is a proxy: the first word where the truth
 elsewhere; not to be quoted beside theirs.
 Traps: `problem` is null in 424 of the 1,000: 1,376 of 1,800 rows can be used. problem_id is a float, of which
 58 differ: the id is the row's index. All 246 synthetic training videos are videos of the benchmark: with
-synthetic_data_split.json beside data.jsonl, benchmark rows are told apart by it. 178 solutions of
+synthetic_data_split.json beside data.jsonl, benchmark rows are told apart by it. 12 of these repeat a question: left
+out, counted. 178 solutions of
 PhysBench's, two of them in 226 rows: balance them by `where` and `limit`.
 """
 
@@ -25,8 +26,12 @@ VIDEOS = "<path> or <video_path>, as in the rows"
 
 def records(content: list[dict], *, file: str) -> list[dict]:
     kind, trained = Path(file).name[:3], Path(file).with_name("synthetic_data_split.json")
-    numbered = [{**record, "id": f"vh-{kind}-{index:04d}"} for index, record in enumerate(content)]
-    if "RowID" not in content[0] or not trained.is_file():
+    numbered, asked = [], set()
+    for index, record in enumerate(content):
+        key = "RowID" in record and (normpath(record["video_path"]), record["Question"])
+        numbered.append({**record, "id": f"vh-{kind}-{index:04d}", "again": key in asked})
+        asked |= {key} - {False}
+    if not asked or not trained.is_file():
         return numbered
     seen = {normpath(row["path"]) for row in json.loads(trained.read_text(encoding="utf-8"))}
     return [{**row, "in_training": normpath(row["video_path"]) in seen} for row in numbered]
@@ -34,6 +39,8 @@ def records(content: list[dict], *, file: str) -> list[dict]:
 
 def convert(record: dict, *, file: str) -> list[dict | str]:
     counted: list[dict | str] = []
+    if record["again"]:
+        return ["left out: asked before of the same video"]
     if "RowID" in record:
         fields, categories = ("Question", "video_path", "Answer"), {}
         kinds = [record[name] for name in ("Categorization-1", "Categorization-2")]
@@ -56,11 +63,9 @@ def convert(record: dict, *, file: str) -> list[dict | str]:
     row = {
         "question_id": record["id"],
         "problem": problem,
-        "options": [],
         "problem_type": "yes/no" if read_yes_no(solution) else "free-form",
         "solution": solution,
         "videos": [path],
-        "data_source": NAME,
         "categories": categories,
     }
     return [*counted, row]

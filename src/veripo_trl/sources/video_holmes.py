@@ -27,7 +27,6 @@ def convert(record: dict, *, file: str) -> list[dict | str]:
         "problem_type": "multiple choice",
         "solution": one_of(record, "Answer", list(options)),
         "videos": [f"videos_cropped/{record['video ID']}.mp4"],
-        "data_source": NAME,
         "categories": {"type": text(record, "Question Type")},
     }
     return [*counted, row]

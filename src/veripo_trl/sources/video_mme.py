@@ -22,7 +22,6 @@ def convert(record: dict, *, file: str) -> list[dict]:
             "problem_type": "multiple choice",
             "solution": record["answer"],
             "videos": [f"Video-MME/videos/{record['videoID']}.mp4"],
-            "data_source": NAME,
             "categories": {
                 "duration": record["duration"],
                 "domain": record["domain"],

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from veripo_trl.data.schema import FieldError
-from veripo_trl.sources.record import ground_truths, kind_of
+from veripo_trl.sources.record import LETTERS, ground_truths, kind_of, lettered
 
 NAME = "VideoMMMU"
 VIDEOS = "VideoMMMU/<Art|Business|Engineering|Humanities|Medicine|Science>/<id>.mp4"
@@ -42,19 +42,15 @@ def convert(record: dict, *, file: str) -> list[dict]:
     group = next((group for group, subjects in GROUPS.items() if subject in subjects.split()), None)
     if group is None:
         known = "<split>_<subject>_<number> of a known subject"
-        raise FieldError("id", known, repr(record["id"]), "Correct the record or take it out.")
+        raise FieldError("id", known, repr(record["id"]))
     intro = (
         "The image that the question speaks of is shown at the end of the video.\n"
         if track == "Adaptation"
         else ""
     )
     truths = ground_truths(record["answer"])
-    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    # some options carry their letter already
-    options = [
-        f"{a}. {str(text).removeprefix(f'{a}.').strip()}"
-        for a, text in zip(letters, record["options"] or [])
-    ]
+    texts = zip(LETTERS, record["options"] or [], strict=False)  # some carry their letter already
+    options = lettered([str(text).removeprefix(f"{letter}.") for letter, text in texts])
     return [
         {
             "question_id": f"{track.lower()}_{record['id']}",
@@ -64,7 +60,6 @@ def convert(record: dict, *, file: str) -> list[dict]:
             "solution": truths[0],
             "alternatives": truths,
             "videos": [f"VideoMMMU/{group}/{record['id']}.mp4"],
-            "data_source": NAME,
             "categories": {"track": track, "group": group, "subject": subject},
         }
     ]

@@ -45,7 +45,6 @@ def convert(record: dict, *, file: str) -> list[dict]:
             "problem_type": "regression" if numeric else "multiple choice",
             "solution": str(record["ground_truth"]),
             "videos": [f"VSI-Bench/{record['dataset']}/{record['scene_name']}.mp4"],
-            "data_source": NAME,
             "categories": _categories(kind, numeric),
         }
     ]

@@ -10,24 +10,23 @@ here they are.
 """
 
 from veripo_trl.data.schema import FieldError, show
-from veripo_trl.sources.record import one_of, read_options, text
+from veripo_trl.sources.record import indexed, one_of, read_options, text
 
 NAME = "VST"
 TYPES = {"multiple choice": "multiple choice", "numerical": "numerical", "yes or no": "yes/no"}
 
 
-def records(content: list[dict], *, file: str) -> list[dict]:
-    return [{**record, "index": index} for index, record in enumerate(content)]
+records = indexed
 
 
 def convert(record: dict, *, file: str) -> list[dict | str]:
     problem, kind = text(record, "question"), TYPES[one_of(record, "data_source", TYPES)]
-    truths = [str(truth) for truth in record["reward_model"]["ground_truth"]]
+    if not isinstance(truths := record["reward_model"]["ground_truth"], list):
+        raise FieldError("reward_model", "ground_truth as a list", show(truths))
+    truths = [str(truth) for truth in truths]
     options = read_options(problem) if kind == "multiple choice" else []
     if kind == "multiple choice" and not options:
-        raise FieldError(
-            "question", "options in its last lines, A. …", show(problem), "Correct the record."
-        )
+        raise FieldError("question", "options in its last lines, A. …", show(problem))
     if not truths:
         return ["left out: no truth"]
     counted: list[dict | str] = ["said: several truths, the first is taught"] if truths[1:] else []
@@ -41,6 +40,5 @@ def convert(record: dict, *, file: str) -> list[dict | str]:
             "solution": truths[0].lower() if kind == "yes/no" else truths[0],
             "alternatives": truths,
             "videos": [text(record, "video_context")],
-            "data_source": NAME,
         },
     ]
