@@ -22,7 +22,10 @@ from typing import ClassVar
 from veripo_trl.errors import ConfigError
 from veripo_trl.user_functions import is_user_function, user_function
 
-METHODS: dict[str, str] = {}
+METHODS: dict[str, str] = {
+    "reg_grpo": "veripo_trl.methods.reg_grpo:RegGRPO",
+    "tw_grpo": "veripo_trl.methods.tw_grpo:TWGRPO",
+}
 
 
 class Method:
