@@ -63,12 +63,11 @@ def _when(spec: dict, turn: int, rng: np.random.Generator) -> dict:
 
 def _which(spec: dict, turn: int, rng: np.random.Generator) -> dict:
     shape = spec["shapes"][turn]
-    marks = " then ".join(f"{shape['mark']} {shape['colour']}" for shape in spec["shapes"])
     return {
         "problem": f"Which number is {shape['colour']}, and when?",
         "problem_type": "object and time",
         "solution": f"{shape['mark']}; {_span(shape)} of {_SECONDS[-1]}",
-        "process": f"I see {marks}, {shape['mark']} from {_span(shape)}.",
+        "process": f"{_seen(spec)}, {shape['colour']} from {_span(shape)} is {shape['mark']}.",
     }
 
 
