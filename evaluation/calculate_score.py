@@ -35,6 +35,7 @@ from veripo_trl.files.tables import print_table, printable, write_json
 from veripo_trl.report.read import table_of
 from veripo_trl.sources import BENCHMARKS
 
+RELEASED_TYPES = ("multiple choice", "numerical", "regression", "math")
 BY_NAME = {module.NAME: module for module in map(find_source, BENCHMARKS)}
 
 
@@ -98,6 +99,11 @@ def notes_on(scored: list[dict], predictions: list[dict], pred_path: str) -> lis
         notes.append(
             'released: the script takes mean relative accuracy only where the path holds "vsi_bench"; this one does '
             "not, so numbers went through math-verify."
+        )
+    if unknown := sorted({row["problem_type"] for row in scored} - set(RELEASED_TYPES)):
+        notes.append(
+            "released: the script reads letters, numbers and formulas; of "
+            f"{', '.join(unknown)} its arithmetic says nothing."
         )
     return notes + timeout_notes(sum(row["timeouts"] for row in scored)) + totals_of(scored)
 

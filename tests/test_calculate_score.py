@@ -282,6 +282,13 @@ def test_the_script_prints_and_writes(script, tmp_path, capsys):
     output = capsys.readouterr().out
     assert 'only where the path holds "vsi_bench"' in output
     assert output.splitlines()[-2:] == [f"ours: {100 * ours:.2f}%", f"released: {100 * 4 / 6:.2f}%"]
+    assert "its arithmetic says nothing" not in output
+
+    row = {"question_id": "q", "problem": "When?", "problem_type": "temporal grounding", "solution": "5 to 11"}
+    prediction = {"question": row, "ground_truth": "5 to 11", "model_output": "<answer>5 to 11</answer>"}
+    other.write_text(json.dumps([prediction]))
+    script.main(["--pred_path", str(other)])
+    assert "of temporal grounding its arithmetic says nothing" in capsys.readouterr().out
 
 
 def test_estimates_are_scored_as_the_benchmark_does_at_its_edges():

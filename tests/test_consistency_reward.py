@@ -66,6 +66,10 @@ def test_what_a_server_leaves_open_is_unknown_and_a_dead_one_ends_the_run():
         assert sorted(map(abs, reward(**batch(TEXTS[:4])))) == [0, 0, 1, 1]  # some requests failed: unknown
         with pytest.raises(JudgeError, match="answered none of a step's 2 requests; the last failed with HTTP 500"):
             reward(**batch(TEXTS[:2]))
+    with JudgeServer(lambda number, body: Reply(status=400) if number >= 2 else Reply()) as server:
+        reward = by_server(server, concurrency=1)
+        assert reward(**batch(TEXTS[:2])) == VALUES[:2]
+        assert reward(**batch(TEXTS[2:3])) == [0]  # a server that refuses one text is not dead
     with pytest.raises(JudgeError, match="no connection"):
         reward_function("consistency", {"judge": "server", "url": f"http://127.0.0.1:{free_port()}/v1", "model": "x",
                                         "prompt": PROMPT, "max_retries": 0})(**batch(TEXTS))  # fmt: skip

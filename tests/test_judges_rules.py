@@ -214,6 +214,13 @@ def test_verdicts(completion, verdict):
     "problem_type, think, answer, verdict",
     [
         ("yes/no", "So the answer is yes.", "no", "inconsistent"),
+        ("yes/no", "So no ball falls, and the statement is true: yes.", "yes", "unknown"),
+        ("yes/no", "Yes, it does. Therefore no change of colour is seen.", "no", "unknown"),
+        ("yes/no", "So no, it does not fall.", "no", "consistent"),
+        ("yes/no", "So the answer is no because it falls.", "yes", "inconsistent"),
+        ("regression", "<planning>p</planning><reasoning>So the progress is 40.</reasoning>", "40", "consistent"),
+        ("regression", "<planning>p</planning>\n<reasoning>So the progress is 40%</reasoning>\n", "70", "inconsistent"),
+        ("regression", "So the answer is <strong>40</strong>.", "40", "consistent"),
         ("free-form", "So the color of the lid is blue", "Blue", "consistent"),
         ("free-form", "So the color of the lid is blue", "The lid is red.", "inconsistent"),
         ("free-form", "So it is not red but blue.", "Red", "inconsistent"),

@@ -249,6 +249,9 @@ def test_a_group_of_yes_and_no():
         ("temporal grounding", "around 6", "expected spans"),
         ("temporal grounding", "6 to inf", "expected spans"),
         ("temporal grounding", "-1 to 6", "expected spans"),
+        ("temporal grounding", "the answer is 1 to 6", "expected spans"),
+        ("temporal grounding", "1 to 6, then later", "expected spans"),
+        ("grounded choice", "B; C; 5 to 11", "expected spans"),  # C would be lost
         ("temporal grounding", "5 to 21.6 of 20", "within the duration"),
         ("temporal grounding", "20 to 21 of 20", "within the duration"),
         ("temporal grounding", "5 to 6 of 0", "expected spans"),

@@ -214,6 +214,9 @@ def test_hash_is_of_the_content(tmp_path):
         ({"more": "layouts: {riddle: x}\n"}, "layouts: expected some of multiple choice"),
         ({"more": "layouts: {OCR: '{problem} {options}'}\n"}, r"layout needs .*\{instruction\}"),
         ({"more": "layouts: {OCR: 7}\n"}, "expected a text under layouts: OCR"),
+        ({"more": "layouts:\n"}, "layouts: expected a text for each type, came None"),
+        ({"more": "layouts: [x]\n"}, "layouts: expected a text for each type, came"),
+        ({"more": "media_order: [[video]]\n"}, "media_order: expected a list of video and image"),
         ({"more": "media_order: [audio]\n"}, "media_order: expected a list of video and image"),
         ({"more": "target: all\n"}, "target: expected thinking or process"),
         ({"more": "target_joiner: null\n"}, "expected a text under target_joiner"),
@@ -270,6 +273,8 @@ def test_a_target_that_is_the_process_as_it_is(tmp_path):
     assert build_target(ROW | {"process": TRACE}, own) == f"{TRACE}\n<answer>B</answer>"
     whole = f"{TRACE} so <answer>B</answer>"
     assert build_target(ROW | {"process": whole}, own) == whole
+    with pytest.raises(PromptError, match="'q1'.*process: expected one answer span or none, came several"):
+        build_target(ROW | {"process": whole + whole}, own)
     rows = [ROW, ROW | {"question_id": "q2", "process": TRACE}]
     check_targets(rows, own)
     with pytest.raises(PromptError, match=r"'q2'.*process.*<think>.*target: process"):

@@ -237,12 +237,34 @@ def test_options_that_cannot_be_used(names, options, says):
 
 
 def test_a_truth_without_a_duration_is_told_before_training():
-    rows = {"question_id": ["a", "b"], "solution": ["B", "5 to 11"], "problem_type": ["multiple choice"] * 2}
-    check_reward_truths(["accuracy", "tiou_time_r1"], rows)
-    rows["problem_type"] = ["multiple choice", "temporal grounding"]
+    kinds = ["multiple choice", "temporal grounding"]
+    rows = {"question_id": ["a", "b"], "solution": ["B", "5 to 11"], "problem_type": kinds}
     check_reward_truths(["accuracy", "tiou"], rows)
     with pytest.raises(SolutionError, match="question_id 'b'.*needs the clip's duration"):
         check_reward_truths(["accuracy", "tiou_time_r1"], rows)
+
+
+@pytest.mark.parametrize(
+    "names, says",
+    [
+        (["accuracy", "tiou", "box_iou"], "box_iou: of the rows' problem types .multiple choice, temporal.* scores none"),
+        (["tiou", "format"], "tiou score no multiple choice, of which there are rows.*Add `accuracy`"),
+        (["tiou", "consistency"], "tiou score no multiple choice"),
+        (["tiou", "accuracy"], None),
+        (["tiou", "format", "my_rewards:brevity"], None),  # what that scores is not known
+        (["format"], None),
+        (["consistency", "segments_format"], None),
+        (["accuracy_soft", "exponential_error"], "exponential_error: of the rows'"),
+    ],
+)
+def test_rows_that_no_reward_scores_are_told_before_training(names, says):
+    """TRL would log a mean of NaN, or train such rows by their form alone."""
+    kinds = ["multiple choice", "temporal grounding"]
+    rows = {"question_id": ["a", "b"], "solution": ["B", "5 to 11"], "problem_type": kinds}
+    if says is None:
+        return check_reward_truths(names, rows)
+    with pytest.raises(ConfigError, match=says):
+        check_reward_truths(names, rows)
 
 
 def test_a_reward_of_the_users_own(tmp_path, monkeypatch):

@@ -225,6 +225,13 @@ def test_a_long_reason_is_cut_and_says_so():
         ("three", True, "3", "numerical", "consistent"),
         ("3", False, "4", "numerical", "inconsistent"),
         ("\\frac{1}{2}", True, "0.5", "math", "consistent"),
+        ("object 2 from 5 to 11 seconds", True, "Target ID: 2, Time range: 5 to 11", "object and time", "consistent"),
+        ("2, 5 to 11", False, "Target ID: 1, Time range: 5 to 11", "object and time", "inconsistent"),
+        ("(B), from 5 to 11 seconds", True, "B; 5 to 11", "grounded choice", "consistent"),
+        ("B; 0 to 3", False, "B; 5 to 11", "grounded choice", "inconsistent"),
+        ("from 5 to 11 s", True, "5 to 11", "temporal grounding", "consistent"),
+        ("Yes, it falls", False, "no", "yes/no", "inconsistent"),
+        ("[100, 100, 300, 300]", True, '{"bbox_2d": [100, 100, 300, 300]}', "box grounding", "consistent"),
         ("x‹y", True, "x<y", "free-form", "consistent"),  # as the judge was shown it
         ("the red ball", True, "red ball", "free-form", "consistent"),
         # disagreement is a contradiction

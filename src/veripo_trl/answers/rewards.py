@@ -249,7 +249,13 @@ def reward_functions(names: Sequence[str], options: dict[str, dict] | None) -> l
 
 
 def check_reward_truths(names: Sequence[str], dataset) -> None:
-    """Raise SolutionError, with the row's id, where a reward needs more of a truth than `check_solution` does."""
+    """Look at the rewards that `rewards:` names, and at the rows, before anything is generated.
+
+    Raises:
+        ConfigError: a reward scores none of the rows, or a type's rows have no reward for what they answer.
+        SolutionError: a reward needs more of a truth than `check_solution` does; with the row's id.
+    """
+    _check_types(names, dataset)
     if "tiou_time_r1" not in names:
         return
     kind = "temporal grounding"
@@ -259,3 +265,23 @@ def check_reward_truths(names: Sequence[str], dataset) -> None:
                 needed_duration(PROBLEM_TYPES[kind].truth(truth, None))
             except SolutionError as error:
                 raise SolutionError(f"question_id {question!r}: {error}") from error
+
+
+def _check_types(names: Sequence[str], dataset) -> None:
+    truths: dict[str, str] = {}  # of each type the first
+    for kind, truth in zip(dataset["problem_type"], dataset["solution"], strict=True):
+        truths.setdefault(kind, truth)
+    own = [name for name in names if name in REWARDS or name in MAKERS]
+    batch = {"completions": [""] * len(truths), "problem_type": list(truths), "solution": list(truths.values())}
+    found = {name: {k for k, score in zip(truths, reward_function(name)(**batch)) if score is not None} for name in own}
+    if unused := [name for name in own if not found[name]]:
+        raise ConfigError(
+            f"rewards: {', '.join(unused)}: of the rows' problem types ({', '.join(truths)}) it scores none. Remove it."
+        )
+    of_answers = [name for name in own if not name.endswith("format") and name != "consistency"]
+    left = truths.keys() - set().union(*(found[name] for name in of_answers))
+    if of_answers and left and len(own) == len(names):  # what a reward of the user's own scores is not known
+        raise ConfigError(
+            f"rewards: {', '.join(of_answers)} score no {' and no '.join(sorted(left))}, of which there are rows: "
+            "nothing would be said of their answers. Add `accuracy`, or leave the rows out."
+        )

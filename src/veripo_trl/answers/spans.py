@@ -84,9 +84,11 @@ def true_spans(solution: str, options=None) -> TrueSpans:
     """ "5.0 to 11.0", "1 to 3; 5 to 8 of 33.75". Raises SolutionError for what cannot be read or lies outside."""
     expected = "expected spans in seconds such as '5.0 to 11.0', '1 to 3; 5 to 8' or '5.0 to 11.0 of 33.75'"
     spans, duration = read_spans(solution), solution_duration(solution)
+    between = _SPAN.sub(" ", without_duration(solution))
     if (
         spans is None
         or (" of " in solution and not duration)
+        or re.search(r"(?!(?:and|from|between)\b)\b[^\W\d_]+", between)
         or any(start >= end for start, end in spans)
     ):
         raise SolutionError(

@@ -31,7 +31,7 @@ from typing import Any
 
 import yaml
 
-from veripo_trl.answers.score import PROBLEM_TYPES
+from veripo_trl.answers.score import PROBLEM_TYPES, extract_answer
 from veripo_trl.answers.spans import WITH_DURATION, without_duration
 from veripo_trl.errors import VeripoError
 
@@ -146,7 +146,13 @@ def build_target(row: dict[str, Any], template: PromptTemplate) -> str:
     if row["problem_type"] in WITH_DURATION:
         solution = without_duration(solution)
     if template.target == "process":
-        return process if "<answer>" in process else f"{process}{template.target_joiner}<answer>{solution}</answer>"
+        if "<answer>" not in process:
+            return f"{process}{template.target_joiner}<answer>{solution}</answer>"
+        if extract_answer(process) is None:
+            raise PromptError(
+                f"row {row.get('question_id')!r}: process: expected one answer span or none, came several. Correct it."
+            )
+        return process
     if tag := _TAG.search(process):
         raise PromptError(
             f"row {row.get('question_id')!r}: process: expected the bare thinking, came one with {tag[0]}: prompt "
@@ -222,13 +228,16 @@ def _default_instructions() -> dict[str, str]:
 def _check_values(content: dict, file: str) -> None:
     texts = {key: content[key] for key in ("layout", *_DEFAULTS)}
     for key in ("instructions", "layouts"):
-        texts |= {f"{key}: {kind}": text for kind, text in (content[key] or {}).items()}
+        if not isinstance(content[key], dict):
+            raise PromptError(f"prompt template {file}: {key}: expected a text for each type, came {content[key]!r}.")
+        texts |= {f"{key}: {kind}": text for kind, text in content[key].items()}
     if wrong := [key for key, text in texts.items() if not isinstance(text, str)]:
         raise PromptError(f"prompt template {file}: expected a text under {', '.join(wrong)}; put it in quotes.")
     order = content["media_order"]
+    fine_order = isinstance(order, list) and all(each in ("video", "image") for each in order)
     for key, fine, expected in (
         ("layouts", set(content["layouts"]) <= set(PROBLEM_TYPES), f"some of {', '.join(PROBLEM_TYPES)}"),
-        ("media_order", isinstance(order, list) and set(order) <= {"video", "image"}, "a list of video and image"),
+        ("media_order", fine_order, "a list of video and image"),
         ("target", content["target"] in ("thinking", "process"), "thinking or process"),
     ):
         if not fine:

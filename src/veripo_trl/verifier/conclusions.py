@@ -37,6 +37,8 @@ class Conclusion(NamedTuple):
 _BETWEEN_SENTENCES = re.compile(
     r"\s(?:(?<=[.!?]\s)(?:(?<!\b[A-Z]\.\s)(?<!\b\d\.\s)(?<!\bi\.e\.\s)(?<!\be\.g\.\s)\s*|\s*(?=[A-Z]))|(?<=\n)\n*)"
 )
+# Of a thinking in sections, <planning>…</planning>; not of HTML, which `plain` takes away.
+_SECTION = re.compile(r"</?(?!(?:strong|span|center|font|mark|code|div)>)[a-z]{3,20}>")
 _TURN = re.compile(r";|\s[—–]\s|,?\s(?=(?:but|however|yet|though|so|therefore|thus|hence)\b)", re.I)
 # Whatever a clause with one of these says, it does not settle it.
 _UNSETTLED = re.compile(
@@ -405,6 +407,11 @@ def _shown(spans) -> str:
     return "; ".join(f"{start} to {end}" for start, end in spans)
 
 
+def in_own_form(text: str, problem_type: str, options: Sequence[str] | None) -> str:
+    """A conclusion, "object 2 from 5 to 11 s", in its type's own form; `text` where it has none or is not read."""
+    return (_said(text, problem_type, tuple(options or ())) if problem_type in _TYPED else None) or text
+
+
 def _said(text: str, problem_type: str, options: tuple[str, ...]) -> str | None:
     """What a text says in a type's own form, as a solution has it."""
     if problem_type == "object and time":
@@ -421,12 +428,17 @@ def _said(text: str, problem_type: str, options: tuple[str, ...]) -> str | None:
     return _shown(said)
 
 
+_DETERMINER = re.compile(r"\W*no\s+(?!(?:because|since|as|it|there|they|he|she|the|this|that)\b)\w", re.I)
+
+
 def _typed_in(problem_type: str, sentence: str, last: bool, options: tuple[str, ...], *_) -> Conclusion | None:
     """By the type's own reader: of what follows the last cue, or else of the last sentence."""
     tail = _tail(_settled(sentence))
     if tail is None:
         said = _said(sentence, problem_type, options) if last else None
         return said and Conclusion(said, announced=False, named=False)
+    if problem_type == "yes/no" and _DETERMINER.match(tail):
+        return Conclusion(None)  # "so no ball falls" may confirm what is asked
     said = _said(tail, problem_type, options)
     return Conclusion(said) if said or re.search(r"\d", tail) else None
 
@@ -457,8 +469,9 @@ def conclude(think: str, *, problem_type: str, options: Sequence[str] | None = N
     read, options = _READERS.get(problem_type), tuple(options or ())
     if read is None:
         return Conclusion(None, announced=False, named=False)
+    think = _SECTION.sub("\n", think[-MAX_THINK_CHARS:])
     retracted, unannounced, remark = False, None, None
-    for place, sentence in enumerate(reversed(_sentences(think[-MAX_THINK_CHARS:]))):
+    for place, sentence in enumerate(reversed(_sentences(think))):
         story = place >= NARRATED and not (read is _choice_in or _EXPLICIT.search(sentence))
         last = place == 0 or (place == 1 and remark is not None)
         if boxed := boxed_spans(sentence):

@@ -15,7 +15,7 @@ import yaml
 
 from veripo_trl.answers.score import PROBLEM_TYPES, answers_match
 from veripo_trl.errors import VeripoError
-from veripo_trl.verifier.conclusions import same_text
+from veripo_trl.verifier.conclusions import in_own_form, same_text
 from veripo_trl.verifier.judges import Judge, verdict
 
 # About 5,000 tokens; of a longer thinking the judge sees the end, where it concludes.
@@ -183,7 +183,7 @@ def settle(reply: dict, item: dict) -> dict:
     kind, options, answer = item["problem_type"], item["options"], item["answer"]
 
     concluded = (concluded or "").replace("‹", "<").replace("［", "[").strip() or None
-    unclear = None
+    concluded, unclear = concluded and in_own_form(concluded, kind, options), None
     if concluded is None:
         unclear = "no conclusion" if said is None else "contradiction"
     elif said is None:

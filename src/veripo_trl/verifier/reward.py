@@ -15,6 +15,7 @@ from veripo_trl.verifier.judge_prompts import MAX_ANSWER_CHARS, judged_text, loa
 from veripo_trl.verifier.judges import Judge, JudgeError, RulesJudge, UserJudge
 from veripo_trl.verifier.server_judge import ServerJudge
 
+_REFUSED = ("HTTP 400", "HTTP 413", "HTTP 422")  # one text, a too long one for instance, by a server that answers others
 VALUES = {"consistent": 1.0, "unknown": 0.0, "inconsistent": -1.0}
 _FAILED = ("no connection", "connection", "time-out", "HTTP", "not a chat completion")  # how a dead judge's reasons begin
 
@@ -95,7 +96,8 @@ async def _verdicts(judge: Judge, items: dict[tuple, dict]) -> dict[tuple, dict]
 
 def _refuse_dead(judge: Judge, said) -> None:
     reasons = [each["reason"] for each in said if judge.caches]
-    if reasons and all(reason.startswith(_FAILED) for reason in reasons):
+    dead = [reason.startswith(_FAILED) and not reason.startswith(_REFUSED) for reason in reasons]
+    if reasons and all(dead):
         raise JudgeError(
             f"consistency: {judge.name} answered none of a step's {len(reasons)} requests; the last failed with "
             f"{reasons[-1]}. Start it again, then the same command: the run goes on from its last checkpoint."
