@@ -294,11 +294,14 @@ SETTINGS = {
 SEED_BENCH = {"source": "seed_bench_r1", "max_frames": 16, "max_pixels": 252 * 252, "max_image_pixels": 252 * 252}
 SETTINGS |= {  # of the relatives, what their code or paper says
     "tw_grpo/grpo.yaml": {
+        "methods": ["tw_grpo"], "token_weight_max": 1.7,
         "source": "clevrer", "rewards": ["accuracy_soft", "format"], "reward_weights": [1.0, 2.0], "loss_type": "bnpo",
         "beta": 0.0, "epsilon_high": 0.28, "learning_rate": 1e-6, "max_steps": 500, "max_grad_norm": 20.0,
         "max_completion_length": 4096, "max_frames": 16, "max_pixels": 196 * 28 * 28, "train_vision_tower": False,
     },
-    "deepvideo_r1/grpo.yaml": SEED_BENCH | {"beta": 0.1, "max_steps": 2000, "train_vision_tower": False},
+    "deepvideo_r1/grpo.yaml": SEED_BENCH | {
+        "methods": ["reg_grpo"], "num_iterations": 2, "beta": 0.1, "max_steps": 2000, "train_vision_tower": False,
+    },
     "seed_bench_r1/grpo.yaml": SEED_BENCH | {
         "rewards": ["accuracy"], "beta": 0.1, "learning_rate": 1e-6, "max_completion_length": 256, "num_train_epochs": 1,
         "max_prompt_tokens": 8192, "min_frames": 4, "loss_type": "grpo", "scale_rewards": "group",
