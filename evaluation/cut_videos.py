@@ -19,12 +19,12 @@ import numpy as np
 from tqdm import tqdm
 
 from veripo_trl.data.media_paths import check_path
-from veripo_trl.data.official import make_rows, read_official
 from veripo_trl.errors import run
+from veripo_trl.evaluate.questions import read_questions
 from veripo_trl.files.tables import printable
 from veripo_trl.media.containers import BadFile, recognise_container
 from veripo_trl.media.frame_index import FrameIndex, Unreadable, decode, open_container, upright
-from veripo_trl.media.images import read_image
+from veripo_trl.media.images import IMAGE_ERRORS, read_image
 
 TIME_BASE = Fraction(1, 90_000)
 Frames = Iterable[tuple[float, np.ndarray]]  # (seconds, RGB (H, W, 3) uint8)
@@ -37,7 +37,7 @@ def frames_of(
     if video.is_dir():
         for index, image in enumerate(sorted(video.iterdir())):
             if start <= index / fps < end:
-                yield index / fps - start, np.asarray(read_image(image).convert("RGB"))
+                yield index / fps - start, pixels_of(image)
         return
     container = recognise_container(str(video))
     index = FrameIndex(str(video), container, threads=0)
@@ -64,6 +64,13 @@ def frames_of(
             yield 0.0, upright(shown[1])
 
 
+def pixels_of(path: Path) -> np.ndarray:
+    try:
+        return np.asarray(read_image(path).convert("RGB"))
+    except (BadFile, *IMAGE_ERRORS) as error:
+        raise BadFile(f"{path}: {error}") from error
+
+
 def images_of(root: Path, cut: dict) -> Frames:
     """(seconds, image) of a list of frames, each until the next one's time, the first from 0.
 
@@ -73,8 +80,9 @@ def images_of(root: Path, cut: dict) -> Frames:
     tick = math.gcd(*indices) or 1
     for index in range(0, indices[-1] + 1, tick):
         if index in indices or pixels is None:
-            name = cut["frames"][indices.index(index) if index in indices else 0]
-            pixels = np.asarray(read_image(root / name).convert("RGB"))
+            pixels = pixels_of(
+                root / cut["frames"][indices.index(index) if index in indices else 0]
+            )
         yield index / cut["fps"], pixels
 
 
@@ -121,12 +129,8 @@ def main(argv: list[str] | None = None) -> int:
         "--video_dir", type=Path, required=True, help="what the rows' paths start from"
     )
     args = parser.parse_args(argv)
-    rows = [
-        row
-        for *_, row in make_rows(read_official(args.path, args.source), args.source)[0]
-        if "cut" in row
-    ]
-    parts = {row["videos"][0]: row["cut"] for row in rows}
+    questions = read_questions(args.path, video_dir=args.video_dir, benchmark=args.source)
+    parts = {q["row"]["videos"][0]: q["raw"]["cut"] for q in questions if "cut" in q["raw"]}
     missing = {name: cut for name, cut in parts.items() if not (args.video_dir / name).exists()}
     print(f"{len(parts)} parts of videos, {len(parts) - len(missing)} are there already")
     failed = []

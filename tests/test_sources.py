@@ -707,7 +707,7 @@ def test_a_folder_of_frames_becomes_a_video_with_its_times(cutter, tmp_path):
     assert indices == [3, 4, 5, 6, 7, 8] and fps == pytest.approx(3.0)
 
 
-def test_a_list_of_frames_becomes_a_video_with_their_times(cutter, tmp_path):
+def test_a_list_of_frames_becomes_a_video_with_their_times(cutter, tmp_path, capsys):
     names = []
     for index, pixels in enumerate(grey(4)):
         names.append(f"f/{index}.png")
@@ -723,7 +723,14 @@ def test_a_list_of_frames_becomes_a_video_with_their_times(cutter, tmp_path):
     starts = {0: 0.0, 1: 0.5, 2: 2.0, 3: 2.5}  # what is on the screen at a time is the last that has begun
     assert {shown for _, shown in seen} == set(starts)
     assert all(shown == max(i for i, start in starts.items() if start <= time + 1e-3) for time, shown in seen), seen
+    others = [row | {"frames": [*names[:3], last]} for last in ("f/9.png", "../9.png")]
+    lost = write_official(tmp_path / "lost.jsonl", [other | {"question_id": n} for n, other in enumerate(others)])
+    assert cutter.main(["--source", "frame_list", "--path", str(lost), "--video_dir", str(tmp_path)]) == 3
+    told = capsys.readouterr().out
+    assert "f/9.png: No such file" in told and "videos: expected a path relative to media_root, without '..'" in told
     bad = write_official(tmp_path / "bad.jsonl", [row | {"frames_indices": [0, 15, 15, 75]}])
+    with pytest.raises(RowError, match="frames_indices: expected rising indices"):
+        cutter.main(["--source", "frame_list", "--path", str(bad), "--video_dir", str(tmp_path)])
     with pytest.raises(RowError, match="frames_indices: expected rising indices"):
         load_rows([{"path": str(bad), "source": "frame_list"}])
 

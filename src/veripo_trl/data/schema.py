@@ -51,6 +51,9 @@ class FieldError(ValueError):
         super().__init__(field, expected, came, remedy)
         self.problem = {"field": field, "expected": expected, "came": came, "remedy": remedy}
 
+    def __str__(self):
+        return "{field}: expected {expected}; came {came}. {remedy}".format(**self.problem)
+
 
 def rows_to_dataset(rows: list[dict[str, Any]]) -> "Dataset":
     """Checked rows as a dataset of fixed column types, so that any two concatenate."""
@@ -80,8 +83,8 @@ def show(value: Any) -> str:
 
 def line_of(problem: dict[str, Any]) -> str:
     row = "" if problem["row"] is None else f" row {problem['row']}"
-    place = f"{problem['file']}{row}, question_id {problem['question_id']!r}, {problem['field']}"
-    return f"{place}: expected {problem['expected']}; came {problem['came']}. {problem['remedy']}"
+    said = "{field}: expected {expected}; came {came}. {remedy}".format(**problem)
+    return f"{problem['file']}{row}, question_id {problem['question_id']!r}, {said}"
 
 
 def row_error(problems: list[dict[str, Any]], what: str = "cannot be used") -> RowError:
