@@ -24,32 +24,21 @@ from veripo_trl.sources.record import (
 
 NAME = "MVBench"
 VIDEOS = "MVBench/<folder of the task>/<video>; parts as <name>_<start>-<end>.mp4"
-FOLDERS = {
-    **dict.fromkeys(
-        ("action_sequence", "action_prediction", "object_interaction"), "star/Charades_v1_480"
-    ),
-    "action_antonym": "ssv2_video",
-    "fine_grained_action": "Moments_in_Time_Raw/videos",
-    "unexpected_action": "FunQA_test/test",
-    **dict.fromkeys(
-        (
-            "object_existence",
-            "moving_direction",
-            "moving_count",
-            "moving_attribute",
-            "counterfactual_inference",
-        ),
-        "clevrer/video_validation",
-    ),
-    **dict.fromkeys(
-        ("object_shuffle", "action_count", "state_change", "character_order"), "perception/videos"
-    ),
-    "action_localization": "sta/sta_video",
-    "scene_transition": "scene_qa/video",
-    "fine_grained_pose": "nturgbd",
-    "egocentric_navigation": "vlnqa",
-    "episodic_reasoning": "tvqa/frames_fps3_hq",
+_TASKS = {
+    "star/Charades_v1_480": "action_sequence action_prediction object_interaction",
+    "ssv2_video": "action_antonym",
+    "Moments_in_Time_Raw/videos": "fine_grained_action",
+    "FunQA_test/test": "unexpected_action",
+    "clevrer/video_validation": "object_existence moving_direction moving_count moving_attribute "
+    "counterfactual_inference",
+    "perception/videos": "object_shuffle action_count state_change character_order",
+    "sta/sta_video": "action_localization",
+    "scene_qa/video": "scene_transition",
+    "nturgbd": "fine_grained_pose",
+    "vlnqa": "egocentric_navigation",
+    "tvqa/frames_fps3_hq": "episodic_reasoning",
 }
+FOLDERS = {task: folder for folder, tasks in _TASKS.items() for task in tasks.split()}
 
 
 def records(content: list[dict], *, file: str) -> list[dict]:
@@ -62,12 +51,9 @@ def convert(record: dict, *, file: str) -> list[dict | str]:
     if len(texts) < 2:
         return ["left out: one candidate, right by default"]
     video = f"MVBench/{FOLDERS[task]}/{text(record, 'video')}"
-    if record.get("start") is not None and record.get("end") is not None:
-        media = cut_row(video, record["start"], record["end"])
-        if task == "episodic_reasoning":
-            media["cut"]["fps"] = 3.0  # a folder of frames
-    else:
-        media = {"videos": [video]}
+    media = cut_row(video, record.get("start"), record.get("end"))
+    if task == "episodic_reasoning" and "cut" in media:
+        media["cut"]["fps"] = 3.0  # a folder of frames
     return [
         {
             "question_id": f"mvbench-{task}-{record['index']}",

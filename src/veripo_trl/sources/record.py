@@ -76,8 +76,15 @@ def seeded(name: str) -> random.Random:
     return random.Random(name)
 
 
-def cut_row(video: str, start: float, end: float) -> dict:
-    """`videos` of a row about a part of a video: the name of a file that is cut beforehand, and `cut`, what to cut."""
+def cut_row(video: str, start: float | None, end: float | None) -> dict:
+    """`videos` of a row about a part of a video: the name of a file that is cut beforehand, and `cut`, what to cut; of
+    the whole video where both ends are None."""
+    if start is None and end is None:
+        return {"videos": [video]}
+    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (start, end))
+    if not numbers or not 0 <= start < end < math.inf:
+        expected = "both ends of a part of the video in seconds, or null for both"
+        raise FieldError("start", expected, show([start, end]))
     path = PurePath(video)
     name = str(path.with_name(f"{path.stem}_{start:.2f}-{end:.2f}.mp4"))
     return {"videos": [name], "cut": {"video": video, "start": start, "end": end}}

@@ -23,7 +23,7 @@ records = indexed
 
 def convert(record: dict, *, file: str) -> list[dict | str]:
     if "timestamp" in record:
-        ends, (start, end) = ("video_start", "video_end"), record["timestamp"]
+        part, (start, end) = (record["video_start"], record["video_end"]), record["timestamp"]
         video, event = text(record, "video"), text(record, "sentence")
         row = {"question_id": f"tr1-{record['qid']}"}
     else:
@@ -31,13 +31,11 @@ def convert(record: dict, *, file: str) -> list[dict | str]:
             start, end = map(float, text(record, "answer").split("-"))
         except ValueError:
             raise FieldError("answer", "a span like '13.4-28.1'", show(record["answer"])) from None
-        ends, video, event = ("start", "end"), text(record, "path"), text(record, "question")
+        part = record["start"], record["end"]
+        video, event = text(record, "path"), text(record, "question")
         row = {"question_id": f"tvg-{record['index']:03d}", "data_source": "TVGBench"}
-    part = [record.get(name) for name in ends]
-    if part.count(None) == 1:
-        raise FieldError(ends[part.index(None)], "both ends of the part, or null for both", "null")
-    cut = None not in part
-    duration = part[1] - part[0] if cut else record.get("duration")
+    media = cut_row(video, *part)
+    duration = part[1] - part[0] if "cut" in media else record.get("duration")
     solution, counted = span(start, end, duration, field="timestamp")
     if solution is None:
         return counted
@@ -45,6 +43,6 @@ def convert(record: dict, *, file: str) -> list[dict | str]:
         "problem": f"When does this happen in the video: {event.rstrip('.?')}?",
         "problem_type": "temporal grounding",
         "solution": solution,
-        **(cut_row(video, *part) if cut else {"videos": [video]}),
+        **media,
     }
     return [*counted, row]

@@ -8,8 +8,8 @@ Metric: a language model judges. Ours is a proxy: the first word where the truth
 elsewhere; not to be quoted beside theirs.
 Traps: `problem` is null in 424 of the 1,000: 1,376 of 1,800 rows can be used. problem_id is a float, of which
 58 differ: the id is the row's index. All 246 synthetic training videos are videos of the benchmark: with
-synthetic_data_split.json beside data.jsonl, benchmark rows are told apart by it. 12 of these repeat a question: left
-out, counted. 178 solutions of
+synthetic_data_split.json beside data.jsonl, benchmark rows are told apart by it. 12 of these repeat a question: 5
+with the same answer are left out, 7 have another; counted. 178 solutions of
 PhysBench's, two of them in 226 rows: balance them by `where` and `limit`.
 """
 
@@ -26,11 +26,12 @@ VIDEOS = "<path> or <video_path>, as in the rows"
 
 def records(content: list[dict], *, file: str) -> list[dict]:
     kind, trained = Path(file).name[:3], Path(file).with_name("synthetic_data_split.json")
-    numbered, asked = [], set()
+    numbered, asked = [], {}
     for index, record in enumerate(content):
-        key = "RowID" in record and (normpath(record["video_path"]), record["Question"])
-        numbered.append({**record, "id": f"vh-{kind}-{index:04d}", "again": key in asked})
-        asked |= {key} - {False}
+        key = record.get("video_path"), record.get("Question")
+        numbered.append({**record, "id": f"vh-{kind}-{index:04d}", "earlier": asked.get(key)})
+        if "RowID" in record:
+            asked[key] = record["Answer"]
     if not asked or not trained.is_file():
         return numbered
     seen = {normpath(row["path"]) for row in json.loads(trained.read_text(encoding="utf-8"))}
@@ -39,9 +40,11 @@ def records(content: list[dict], *, file: str) -> list[dict]:
 
 def convert(record: dict, *, file: str) -> list[dict | str]:
     counted: list[dict | str] = []
-    if record["again"]:
-        return ["left out: asked before of the same video"]
     if "RowID" in record:
+        if record["earlier"] == record["Answer"]:
+            return ["left out: asked before of the same video"]
+        if record["earlier"] is not None:
+            counted.append("said: asked before of the same video, with another answer")
         fields, categories = ("Question", "video_path", "Answer"), {}
         kinds = [record[name] for name in ("Categorization-1", "Categorization-2")]
         categories["kind"] = [str(kind) for kind in kinds if kind]
