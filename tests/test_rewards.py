@@ -4,7 +4,7 @@ import math
 import sys
 
 import pytest
-from helpers import documented
+from helpers import documented, give_completions, make_grpo_trainer, video_rows
 
 from veripo_trl.answers.rewards import (
     ACCURACIES,
@@ -18,6 +18,7 @@ from veripo_trl.answers.rewards import (
     reward_functions,
 )
 from veripo_trl.answers.score import SolutionError
+from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.errors import ConfigError
 from veripo_trl.report.read import accuracy_name
 
@@ -265,6 +266,34 @@ def test_rows_that_no_reward_scores_are_told_before_training(names, says):
         return check_reward_truths(names, rows)
     with pytest.raises(ConfigError, match=says):
         check_reward_truths(names, rows)
+
+
+def test_a_mixed_batch_in_a_training_step(load, media_root, tmp_path, monkeypatch):
+    """A row that a reward says nothing of is neither in its mean nor in the row's sum; what none scores moves nothing."""
+    model, encoder = load()
+    kinds = [("temporal grounding", "5 to 11"), ("grounded choice", "B; 5 to 11"), ("yes/no", "yes")]
+    rows = [{**row, "problem_type": kind, "solution": truth, "options": []}
+            for row, (kind, truth) in zip(video_rows(media_root, 3), kinds, strict=True)]  # fmt: skip
+    answers = ["5 to 11", "8 to 14", "B; 5 to 11", "A; 5 to 11", "yes", "no"]
+    ids = [encoder.processor.tokenizer(GOOD.format(answer))["input_ids"] for answer in answers]
+    trainer = make_grpo_trainer(model, encoder, rows, tmp_path, max_completion_length=64)
+    names = ["tiou", "grounded_letter"]
+    trainer.reward_funcs, trainer.reward_func_names = reward_functions(names, None), [f"{name}_reward" for name in names]
+    trainer.reward_weights = trainer.reward_weights.new_ones(2)
+    trainer.reward_processing_classes = [None, None]
+    trainer.rollout_store = RolloutStore(tmp_path / "rollouts")
+    give_completions(trainer, ids, monkeypatch)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["rewards/tiou_reward/mean"] == pytest.approx(2 / 3) and log["rewards/grounded_letter_reward/mean"] == 0.5
+    assert log["reward"] == pytest.approx((1 + 1 / 3 + 1 + 0) / 4) and math.isfinite(log["train_loss"])
+    stored = {row["completion"].split("<answer>")[1].split("<")[0]: row for row in trainer.rollout_store.read()}
+    given = {answer: stored[answer]["rewards"] for answer in answers}
+    assert given["5 to 11"] == {"tiou_reward": 1, "grounded_letter_reward": None}
+    assert given["A; 5 to 11"] == {"tiou_reward": None, "grounded_letter_reward": 0}
+    assert set(given["yes"].values()) == {None}
+    signs = [stored[answer]["advantage"] for answer in answers]
+    assert signs[0] > 0 > signs[1] and signs[2] > 0 > signs[3] and signs[4:] == [0, 0]
 
 
 def test_a_reward_of_the_users_own(tmp_path, monkeypatch):
