@@ -305,8 +305,10 @@ def evaluate(args, argv: list[str], files: OutputFiles, rank: int | None) -> int
     root = Path(questions[0]["row"]["media_root"])
     videos = {path for question in questions for path in question["row"]["videos"]}
     if videos and not any((root / path).exists() for path in videos):
+        parts = any("cut" in question["raw"] for question in questions)
+        cut = " Parts of videos are made beforehand, by evaluation/cut_videos.py." if parts else ""
         raise RowError(
-            f"None of the {len(videos)} videos is in {root}, such as {min(videos)!r}. Correct --video_dir."
+            f"None of the {len(videos)} videos is in {root}, such as {min(videos)!r}. Correct --video_dir.{cut}"
         )
     if rank is None:
         shutil.rmtree(files.merged, ignore_errors=True)  # of a run that was killed

@@ -21,7 +21,7 @@ from conftest import make_row
 from hub_server import HubServer, Repo
 
 from veripo_trl.data.prompts import load_template
-from veripo_trl.data.schema import rows_to_dataset
+from veripo_trl.data.schema import RowError, rows_to_dataset
 from veripo_trl.errors import ConfigError, VeripoError
 from veripo_trl.evaluate import generate as evaluate
 from veripo_trl.evaluate.generate import Decoding, TransformersEngine, encoded_batches
@@ -108,6 +108,11 @@ def test_a_benchmarks_official_file_is_asked(script, model_paths, media_root, tm
     assert script.main(options) == 0
     (prediction,) = json.loads((tmp_path / "out.json").read_text())
     assert prediction["ground_truth"] == "B" and prediction["question"]["categories"]["task"] == "y"
+    part = {"video": "a.mp4", "question": "Which?", "candidates": ["red", "blue"], "answer": "red", "start": 1, "end": 2}
+    (tmp_path / "state_change.json").write_text(json.dumps([part]))
+    options = command(model_paths, tmp_path, tmp_path / "state_change.json", tmp_path / "out.json", benchmark="mvbench")
+    with pytest.raises(RowError, match=r"a_1.00-2.00.mp4'. Correct --video_dir. Parts .* by evaluation/cut_videos.py"):
+        script.main(options)
 
 
 def test_released_defaults(script, model_paths):
