@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from conftest import make_row
 from trl import ModelConfig
 
+from conftest import make_row
 from veripo_trl.answers.rewards import REWARDS
 from veripo_trl.data.prompts import build_messages, load_template
 from veripo_trl.data.rollouts import RolloutStore
@@ -132,7 +132,7 @@ def video_rows(media_root, count):
     return [make_row(f"row{place}", media_root, videos=[f"clip{place}.mp4"]) for place in range(count)]
 
 
-def make_grpo_trainer(model, encoder, rows, tmp_path, **changes):
+def make_grpo_trainer(model, encoder, rows, tmp_path, *, make=VideoGRPOTrainer, reward=REWARDS["accuracy"], **changes):
     options = {
         "output_dir": str(tmp_path),
         "per_device_train_batch_size": len(rows) * 2,
@@ -148,9 +148,9 @@ def make_grpo_trainer(model, encoder, rows, tmp_path, **changes):
         "learning_rate": 1e-3,
         **changes,
     }
-    trainer = VideoGRPOTrainer(
+    trainer = make(
         model=model,
-        reward_funcs=[REWARDS["accuracy"]],
+        reward_funcs=[reward],
         args=VideoGRPOConfig(**options),
         train_dataset=rows_to_dataset(rows),
         processing_class=encoder.processor,

@@ -274,6 +274,13 @@ SETTINGS = {
         "max_pixels": 128 * 28 * 28,
         "rewards": ["accuracy_relative_error", "format"],
         "reward_weights": [1.0, 2.0],
+        "methods": ["t_grpo"],
+        "temporal_ratio": 0.8,
+        "temporal_threshold": 0.1,
+        "temporal_rollouts": 4,
+        "temporal_bonus": 0.3,
+        "length_bonus": 0.2,
+        "length_range": [320, 512],
     },
     "qwen2_5_vl_3b_lora/grpo.yaml": {
         "model_name_or_path": "Qwen/Qwen2.5-VL-3B-Instruct",

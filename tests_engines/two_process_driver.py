@@ -64,13 +64,16 @@ def record_reads(record: Record) -> None:
 
 
 def fix_completions(completions: dict[str, list[str]]) -> None:
-    """Give the n-th row of a group its question's n-th completion, counted over all processes."""
+    """Give the n-th row of a group its question's n-th completion, counted over all processes; extra rollouts, which
+    come behind a process's rows, those that the first rows have."""
 
     def fixed(self, prompt_ids, *args, **kwargs):
-        first = self.accelerator.process_index * len(self._active)
+        rows = self.args.per_device_train_batch_size * self.args.steps_per_generation
+        first = self.accelerator.process_index * rows
         ids = []
         for place, prompt in enumerate(self._active):
-            text = completions[prompt.question_id][(first + place) % self.num_generations]
+            number = first + place if place < rows else place - rows
+            text = completions[prompt.question_id][number % self.num_generations]
             ids.append([*self._tokenizer(text)["input_ids"], self._tokenizer.eos_token_id])
         return ids, None
 
@@ -110,7 +113,7 @@ def terminate(step: int) -> None:
 def make_world_slowly(record: Record, rows: str):
     """Stands in for the embedded world: `rl.jsonl` only, so slow to make that who does not wait misses it."""
 
-    def make(folder):
+    def make(folder, questions=None):
         record.add("world begins", exists=Path(folder).exists())
         if not Path(folder).exists():
             time.sleep(1)

@@ -123,7 +123,7 @@ class PromptEncoder:
 
         Args:
             row: a row of `rows.load_rows`.
-            shuffle_seed: permute the frames of each video by this seed; for checks that their order matters.
+            shuffle_seed: permute the frames of each video by this seed, see `shuffled_order`.
 
         Raises:
             MediaError: a video or image cannot be read. RowError: a path is missing or leaves the media root.
@@ -135,9 +135,7 @@ class PromptEncoder:
         images = [self._read(load_image, path, row, "image") for path in images]
         if shuffle_seed is not None:
             for clip in clips:
-                clip.frames = clip.frames[
-                    np.random.default_rng(shuffle_seed).permutation(len(clip.frames))
-                ]
+                clip.frames = clip.frames[shuffled_order(len(clip.frames), shuffle_seed)]
         loaded = time.perf_counter()
         rendered, text, tail = self._render(row)
         inputs = self._call_processor(rendered, images, clips)
@@ -224,6 +222,15 @@ class PromptEncoder:
             f"{printable(path).rpartition('/')[2]}: {what} → {int(grid.prod()) // merge} tokens"
             for path, what, grid in lines
         ]
+
+
+def shuffled_order(frames: int, seed: int) -> np.ndarray:
+    """A permutation of so many frames, never that which leaves all in place, unless there is no other."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(frames)
+    while frames > 1 and (np.diff(order) == 1).all():
+        order = rng.permutation(frames)
+    return order
 
 
 def text_ids(tokenizer, texts: list[str]) -> list[list[int]]:
