@@ -54,6 +54,7 @@ def verify(arguments: VerifyArguments, options: PairOptions) -> None:
     rollouts = files.read_rollouts(found, limit=arguments.limit)
     template = load_template(arguments.prompt_template)
     files.refuse_other_template(template, rollouts["prompt_template"].to_pylist(), "rollouts")
+    recipe.say_other_accuracy(arguments, found)
     policies = Counter(rollouts["policy"].to_pylist())
     tokenizer = recipe.load_tokenizer(arguments.tokenizer, found, policies)
     judge = recipe.make_judge(arguments, RECIPES.parent / "verifier_prompts")

@@ -25,7 +25,7 @@ from veripo_trl.data.schema import RowError, content_of
 from veripo_trl.errors import VeripoError
 from veripo_trl.hub.cards import dataset_card
 from veripo_trl.hub.push import push_folder
-from veripo_trl.recipe.verify_stage import VerifyArguments, make_judge
+from veripo_trl.recipe.verify_stage import VerifyArguments, make_judge, say_other_accuracy
 from veripo_trl.verifier import files, pair_dataset
 from veripo_trl.verifier.pair_dataset import load_pairs
 from veripo_trl.verifier.summary import card_facts, shown
@@ -399,6 +399,19 @@ def test_a_judge_and_a_reward_of_the_users_own(recipe, tmp_path, policy, monkeyp
         recipe.main(config(tmp_path, judge="my_numbers:judge"))
     with pytest.raises(VeripoError, match="rollout .*of_prompts.*'prompts'.*no `prompts` and no `completion_ids`"):
         recipe.main(config(tmp_path, accuracy_reward="my_numbers:of_prompts"))
+
+
+def test_another_accuracy_than_the_runs_is_said(tmp_path, capsys):
+    """The verifier's default would score a run's rollouts otherwise than the run did, unseen."""
+    for name, reward in (("soft", "accuracy_soft_reward"), ("plain", "accuracy_reward"), ("spans", "tiou_reward")):
+        store = RolloutStore(tmp_path / name)
+        store.write([], step=0, part=0, rank=0, reward_names=[reward, "format_reward"])
+        for accuracy in ("accuracy", "accuracy_soft"):
+            arguments = VerifyArguments(output_dir="x", rollouts=["x"], accuracy_reward=accuracy)
+            say_other_accuracy(arguments, store.files())
+            said = capsys.readouterr().out
+            own = {"soft": "accuracy_soft", "plain": "accuracy"}.get(name, accuracy)
+            assert (f"trained with {own}; what is right is told by {accuracy}_reward" in said) is (own != accuracy)
 
 
 def test_prompts_of_the_users_own(recipe, tmp_path, policy, monkeypatch):

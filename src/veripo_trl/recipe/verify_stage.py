@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from veripo_trl.answers.rewards import ACCURACIES, reward_functions
 from veripo_trl.data.schema import content_of
@@ -140,6 +141,18 @@ def find_rollouts(arguments: VerifyArguments) -> tuple[list[Path], dict[str, dic
             inputs[name] = origin
         found += here
     return found, inputs
+
+
+def say_other_accuracy(arguments: VerifyArguments, rollout_files: list[Path]) -> None:
+    """Say so where what is right here is not what a run was trained with."""
+    found, known = arguments.reward().__name__, {f"{name}_reward" for name in ACCURACIES}
+    for file in {file.parent: file for file in rollout_files}.values():
+        schema = pq.read_schema(file)
+        kind = schema.field("rewards").type if "rewards" in schema.names else None
+        names = {field.name for field in kind} if kind is not None and pa.types.is_struct(kind) else set()
+        if names & known and found not in names:
+            trained = ", ".join(sorted(name.removesuffix("_reward") for name in names & known))
+            print(f"{file.parent}: trained with {trained}; what is right is told by {found} here (accuracy_reward).")
 
 
 def pushed_rollouts(folder: Path) -> dict | None:
