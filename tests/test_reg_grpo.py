@@ -172,25 +172,40 @@ def test_the_first_update_is_grpo_by_sums_of_a_sequence(make_trainer):
     assert (found[0] - found[2]).norm() / found[2].norm() > 1
 
 
+SGD = {"optim": "sgd", "learning_rate": 1e-2, "max_grad_norm": 100.0, "logging_steps": 1}
+
+
+def trained(trainer, **options) -> torch.Tensor:
+    """What a run adds to the policy."""
+    before = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    trainer.train(**options)
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]) - before
+
+
 def test_several_micro_batches_and_updates(make_trainer):
-    """Two of one group each give the weights of one batch of both; the second update fits the advantages better."""
-    weights = []
-    parts = {
-        "per_device_train_batch_size": 4,
-        "steps_per_generation": 2,
-        "gradient_accumulation_steps": 2,
-    }
-    for changes in ({}, parts):
-        trainer = make_trainer(
-            RegGRPOOptions(), logging_steps=1, learning_rate=1e-3, optim="sgd", **changes
-        )
-        trainer.train()
-        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    """Two of one group each train as one batch of both does; the second update fits the advantages better."""
+    added = []
+    halves = {"per_device_train_batch_size": 4, "steps_per_generation": 2}
+    for changes in ({}, {**halves, "gradient_accumulation_steps": 2}):
+        trainer = make_trainer(RegGRPOOptions(), **{**SGD, "learning_rate": 1e-4}, **changes)
+        added.append(trained(trainer))
         first, second = trainer.state.log_history[:2]
         assert first["regression/log_ratio_std"] < 1e-4 < second["regression/log_ratio_std"]
         assert second["regression/loss"] < first["regression/loss"]
         assert second["regression/correlation"] > 0.5
-    torch.testing.assert_close(*weights, atol=1e-5, rtol=0)
+    whole, parts = added
+    assert (parts - whole).norm() / whole.norm() < 1e-3
+
+
+def test_a_resumed_run_ends_like_an_unbroken_one(make_trainer, tmp_path):
+    """From amid a generation batch: the second update needs its old log-probabilities, and who was scored."""
+    trainer = make_trainer(RegGRPOOptions(), save_strategy="steps", save_steps=1, **SGD)
+    whole = trained(trainer)
+    again = make_trainer(RegGRPOOptions(), save_strategy="steps", save_steps=1, **SGD)
+    resumed = trained(again, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert (resumed - whole).norm() / whole.norm() < 1e-5
+    last, same = trainer.state.log_history[1], again.state.log_history[1]
+    assert same["regression/loss"] == pytest.approx(last["regression/loss"], abs=1e-5)
 
 
 def test_evaluation_is_as_it_was(make_trainer, monkeypatch):

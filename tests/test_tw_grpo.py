@@ -215,6 +215,18 @@ def first_rows(trainer):
     return next(iter(trainer.get_eval_dataloader(trainer.train_dataset)))
 
 
+def test_a_resumed_run_ends_like_an_unbroken_one(make_trainer, tmp_path):
+    """From amid a generation batch, whose advantages are stored without weights."""
+    final = []
+    for resume in (None, str(tmp_path / "checkpoint-1")):
+        trainer = make_trainer(
+            TWGRPOOptions(), num_iterations=2, max_steps=2, save_strategy="steps", save_steps=1
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        final.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    torch.testing.assert_close(*final, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
