@@ -69,6 +69,8 @@ def test_grpo(name):
         function.__name__
         for function in reward_functions(settings["rewards"], settings.get("reward_kwargs"))
     ]
+    if "t_grpo" in settings.get("methods", []):
+        columns += ["temporal_reward", "length_reward"]
     for rollout in rollouts:
         assert list(rollout["rewards"]) == columns
     for column in columns:  # each reward has something to say about these rows
