@@ -248,6 +248,28 @@ def test_a_repeat_that_must_be_generated_from_is_shuffled_too(load, rows, tmp_pa
     assert trainer._active == trainer._encoded["train"][1]  # without the extra ones
 
 
+def test_an_engines_log_probabilities_are_cut_off_with_the_extra_rollouts(load, rows, tmp_path, monkeypatch):
+    """As vLLM answers: one request list, completions and log-probabilities in its order."""
+    trainer = make_trainer(load, rows, tmp_path)
+    active, extra = (make_prompts(trainer.encoder, rows[0], seed, count) for seed, count in ((None, 4), (7, 2)))
+    seen = []
+
+    def engine(self, prompt_ids, *args):
+        seen.append((len(prompt_ids), list(self._active)))
+        return [[place] for place in range(len(prompt_ids))], [[-float(place)] for place in range(len(prompt_ids))]
+
+    monkeypatch.setattr(VideoGRPOTrainer, "_generate_single_turn", engine)
+    trainer._active, trainer._extra = active, list(enumerate(extra))
+    completions, logps = trainer._generate_single_turn([p.input_ids.tolist() for p in active], None, {}, 4)
+    assert seen == [(6, active + extra)] and trainer._active is active
+    assert (completions, logps) == ([[0], [1], [2], [3]], [[0.0], [-1.0], [-2.0], [-3.0]])
+    assert trainer._extra_ids == [[4], [5]]
+
+
+def make_prompts(encoder, row, seed, count) -> list:
+    return [encoder.encode(row, shuffle_seed=seed)] * count
+
+
 def test_evaluation_has_no_bonus(load, rows, tmp_path, sampled):
     trainer = make_trainer(load, rows, tmp_path, per_device_eval_batch_size=4)
     metrics = trainer.evaluate(eval_dataset=trainer.train_dataset)
