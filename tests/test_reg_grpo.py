@@ -2,7 +2,6 @@
 
 import copy
 
-import helpers
 import pytest
 import torch
 from helpers import fixed_completions, give_completions, make_grpo_trainer, video_rows
@@ -81,13 +80,13 @@ def make_trainer(load, media_root, tmp_path, monkeypatch):
     def make(options=None, **changes):
         model, encoder = load()
         names, given = ([], []) if options is None else (["reg_grpo"], [options])
-        monkeypatch.setattr(
-            helpers, "VideoGRPOTrainer", with_methods(VideoGRPOTrainer, names, given)
-        )
+        kind = with_methods(VideoGRPOTrainer, names, given)
         settings = {
             "num_generations": 4, "per_device_train_batch_size": 8, "num_iterations": 2, "max_steps": 2, **changes,
         }  # fmt: skip
-        trainer = make_grpo_trainer(model, encoder, video_rows(media_root, 2), tmp_path, **settings)
+        trainer = make_grpo_trainer(
+            model, encoder, video_rows(media_root, 2), tmp_path, make=kind, **settings
+        )
         give_completions(trainer, fixed_completions(encoder.processor.tokenizer, 8), monkeypatch)
         values = [1.0, 0.0, 0.0, 2.0, 0.5, 1.0, 0.0, None]
         trainer.reward_funcs = [lambda completions, **kwargs: values[: len(completions)]]

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import helpers
 import pytest
 import torch
 from helpers import fixed_completions, give_completions, make_grpo_trainer, video_rows
@@ -67,9 +66,7 @@ def make_trainer(load, media_root, tmp_path, monkeypatch):
     def make(options=None, *, completions=None, questions=2, **changes):
         model, encoder = load()
         names, given = ([], []) if options is None else (["tw_grpo"], [options])
-        monkeypatch.setattr(
-            helpers, "VideoGRPOTrainer", with_methods(VideoGRPOTrainer, names, given)
-        )
+        kind = with_methods(VideoGRPOTrainer, names, given)
         settings = {
             "num_generations": 4,
             "per_device_train_batch_size": 8,
@@ -77,7 +74,7 @@ def make_trainer(load, media_root, tmp_path, monkeypatch):
             **changes,
         }
         trainer = make_grpo_trainer(
-            model, encoder, video_rows(media_root, questions), tmp_path, **settings
+            model, encoder, video_rows(media_root, questions), tmp_path, make=kind, **settings
         )
         completions = completions or fixed_completions(encoder.processor.tokenizer, 8)
         give_completions(trainer, completions, monkeypatch)

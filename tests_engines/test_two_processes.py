@@ -59,6 +59,11 @@ SAME_BATCH = {
         "text and clip", 2, {"max_steps": 1, "train_vision_tower": "true", "gradient_checkpointing": "true"}
     ),
     "mixed": ("mixed", 4, {"max_steps": 1, "train_vision_tower": "true"}),
+    # methods that need whole groups, one in each process
+    "token weights": ("two clips", 4, {"num_generations": 4, "methods": "tw_grpo", "max_steps": 2}),
+    "regression": (
+        "two clips", 4, {"num_generations": 4, "methods": "reg_grpo", "num_iterations": 2, "max_steps": 2}
+    ),
 }  # fmt: skip
 # "whole groups" again, broken off by the death of one process in its second step, and resumed.
 BROKEN = ("clips", 4, {"max_steps": 2, "save_strategy": "steps", "save_steps": 1})
