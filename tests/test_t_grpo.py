@@ -5,13 +5,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import make_grpo_trainer, state, video_rows
+from helpers import changed, make_grpo_trainer, state, video_rows
 from transformers import set_seed
 
 from conftest import make_row
 from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.errors import ConfigError
-from veripo_trl.methods import with_methods
+from veripo_trl.methods import load_methods, with_methods
 from veripo_trl.methods.t_grpo import TGRPOOptions, advantages, length_bonus, shuffle_seed, temporal_bonus
 from veripo_trl.model.encoding import shuffled_order
 from veripo_trl.trainers.grpo import VideoGRPOTrainer
@@ -102,10 +102,10 @@ def accuracy_reward(completion_ids, **kwargs):
     return [sum(ids) % 7 / 7 for ids in completion_ids]
 
 
-def make_trainer(load, rows, folder, *, options=None, reward=accuracy_reward, plain=False, **changes):
+def make_trainer(load, rows, folder, *, options=None, reward=accuracy_reward, plain=False, make=None, **changes):
     model, encoder = load()
     options = TGRPOOptions(length_range=[1, 9]) if options is None else options
-    make = VideoGRPOTrainer if plain else with_methods(VideoGRPOTrainer, ["t_grpo"], [options])
+    make = make or (VideoGRPOTrainer if plain else with_methods(VideoGRPOTrainer, ["t_grpo"], [options]))
     settings = {"num_generations": 4, "per_device_train_batch_size": 4 * len(rows), "max_completion_length": 6}
     trainer = make_grpo_trainer(model, encoder, rows, folder, make=make, reward=reward, **{**settings, **changes})
     trainer.rollout_store = RolloutStore(folder / "rollouts")
@@ -303,6 +303,20 @@ def test_still_frames_have_no_shuffle(load, media_root, tmp_path, sampled, monke
     trainer.train()
     assert sum(map(len, sampled)) == 4
     assert {row["rewards"]["temporal_reward"] for row in trainer.rollout_store.read()} == {0.0}
+
+
+@pytest.mark.parametrize(("other", "changes"), [("tw_grpo", {}), ("reg_grpo", {"num_iterations": 2, "max_steps": 2})])
+def test_it_goes_together_with(other, changes, load, rows, tmp_path, sampled):
+    """Methods of other places in the step: the extra rollouts stay out of their advantages."""
+    names = ["t_grpo", other]
+    given = [TGRPOOptions(temporal_ratio=0.0), load_methods([other])[0].OPTIONS()]
+    trainer = make_trainer(load, rows, tmp_path, make=with_methods(VideoGRPOTrainer, names, given), **changes)
+    before = state(trainer.model)
+    trainer.train()
+    assert [len(chunk) for chunk in sampled] == [16, 4]
+    stored = trainer.rollout_store.read()
+    assert len(stored) == 16 and any(row["rewards"]["temporal_reward"] for row in stored)
+    assert changed(before, trainer.model)
 
 
 @pytest.mark.parametrize(
