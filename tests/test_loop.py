@@ -184,8 +184,9 @@ def test_what_the_loop_prints(workplace, whole):
 @pytest.fixture
 def in_workplace(workplace, whole, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    return lambda: capsys.readouterr().out
+    before = signal.getsignal(signal.SIGINT)
+    yield lambda: capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is before, "a loop leaves its signal handlers behind"
 
 
 @pytest.mark.slow
@@ -474,7 +475,6 @@ def quick(tmp_path, monkeypatch):
     monkeypatch.setattr("veripo_trl.loop.run.run_logged", finish)
     monkeypatch.setattr("veripo_trl.loop.run.check_settings", lambda stages: None)
     monkeypatch.setattr("veripo_trl.loop.run.show", lambda run, stages: None)
-    monkeypatch.setattr("signal.signal", lambda *_: None)
 
     def quick(*options) -> list[str]:
         ran.clear()

@@ -13,8 +13,6 @@ from veripo_trl.loop.state import Run
 
 def check_settings(stages: list[dict]) -> None:
     """Refuse what would stop a stage when its turn comes: keys that its recipe does not know, a missing program."""
-    from veripo_trl.recipe.arguments import method_options
-
     known = {}
     for stage in stages:
         command, script = stage["judge_command"], stage["script"]
@@ -27,6 +25,8 @@ def check_settings(stages: list[dict]) -> None:
         if script not in known:
             kinds = runpy.run_path(script)["ARGUMENTS"]
             known[script] = {item.name for kind in kinds for item in fields(kind)} | {"env"}
+        from veripo_trl.recipe.arguments import method_options  # the recipe has silenced what it imports
+
         methods = stage["settings"].get("methods") if "methods" in known[script] else None
         own = {item.name for kind in method_options(methods) for item in fields(kind)}
         if unknown := sorted(set(stage["settings"]) - known[script] - own):

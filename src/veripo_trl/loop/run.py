@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -27,10 +28,7 @@ def run_loop(loop: dict, *, first: str | None = None, last: str | None = None) -
     folder = Path(loop["output_dir"])
     if not (folder / "run.json").exists():
         check_settings(stages)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, stop)
-    with only_run(folder):
+    with stopped_by_signals(), only_run(folder):
         run = Run(folder)
         if first is not None and run.redone_from != first:
             run.forget(stages[begin:])
@@ -42,6 +40,20 @@ def run_loop(loop: dict, *, first: str | None = None, last: str | None = None) -
             run.redone_from = None
             run.save()
         show(run, stages[: end + 1])
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """`stop` at a signal, and the handlers from before after it: a process may go on when its loop has ended."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    for number in before:
+        if before[number] is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in before:
+            signal.signal(number, before[number])
 
 
 def stop(number: int, frame) -> None:
