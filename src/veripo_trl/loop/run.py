@@ -1,4 +1,5 @@
-"""The stages of a loop, one after another, each as a process of its own, as a user would start it."""
+"""The stages of a loop, one after another, each as a process of its own, as a user would start it; which of them are
+finished and kept, and which go on."""
 
 import contextlib
 import os

@@ -1,4 +1,7 @@
-"""Which frames of a clip are taken, and their size: qwen-vl-utils' rules."""
+"""Which frames of a clip are taken, and their size, with the defaults (fps, max_frames, max_pixels).
+
+The rules are qwen-vl-utils'.
+"""
 
 from dataclasses import dataclass
 

@@ -44,6 +44,7 @@ SEEING = {
     "max_image_pixels": 1280 * 28 * 28,
 }
 
+# What else knows families: positions.py (the rule), features.py, encoding.py, vllm/inputs.py, tiny/model.py (`KINDS`).
 SUPPORTED = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",

@@ -1,4 +1,7 @@
-"""The options of the training recipes beside TRL's own, with their defaults; the parser of YAML and command line."""
+"""The options of the training recipes beside TRL's own; the parser of YAML and command line.
+
+The defaults of frames and pixels (`fps`, `max_frames`, `max_pixels` …) are in media/sampling.py.
+"""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Writes the report: reads a run, finds its frames, fills the page, one HTML file.
+"""The order of a report's making: a run is read, its frames are found, page.py makes the page.
 
 The page is one file, opens from disk and asks no network for anything. What models and judges wrote is untrusted: it
 travels as escaped JSON, becomes text nodes and never markup, and the page's policy (a Content-Security-Policy with the

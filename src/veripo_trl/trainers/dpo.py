@@ -1,4 +1,7 @@
-"""DPO on text, image and video pairs: what TRL's `DPOTrainer` leaves out, and nothing else."""
+"""DPO on text, image and video pairs: what TRL's `DPOTrainer` leaves out, and nothing else.
+
+The loss is TRL's own; the YAML chooses it by `loss_type`.
+"""
 
 import shutil
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
-"""The curriculum between iterations: most of the questions that the policy has solved are dropped.
+"""The curriculum between iterations: most of the questions that the policy has solved are chosen to be dropped
+(recipe/training_rows.py leaves them out).
 
 VerIPO discards 80% of the simple examples, those whose rollouts' mean accuracy is 1.
 """

@@ -1,5 +1,7 @@
 """What a judge is, and the one by rules: does the thinking conclude the answer that is given?
 
+A recipe's `judge` is made in recipe/verify_stage.py (`make_judge`), that of the consistency reward in reward.py.
+
 `rules` compares what `conclusions.py` reads, without a model. It prefers "unknown" to a guess; how often it is right, by
 labelled chains: tests/test_judges_rules.py.
 """
