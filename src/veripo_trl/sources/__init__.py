@@ -1,5 +1,6 @@
 """Public data sets and benchmarks, a module each (add one here): where it comes from, its licence, its columns and
-traps, and how an official record becomes rows; training (`source:` of an entry of `datasets:`) and evaluation (`--benchmark`) share them.
+traps, and how an official record becomes rows; training (`source:` of an entry of `datasets:`) and evaluation
+(`--benchmark`) share them.
 
 A module has `NAME`, `convert(record, *, file)`, a list in which a dict is a row (its `data_source` is NAME unless it says
 another) and a text is something to count (why a row was left out, or what was changed in it), and where the official
