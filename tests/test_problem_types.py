@@ -3,12 +3,12 @@ a released code gives another value, the row says which and why ours differs."""
 
 import pytest
 
-from veripo_trl.answers.boxes import box_iou, in_units, read_box, tube_iou
+from veripo_trl.answers.boxes import box_iou, read_box, tube_iou
 from veripo_trl.answers.choice import partial_credit
 from veripo_trl.answers.grammars import are_segments, is_structured, read_segments
 from veripo_trl.answers.objects import object_id_in_time, read_object
 from veripo_trl.answers.score import SolutionError, answer_metrics, answers_match, check_solution, score_answer
-from veripo_trl.answers.spans import best_ious, read_spans, tiou_time_r1, true_spans, union_iou
+from veripo_trl.answers.spans import read_spans, tiou_time_r1, true_spans, union_iou
 
 OPTIONS = ["A. the dog", "B. the cat", "C. nobody"]
 
@@ -212,11 +212,6 @@ def test_a_tube_of_boxes():
     assert tube_iou(elsewhere, truth) == 0 == tube_iou({8: truth[4]}, truth) == tube_iou({}, {})
 
 
-def test_a_box_in_pixels():
-    assert in_units((56, 56, 168, 168), 560, 560) == pytest.approx((100, 100, 300, 300))
-    assert in_units((56, 56, 168, 168), 560, 280) == pytest.approx((100, 200, 300, 600))
-
-
 # ------------------------------------------------------------------------------------------------- yes/no, numbers
 
 
@@ -375,21 +370,6 @@ T, T2, A = (
 def test_segments(text, duration, fine, spans):
     assert are_segments(text, duration) is fine
     assert read_segments(text, duration) == spans
-
-
-@pytest.mark.parametrize(
-    "true, predicted, ious",
-    [
-        (((2, 5),), ((3, 6),), [0.5]),
-        (((2, 5),), ((6, 8),), [0]),
-        (((0, 4), (6, 8)), ((1, 3), (6, 9)), [0.5, 2 / 3]),
-        (((0, 4), (6, 8)), ((0, 8),), [0.5, 0.25]),
-        (((0, 4),), (), [0]),
-        (((0, 3),), ((0, 10),), [0.3]),
-    ],
-)
-def test_the_best_segment_for_each(true, predicted, ious):
-    assert best_ious(true, predicted) == pytest.approx(ious)
 
 
 PLAN, SEEN, WHY = "<planning>p</planning>", "<observation>o</observation>", "<reasoning>r</reasoning>"

@@ -49,13 +49,6 @@ def true_box(solution: str, options=None) -> Box:
     return box
 
 
-def in_units(box: Box, width: float, height: float) -> Box:
-    """A box in pixels of a picture of this size, in thousandths."""
-    return tuple(
-        each * UNITS / size for each, size in zip(box, (width, height, width, height), strict=True)
-    )
-
-
 def box_iou(a: Box, b: Box) -> float:
     """Intersection over union; 0 if either box has no width or height, or its corners reversed."""
     areas = [

@@ -156,14 +156,6 @@ def same_spans(a: Spans, b: Spans) -> bool:
     return union_iou(a, b) >= SAME_IOU
 
 
-def best_ious(true: Spans, predicted: Spans) -> list[float]:
-    """For each true span the best tIoU of a predicted one: Video-Thinker's measure of a trace's segments. A prediction
-    may serve several and extra ones cost nothing, so show their number and what they cover beside it."""
-    return [
-        max((union_iou((span,), (other,)) for other in predicted), default=0.0) for span in true
-    ]
-
-
 def recalls(iou: float, thresholds=(0.3, 0.5, 0.7)) -> dict[str, float]:
     """{"R@.3": 1.0 if the IoU is at least .3, …}."""
     return {
