@@ -29,6 +29,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor
 
+from veripo_trl.data.official import find_source
 from veripo_trl.data.schema import RowError
 from veripo_trl.errors import ConfigError, VeripoError, run, settings_checked
 from veripo_trl.evaluate.generate import Decoding, TransformersEngine
@@ -307,8 +308,10 @@ def evaluate(args, argv: list[str], files: OutputFiles, rank: int | None) -> int
     if videos and not any((root / path).exists() for path in videos):
         parts = any("cut" in question["raw"] for question in questions)
         cut = " Parts of videos are made beforehand, by evaluation/cut_videos.py." if parts else ""
+        of = getattr(find_source(args.benchmark), "VIDEOS", None) if args.benchmark else None
+        named = f" There it needs {of}." if of else ""
         raise RowError(
-            f"None of the {len(videos)} videos is in {root}, such as {min(videos)!r}. Correct --video_dir.{cut}"
+            f"None of the {len(videos)} videos is in {root}, such as {min(videos)!r}. Correct --video_dir.{cut}{named}"
         )
     if rank is None:
         shutil.rmtree(files.merged, ignore_errors=True)  # of a run that was killed

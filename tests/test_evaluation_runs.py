@@ -111,7 +111,8 @@ def test_a_benchmarks_official_file_is_asked(script, model_paths, media_root, tm
     part = {"video": "a.mp4", "question": "Which?", "candidates": ["red", "blue"], "answer": "red", "start": 1, "end": 2}
     (tmp_path / "state_change.json").write_text(json.dumps([part]))
     options = command(model_paths, tmp_path, tmp_path / "state_change.json", tmp_path / "out.json", benchmark="mvbench")
-    with pytest.raises(RowError, match=r"a_1.00-2.00.mp4'. Correct --video_dir. Parts .* by evaluation/cut_videos.py"):
+    parts = r"a_1.00-2.00.mp4'. Correct --video_dir. Parts .* by evaluation/cut_videos.py. There it needs MVBench/<folder"
+    with pytest.raises(RowError, match=parts):
         script.main(options)
 
 
