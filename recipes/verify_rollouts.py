@@ -57,7 +57,7 @@ def verify(arguments: VerifyArguments, options: PairOptions) -> None:
     recipe.say_other_accuracy(arguments, found)
     policies = Counter(rollouts["policy"].to_pylist())
     tokenizer = recipe.load_tokenizer(arguments.tokenizer, found, policies)
-    judge = recipe.make_judge(arguments, RECIPES.parent / "verifier_prompts")
+    judge = recipe.make_judge(arguments)
     cache = recipe.open_cache(arguments, judge)
     # after all that can be wrong with the arguments
     folder = recipe.open_folder(arguments.output_dir)

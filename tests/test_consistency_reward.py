@@ -75,6 +75,14 @@ def test_what_a_server_leaves_open_is_unknown_and_a_dead_one_ends_the_run():
                                         "prompt": PROMPT, "max_retries": 0})(**batch(TEXTS))  # fmt: skip
 
 
+@pytest.mark.parametrize("given", [{}, {"prompt": "consistency"}, {"prompt": "consistency.yaml"}, {"prompt": PROMPT}])
+def test_the_shipped_prompt_is_found_from_any_folder(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with JudgeServer(lambda number, body: Reply()) as server:
+        reward = reward_function("consistency", {"judge": "server", "url": server.url, "model": "m", **given})
+        assert reward(**batch(TEXTS[:2])) == VALUES[:2]
+
+
 def test_by_a_judge_of_the_users_own(tmp_path, monkeypatch):
     (tmp_path / "my_consistency.py").write_text(documented("own judge"))
     monkeypatch.chdir(tmp_path)

@@ -365,7 +365,7 @@ def test_options_of_a_local_judge_arrive(monkeypatch):
     monkeypatch.setattr("veripo_trl.verifier.local_judge.LocalJudge", Judge)
     for options in (None, '{"batch_size": 2, "dtype": "bfloat16"}'):
         make_judge(VerifyArguments(output_dir="x", rollouts=["x"], judge="local", judge_model=str(options),
-                                   judge_request_options=options), RECIPE.parent.parent / "verifier_prompts")  # fmt: skip
+                                   judge_request_options=options))  # fmt: skip
     assert list(given.values()) == [{}, {"batch_size": 2, "dtype": "bfloat16"}]
 
 

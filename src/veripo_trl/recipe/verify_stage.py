@@ -197,21 +197,13 @@ def load_tokenizer(name: str | None, rollout_files: list[Path], policies: Iterab
 # ------------------------------------------------------------------------------------------------ who is asked
 
 
-def make_judge(arguments: VerifyArguments, prompts: Path) -> Judge:
-    """The judge of the arguments; a local one is imported only where it is used.
-
-    Args:
-        prompts: the folder of the prompts that are shipped, for `judge_prompt` by its name.
-    """
+def make_judge(arguments: VerifyArguments) -> Judge:
+    """The judge of the arguments; a local one is imported only where it is used."""
     if arguments.judge == "rules":
         return RulesJudge()
     if arguments.judge not in JUDGES:
         return UserJudge(arguments.judge, concurrency=arguments.judge_concurrency)
-    name = arguments.judge_prompt
-    path = Path(name).expanduser()
-    prompt = load_judge_prompt(
-        path if path.is_file() else prompts / f"{name.removesuffix('.yaml')}.yaml"
-    )
+    prompt = load_judge_prompt(arguments.judge_prompt)
     options = arguments.judge_request_options or {}
     if arguments.judge == "local":
         from veripo_trl.verifier.local_judge import LocalJudge

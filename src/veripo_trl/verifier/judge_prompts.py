@@ -18,6 +18,7 @@ from veripo_trl.errors import VeripoError
 from veripo_trl.verifier.conclusions import in_own_form, same_text
 from veripo_trl.verifier.judges import Judge, verdict
 
+PROMPTS = Path(__file__).resolve().parents[3] / "verifier_prompts"
 # About 5,000 tokens; of a longer thinking the judge sees the end, where it concludes.
 MAX_THINK_CHARS = 20_000
 MAX_ANSWER_CHARS = 2_000
@@ -61,13 +62,15 @@ class JudgePrompt:
     version: str
 
 
-def load_judge_prompt(path: str | Path) -> JudgePrompt:
-    """Read a prompt file.
+def load_judge_prompt(name: str | Path) -> JudgePrompt:
+    """Read a prompt file: a path, or one of `verifier_prompts/` by its name.
 
     Raises:
         JudgePromptError: no such file, not YAML, or keys and placeholders other than expected.
     """
-    path = Path(path)
+    path = Path(name).expanduser()
+    if not path.is_file():
+        path = PROMPTS / f"{str(path).removesuffix('.yaml')}.yaml"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -20,9 +20,7 @@ VALUES = {"consistent": 1.0, "unknown": 0.0, "inconsistent": -1.0}
 _FAILED = ("no connection", "connection", "time-out", "HTTP", "not a chat completion")  # how a dead judge's reasons begin
 
 
-def consistency(
-    judge: str = "rules", prompt: str = "verifier_prompts/consistency.yaml", **server
-) -> Callable[..., list[float]]:
+def consistency(judge: str = "rules", prompt: str = "consistency", **server) -> Callable[..., list[float]]:
     """The reward function: 1 for a consistent completion, 0 for unknown, -1 for an inconsistent one.
 
     The completions of a step are judged at once, equal ones once; the share of unknown verdicts is logged as
@@ -30,7 +28,7 @@ def consistency(
 
     Args:
         judge: rules, server, or a coroutine of the user's own as `module:function` (of it, `concurrency` at once).
-        prompt: the file of what a server is asked.
+        prompt: what a server is asked: a file of `verifier_prompts/` by its name, or a path.
         server: `url`, `model`, and what else `ServerJudge` takes.
 
     Raises:
