@@ -22,10 +22,12 @@ from veripo_trl.data.schema import RowError
 from veripo_trl.errors import run
 from veripo_trl.evaluate.questions import content_hash
 from veripo_trl.evaluate.scores import (
+    BOXES,
     by_category,
     compare_scores,
     lines_of,
     our_score,
+    read_boxes,
     read_with_record,
     score_predictions,
     summarize_scores,
@@ -113,10 +115,13 @@ def timeout_notes(count: int) -> list[str]:
     return [note] if count else []
 
 
-def score(pred_path: str) -> None:
+def score(pred_path: str, boxes: str | None) -> None:
     path = Path(pred_path)
     predictions = read_with_record(path)
-    scored = score_predictions(predictions, pred_path=pred_path, benchmark_of=benchmark_of)
+    tubes = read_boxes(Path(boxes), predictions) if boxes else None
+    scored = score_predictions(
+        predictions, pred_path=pred_path, benchmark_of=benchmark_of, boxes=tubes
+    )
     lines, notes = lines_of(scored), notes_on(scored, predictions, pred_path)
     print_table(path.stem, table_of(lines))
     print("", *map(printable, notes), sep="\n")
@@ -202,8 +207,16 @@ def main(argv: list[str] | None = None) -> None:
         metavar=("A", "B"),
         help="two files of predictions on the same questions",
     )
+    parser.add_argument(
+        "--boxes",
+        metavar="FILE",
+        help="m_vIoU, vIoU@.3 and vIoU@.5 of object and time, from the tracked objects' boxes, in one unit per "
+        f"question: JSON, {BOXES}; frame n is at n / fps seconds",
+    )
     args = parser.parse_args(argv)
-    compare(args.compare) if args.compare else score(args.pred_path)
+    if args.compare and args.boxes:
+        parser.error("--boxes goes with --pred_path")
+    compare(args.compare) if args.compare else score(args.pred_path, args.boxes)
 
 
 if __name__ == "__main__":

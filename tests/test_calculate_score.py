@@ -406,3 +406,52 @@ def test_files_that_are_no_predictions(script, tmp_path, content, message):
     path.write_text(json.dumps(content))
     with pytest.raises(RowError, match=message):
         script.main(["--pred_path", str(path)])
+
+
+TUBE = {str(frame): [100, 100, 300, 300] for frame in range(4, 8)}
+HALVES = {"fps": 1, "truth": TUBE, "2": {str(frame): [100, 100, 300, 200] for frame in range(6, 10)}}
+
+
+def objects(tmp_path, boxes, outputs=("2; 6 to 9", "2; 4 to 7", "none")):
+    row = {"problem_type": "object and time", "options": [], "solution": "2; 4 to 8"}
+    rows = [ours(n, f"<answer>{output}</answer>", **row) for n, output in enumerate(outputs)]
+    (tmp_path / "x.json").write_text(json.dumps([*rows, ours(3, "<answer>B</answer>")]))
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    return ["--pred_path", str(tmp_path / "x.json"), "--boxes", str(tmp_path / "boxes.json")]
+
+
+def test_boxes_of_objects(script, tmp_path):
+    whole = {**HALVES, "2": TUBE}
+    script.main(objects(tmp_path, {"o0": HALVES, "o1": whole, "o2": whole, "more": HALVES}))
+    (line,) = json.loads((tmp_path / "x.scores.json").read_text())["lines"]
+    assert line["m_vIoU: object and time"] == pytest.approx((1 / 6 + 1 + 0) / 3)
+    assert line["vIoU@.3: object and time"] == line["vIoU@.5: object and time"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    "boxes, message",
+    [
+        ([], r"boxes.json: expected \{question_id: .*came \[\]"),
+        ({"o0": 7}, r"'o0', \(entry\): expected \{question_id"),
+        ({"o0": {"truth": TUBE}}, "'o0', fps: expected .*came null"),
+        ({"o0": {**HALVES, "fps": 0}}, "'o0', fps: .*came 0"),
+        ({"o0": {"fps": 1, "2": TUBE}}, "'o0', truth: .*came null"),
+        ({"o0": {**HALVES, "truth": {}}}, "'o0', truth"),
+        ({"o0": {**HALVES, "two": TUBE}}, "'o0', two"),
+        ({"o0": {**HALVES, "2": [[1, 2, 3, 4]]}}, "'o0', 2"),
+        ({"o0": {**HALVES, "2": {"4.5": [1, 2, 3, 4]}}}, "'o0', 2"),
+        ({"o0": {**HALVES, "2": {"4": [3, 2, 1, 4]}}}, "'o0', 2"),
+        ({"o0": {**HALVES, "2": {"4": [1, 2, 3]}}}, "'o0', 2"),
+        ({"o0": HALVES}, "every row of object and time; came no boxes of 2 of 3 such rows, 'o1' first"),
+    ],
+)
+def test_boxes_that_are_none(script, tmp_path, boxes, message):
+    with pytest.raises(RowError, match=message):
+        script.main(objects(tmp_path, boxes))
+
+
+def test_boxes_that_nothing_needs(script, tmp_path):
+    with pytest.raises(RowError, match="came no such row"):
+        script.main(objects(tmp_path, {}, outputs=()))
+    with pytest.raises(SystemExit):
+        script.main(["--compare", "a", "b", "--boxes", "c"])

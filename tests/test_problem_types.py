@@ -3,10 +3,10 @@ a released code gives another value, the row says which and why ours differs."""
 
 import pytest
 
-from veripo_trl.answers.boxes import box_iou, read_box, tube_iou
+from veripo_trl.answers.boxes import read_box
 from veripo_trl.answers.choice import partial_credit
 from veripo_trl.answers.grammars import are_segments, is_structured, read_segments
-from veripo_trl.answers.objects import object_id_in_time, read_object
+from veripo_trl.answers.objects import object_id_in_time, read_object, tube_metrics
 from veripo_trl.answers.score import SolutionError, answer_metrics, answers_match, check_solution, score_answer
 from veripo_trl.answers.spans import read_spans, tiou_time_r1, true_spans, union_iou
 
@@ -201,15 +201,32 @@ def test_no_box(text):
     assert read_box(text) is None
 
 
-def test_a_tube_of_boxes():
-    """Truth in frames 4 to 7, the right id's tracked boxes in 6 to 9: they share half of 6 and of 7."""
-    half = {frame: (150, 100, 450, 300) for frame in range(6, 10)}
-    truth = {frame: (100, 100, 300, 300) for frame in range(4, 8)}
-    assert box_iou(half[6], truth[6]) == pytest.approx(150 / 350)
-    half = {frame: (100, 100, 300, 200) for frame in half}
-    assert tube_iou(half, truth) == pytest.approx((0.5 + 0.5) / 6)
-    elsewhere = {frame: (600, 600, 700, 700) for frame in half}  # a wrong id
-    assert tube_iou(elsewhere, truth) == 0 == tube_iou({8: truth[4]}, truth) == tube_iou({}, {})
+TUBES = {  # truth in frames 4 to 7; of 2, boxes with half of it everywhere; 1 is elsewhere, 3 was never tracked
+    "truth": {frame: (100, 100, 300, 300) for frame in range(4, 8)},
+    2: {frame: (100, 100, 300, 200) for frame in range(20)},
+    1: {frame: (600, 600, 700, 700) for frame in range(20)},
+}
+
+
+@pytest.mark.parametrize(
+    "answer, fps, iou",
+    [
+        ("2; 6 to 9", 1, (0.5 + 0.5) / 6),
+        ("2; 3 to 4.5", 2, (0.5 + 0.5) / 6),  # frames 6 to 9 again
+        ("2; 3.6 to 7.4", 1, 0.5),  # frames 4 to 7
+        ("2; 4 to 9000000", 25, 0),  # frames from 100
+        ("2; 0 to 9999", 1, 2 / 10_000),  # frames without a box count as well
+        ("1; 6 to 9", 1, 0),
+        ("3; 6 to 9", 1, 0),
+        ("2; 8 to 9", 1, 0),
+        ("2; 6.2 to 6.8", 1, 0),  # between two frames
+        ("2; 9 to 6", 1, 0),
+        ("2", 1, 0),
+    ],
+)
+def test_a_tube_of_boxes(answer, fps, iou):
+    found = tube_metrics(read_object(answer), {"fps": fps, **TUBES})
+    assert found == pytest.approx({"m_vIoU": iou, "vIoU@.3": int(iou >= 0.3), "vIoU@.5": int(iou >= 0.5)})
 
 
 # ------------------------------------------------------------------------------------------------- yes/no, numbers

@@ -60,10 +60,15 @@ def box_iou(a: Box, b: Box) -> float:
     return 0.0 if math.isnan(iou) else iou
 
 
-def tube_iou(boxes: dict[int, Box], truth: dict[int, Box]) -> float:
-    """vIoU of STVG (HC-STVG's): over the frames of either tube, {frame: box}, the mean IoU, 0 where one has none."""
-    shared = boxes.keys() & truth.keys()
-    return sum(box_iou(boxes[frame], truth[frame]) for frame in shared) / max(1, len(boxes.keys() | truth.keys()))
+def tube_iou(boxes: dict[int, Box], frames: range, truth: dict[int, Box]) -> float:
+    """vIoU of STVG (HC-STVG's): over the frames of the answer and of the truth, the mean IoU, 0 where one has no box.
+
+    Args:
+        boxes: {frame: box} of the answer's object, of which only those in `frames`, the answer's time, count.
+    """
+    shared = [frame for frame in truth if frame in frames and frame in boxes]
+    either = len(frames) + sum(frame not in frames for frame in truth)
+    return sum(box_iou(boxes[frame], truth[frame]) for frame in shared) / max(1, either)
 
 
 def same_box(a: Box, b: Box) -> bool:

@@ -2,8 +2,10 @@
 asked. Both must be readable, one of each; an answer without the one is worth nothing, as there."""
 
 import json
+import math
 import re
 
+from veripo_trl.answers.boxes import tube_iou
 from veripo_trl.answers.plain import MAX_CHARS, stated, unexplained
 from veripo_trl.answers.spans import (
     Spans,
@@ -91,3 +93,18 @@ def object_metrics(answer: tuple[int, Spans] | None, truth) -> dict[str, float]:
         "m_tIoU": iou,
         **recalls(iou, (0.3, 0.5)),
     }
+
+
+def tube_metrics(answer: tuple[int, Spans] | None, tubes: dict) -> dict[str, float]:
+    """m_vIoU, from the boxes of the object that was named at the frames of the time that was named.
+
+    Args:
+        tubes: {"fps": frames are numbered from 0 at it, "truth": {frame: box}, id: {frame: box}}. An id without a tube
+            has no boxes.
+    """
+    iou, fps = 0.0, tubes["fps"]
+    if answer:
+        ((start, end),) = answer[1]
+        frames = range(math.ceil(start * fps - 1e-6), math.floor(end * fps + 1e-6) + 1)
+        iou = tube_iou(tubes.get(answer[0], {}), frames, tubes["truth"])
+    return {"m_vIoU": iou, **{f"vIoU@{at[2:]}": hit for at, hit in recalls(iou, (0.3, 0.5)).items()}}

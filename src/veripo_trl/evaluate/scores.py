@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from veripo_trl.answers.math_process import call_math, math_timeouts
+from veripo_trl.answers.objects import tube_metrics
 from veripo_trl.answers.score import (
     answer_metrics,
     extract_answer,
@@ -23,7 +24,7 @@ from veripo_trl.answers.score import (
     split_completion,
 )
 from veripo_trl.data.files import read_json
-from veripo_trl.data.schema import RowError
+from veripo_trl.data.schema import RowError, show
 from veripo_trl.evaluate.generate import RESAMPLES, bootstrap_interval, mean_metrics
 from veripo_trl.evaluate.questions import content_hash, read_predictions, task_of, truths_of
 from veripo_trl.verifier.checks import inconsistency
@@ -41,6 +42,49 @@ def read_with_record(path: Path) -> list[dict]:
     if beside.is_file() and [row["key"].split("-")[1] for row in record] != hashes:
         raise RowError(f"{beside} is of other predictions than {path.name}. Move it away, or fetch the one that belongs.")
     return [{**item, "position": n, "made": row} for n, (item, row) in enumerate(zip(predictions, record, strict=True))]
+
+
+BOXES = '{question_id: {"fps": 2, "truth": {frame: [x1, y1, x2, y2]}, "<id>": {frame: [x1, y1, x2, y2]}, …}}'
+
+
+def read_boxes(path: Path, predictions: list[dict]) -> dict[str, dict]:
+    """A file of the form `BOXES` as {question_id: what `objects.tube_metrics` takes}, for each row of object and time.
+
+    Raises:
+        RowError: another form, or a row without boxes.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise RowError(f"{path}: expected {BOXES}; came {show(content)}.")
+    for name, entry in content.items():
+        fields = {"fps": None, "truth": None, **entry} if isinstance(entry, dict) else {"(entry)": entry}
+        for field, value in fields.items():
+            if not _fits(field, value):
+                raise RowError(f"{path}: question_id {name!r}, {field}: expected {BOXES}; came {show(value)}.")
+    rows = [item["question"] for item in predictions if task_of(item["question"])["problem_type"] == "object and time"]
+    ids = [str(row.get("question_id")) for row in rows]
+    if not ids or (missing := [name for name in ids if name not in content]):
+        lacks = f"no boxes of {len(missing)} of {len(ids)} such rows, {missing[0]!r} first" if ids else "no such row"
+        raise RowError(f"{path}: expected the boxes of every row of object and time; came {lacks}.")
+    return {name: {_number(field): value if field == "fps" else {int(frame): box for frame, box in value.items()}
+                   for field, value in entry.items()} for name, entry in content.items()}  # fmt: skip
+
+
+def _number(field: str) -> int | str:
+    return int(field) if field.isdecimal() else field
+
+
+def _fits(field: str, value: Any) -> bool:
+    if field == "fps":
+        return type(value) in (int, float) and 0 < value <= 1000
+    if not isinstance(value, dict) or not (field.isdecimal() or (field == "truth" and value)):
+        return False
+    return all(frame.isdecimal() and _is_box(box) for frame, box in value.items())
+
+
+def _is_box(box: Any) -> bool:
+    numbers = isinstance(box, list) and [type(each) in (int, float) for each in box] == [True] * 4
+    return numbers and -1e6 < box[0] < box[2] < 1e6 and -1e6 < box[1] < box[3] < 1e6
 
 
 # ------------------------------------------------------------------------------------------------- released mode
@@ -100,13 +144,18 @@ def is_readable(prediction: dict[str, Any]) -> bool:
 
 
 def score_predictions(
-    predictions: list[dict], *, pred_path: str, benchmark_of: Callable[[dict], tuple[str, dict]]
+    predictions: list[dict],
+    *,
+    pred_path: str,
+    benchmark_of: Callable[[dict], tuple[str, dict]],
+    boxes: dict[str, dict] | None = None,
 ) -> list[dict]:
     """One flat dict per prediction.
 
     Args:
         predictions: as `read_with_record` gives them.
         benchmark_of: a row's (benchmark, {category: value or list of values}).
+        boxes: from `read_boxes`; rows of object and time then have `objects.tube_metrics` too.
 
     Returns:
         `ours`, `released`, `metrics` (`score.answer_metrics`, by the first truth), `benchmark`, `categories`,
@@ -119,11 +168,16 @@ def score_predictions(
         timeouts, made, output = math_timeouts(), prediction["made"] or {}, prediction["model_output"]
         task = task_of(prediction["question"])
         benchmark, categories = benchmark_of(prediction["question"])
+        answer = extract_answer(output)
+        metrics = answer_metrics(answer, **task)
+        if boxes and task["problem_type"] == "object and time":
+            said = read_answer(answer, problem_type=task["problem_type"], options=task["options"])
+            metrics |= tube_metrics(said, boxes[str(prediction["question"]["question_id"])])
         scored.append(
             {
                 "ours": our_score(prediction),
                 "released": released_score(prediction, pred_path=pred_path),
-                "metrics": answer_metrics(extract_answer(output), **task),
+                "metrics": metrics,
                 "benchmark": benchmark,
                 "categories": categories,
                 "problem_type": task["problem_type"],

@@ -4,7 +4,7 @@ Source: https://github.com/XiaowZhang00/stvg-r1 (trainjson.py makes {video: {dur
 objectid}} of HC-STVG v1 and v2), arXiv 2602.11730. Licence: none seen; HC-STVG's clips are of films. Videos:
 <video>.mp4, with the marks that their preprocessing (a detector and a tracker, not part of this project)
 drew.
-Metric: m_tIoU, and m_vIoU, which needs the boxes; ours: share of right ids and mean tIoU.
+Metric: m_tIoU, and m_vIoU, which needs the boxes (`calculate_score.py --boxes`); ours: share of right ids and mean tIoU.
 Traps: videos without a mark are skipped there without a word: left out here and counted; the id is a vote
 among frames without a threshold, so it may be wrong.
 """
