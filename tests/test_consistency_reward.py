@@ -38,7 +38,7 @@ def test_by_rules():
     metrics = {}
     reward = reward_function("consistency")
     scores = reward(**batch(TEXTS + OTHERS), completion_ids=None, log_metric=metrics.__setitem__)
-    assert scores == VALUES + [0, 0, 0] and metrics == {"consistency/unknown": 3 / 11}
+    assert scores == VALUES + [0, 0, 0] and metrics == {"consistency/unknown": 3 / 11, "consistency/failed": 0}
     assert reward.__name__ == "consistency_reward" and reward(**batch([])) == []
     spans = {"problem_type": ["temporal grounding"], "solution": ["5 to 11"], "options": [[]]}
     assert reward(["<think>So from 5 to 11 s.</think><answer>0 to 2</answer>"], **spans) == [-1]
@@ -63,13 +63,16 @@ def test_what_a_server_leaves_open_is_unknown_and_a_dead_one_ends_the_run():
         assert by_server(server)(**batch(TEXTS)) == [0] * 8  # readable, and contradicting itself; unreadable
     with JudgeServer(lambda number, body: Reply(status=500) if number >= 2 else Reply()) as server:
         reward = by_server(server, concurrency=1)
-        assert sorted(map(abs, reward(**batch(TEXTS[:4])))) == [0, 0, 1, 1]  # some requests failed: unknown
+        metrics = {}
+        scores = reward(**batch(TEXTS[:4]), log_metric=metrics.__setitem__)
+        assert scores.count(None) == 2 and 0 not in scores, "a request that failed is no unknown verdict"
+        assert metrics == {"consistency/unknown": 0, "consistency/failed": 0.5}
         with pytest.raises(JudgeError, match="answered none of a step's 2 requests; the last failed with HTTP 500"):
             reward(**batch(TEXTS[:2]))
     with JudgeServer(lambda number, body: Reply(status=400) if number >= 2 else Reply()) as server:
         reward = by_server(server, concurrency=1)
         assert reward(**batch(TEXTS[:2])) == VALUES[:2]
-        assert reward(**batch(TEXTS[2:3])) == [0]  # a server that refuses one text is not dead
+        assert reward(**batch(TEXTS[2:3])) == [None]  # a server that refuses one text is not dead
     with pytest.raises(JudgeError, match="no connection"):
         reward_function("consistency", {"judge": "server", "url": f"http://127.0.0.1:{free_port()}/v1", "model": "x",
                                         "prompt": PROMPT, "max_retries": 0})(**batch(TEXTS))  # fmt: skip

@@ -16,15 +16,16 @@ from veripo_trl.verifier.judges import Judge, JudgeError, RulesJudge, UserJudge
 from veripo_trl.verifier.server_judge import ServerJudge
 
 _REFUSED = ("HTTP 400", "HTTP 413", "HTTP 422")  # one text, a too long one for instance, by a server that answers others
-VALUES = {"consistent": 1.0, "unknown": 0.0, "inconsistent": -1.0}
+VALUES = {"consistent": 1.0, "unknown": 0.0, "inconsistent": -1.0, "failed": None}
 _FAILED = ("no connection", "connection", "time-out", "HTTP", "not a chat completion")  # how a dead judge's reasons begin
 
 
 def consistency(judge: str = "rules", prompt: str = "consistency", **server) -> Callable[..., list[float]]:
-    """The reward function: 1 for a consistent completion, 0 for unknown, -1 for an inconsistent one.
+    """The reward function: 1 for a consistent completion, 0 for unknown, -1 for an inconsistent one, None (which TRL
+    leaves out) where a server's request failed.
 
-    The completions of a step are judged at once, equal ones once; the share of unknown verdicts is logged as
-    `consistency/unknown`.
+    The completions of a step are judged at once, equal ones once; the shares of unknown verdicts and of failed requests
+    are logged as `consistency/unknown` and `consistency/failed`.
 
     Args:
         judge: rules, server, or a coroutine of the user's own as `module:function` (of it, `concurrency` at once).
@@ -36,15 +37,16 @@ def consistency(judge: str = "rules", prompt: str = "consistency", **server) -> 
     """
     asked = _judge(judge, prompt, server)
 
-    def consistency_reward(completions, problem_type, options=None, log_metric=None, **kwargs) -> list[float]:
+    def consistency_reward(completions, problem_type, options=None, log_metric=None, **kwargs) -> list[float | None]:
         options = options if options is not None else [None] * len(completions)
         rows = zip(map(completion_text, completions), problem_type, options, strict=True)
         items = [_item(*row) for row in rows]
         said = asyncio.run(_verdicts(asked, {_key(item): item for item in items if item}))
         _refuse_dead(asked, said.values())
-        found = [said[_key(item)]["consistency"] if item else "unknown" for item in items]
+        found = [_found(asked, said[_key(item)]) if item else "unknown" for item in items]
         if log_metric:
-            log_metric("consistency/unknown", Counter(found)["unknown"] / max(1, len(found)))
+            for each in ("unknown", "failed"):
+                log_metric(f"consistency/{each}", Counter(found)[each] / max(1, len(found)))
         return [VALUES[each] for each in found]
 
     return consistency_reward
@@ -73,6 +75,10 @@ def _item(completion: str, problem_type: str, options) -> dict | None:
 
 def _key(item: dict) -> tuple[str, str]:
     return item["problem_type"], judged_text(item)
+
+
+def _found(judge: Judge, verdict: dict) -> str:
+    return "failed" if judge.caches and verdict["reason"].startswith(_FAILED) else verdict["consistency"]
 
 
 async def _verdicts(judge: Judge, items: dict[tuple, dict]) -> dict[tuple, dict]:
