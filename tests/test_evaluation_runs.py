@@ -17,15 +17,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_row
 from hub_server import HubServer, Repo
 
+from conftest import make_row
 from veripo_trl.data.prompts import load_template
 from veripo_trl.data.schema import RowError, rows_to_dataset
 from veripo_trl.errors import ConfigError, VeripoError
 from veripo_trl.evaluate import generate as evaluate
 from veripo_trl.evaluate.generate import Decoding, TransformersEngine, encoded_batches
-from veripo_trl.evaluate.questions import read_questions
+from veripo_trl.evaluate.questions import _benchmark_rows, read_questions
 from veripo_trl.evaluate.run import OutputFiles, answer_questions, answered, write_outputs
 from veripo_trl.files.journal import Journal, JournalError
 from veripo_trl.files.run_folder import only_process
@@ -114,6 +114,17 @@ def test_a_benchmarks_official_file_is_asked(script, model_paths, media_root, tm
     parts = r"a_1.00-2.00.mp4'. Correct --video_dir. Parts .* by evaluation/cut_videos.py. There it needs MVBench/<folder"
     with pytest.raises(RowError, match=parts):
         script.main(options)
+
+
+def test_what_a_benchmark_left_out_is_printed_once(tmp_path, capsys, monkeypatch):
+    row = {"video": "a.mp4", "question": "Which?", "answer": "red"}
+    rows = [{**row, "candidates": ["red", "blue"]}, {**row, "candidates": ["red"]}]
+    (tmp_path / "state_change.json").write_text(json.dumps(rows))
+    assert len(_benchmark_rows(tmp_path / "state_change.json", "mvbench")) == 1
+    assert "one candidate" in capsys.readouterr().out
+    monkeypatch.setenv("VERIPO_EVALUATION_RANK", "0")  # an engine of a data-parallel run
+    _benchmark_rows(tmp_path / "state_change.json", "mvbench")
+    assert not capsys.readouterr().out
 
 
 def test_released_defaults(script, model_paths):

@@ -47,6 +47,12 @@ def test_worked_numbers(name, block):
         assert found.tolist() == pytest.approx(expected, abs=1e-4), mode
 
 
+def test_a_rollout_alone_is_no_measure_of_the_least_divergence():
+    log_probs = torch.tensor([[[0.6, 0.4], HIGH, SURE], [[0.4, 0.6], LOW, SURE]]).log()
+    found = group_weights(lambda positions: log_probs[:, positions].clone(), alive_of([3, 2]), TWGRPOOptions())
+    assert found.tolist() == pytest.approx([1, 1.7, 1], abs=1e-4)
+
+
 def test_divergence_is_the_ratio_of_geometric_and_harmonic_means():
     probabilities = torch.tensor([HIGH, LOW])
     geometric, inverse = probabilities.log().mean(0).exp(), (1 / probabilities).mean(0)

@@ -25,7 +25,7 @@ from veripo_trl.data.schema import RowError, content_of
 from veripo_trl.errors import VeripoError
 from veripo_trl.hub.cards import dataset_card
 from veripo_trl.hub.push import push_folder
-from veripo_trl.recipe.verify_stage import VerifyArguments, make_judge, say_other_accuracy
+from veripo_trl.recipe.verify_stage import VerifyArguments, load_tokenizer, make_judge, say_other_accuracy
 from veripo_trl.verifier import files, pair_dataset
 from veripo_trl.verifier.pair_dataset import load_pairs
 from veripo_trl.verifier.summary import card_facts, shown
@@ -217,6 +217,22 @@ def test_the_tokenizer_is_the_one_that_the_run_has_saved(recipe, tmp_path, polic
         recipe.main(config(tmp_path, rollouts=[str(store.folder)]))
         assert not hub.log
     assert {verdict["think_tokens"] > 0 for verdict in read(tmp_path / "outputs" / "verify" / "verdicts")} == {True}
+
+
+def test_what_is_beside_a_folder_that_is_no_runs_is_not_its_tokenizer(tmp_path, policy):
+    store = make_rollouts(tmp_path / "mixed" / "pushed", "outputs/absent")
+    for file in policy.glob("token*"):
+        shutil.copy(file, tmp_path / "mixed")
+    with pytest.raises(VeripoError, match="No tokenizer in 'outputs/absent'"):
+        load_tokenizer(None, store.files(), ["outputs/absent"])
+
+
+def test_a_trial_reads_the_files_that_it_needs(tmp_path, policy):
+    first, *others = make_rollouts(tmp_path / "rollouts", policy).files()
+    others[0].write_bytes(b"damaged")
+    assert len(files.read_rollouts([first, *others], limit=2)) == 2
+    with pytest.raises(VeripoError, match=others[0].name):
+        files.read_rollouts([first, *others])
 
 
 # ---- refused, before anything is moved or written ----------------------------------------------------------------
