@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from veripo_trl.data.prompts import load_template
@@ -51,11 +52,12 @@ def verify(arguments: VerifyArguments, options: PairOptions) -> None:
     started = time.time()
     recipe.check_repositories(arguments)
     found, inputs = recipe.find_rollouts(arguments)
-    rollouts = files.read_rollouts(found, limit=arguments.limit)
+    scratch = Path(arguments.output_dir).absolute().parent
+    rollouts = files.read_rollouts(found, limit=arguments.limit, scratch=scratch)
     template = load_template(arguments.prompt_template)
-    files.refuse_other_template(template, rollouts["prompt_template"].to_pylist(), "rollouts")
+    files.refuse_other_template(template, pc.unique(rollouts["prompt_template"]).to_pylist(), "rollouts")
     recipe.say_other_accuracy(arguments, found)
-    policies = Counter(rollouts["policy"].to_pylist())
+    policies = {item["values"]: item["counts"] for item in pc.value_counts(rollouts["policy"]).to_pylist()}
     tokenizer = recipe.load_tokenizer(arguments.tokenizer, found, policies)
     judge = recipe.make_judge(arguments)
     cache = recipe.open_cache(arguments, judge)
@@ -97,7 +99,7 @@ def verify(arguments: VerifyArguments, options: PairOptions) -> None:
         "inputs": inputs,
         "judge": judge.record(),
         "prompt_template": template.hash,
-        "policies": dict(policies),
+        "policies": policies,
         "hub": None,
     }
     recipe.finish(folder, arguments, results, started=started)

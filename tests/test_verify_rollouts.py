@@ -506,9 +506,14 @@ def test_a_flipped_bit_is_never_used(recipe, tmp_path, policy, what):
     assert refused > 25
 
 
-def test_a_full_disk_and_the_same_command_again(recipe, tmp_path, policy):
+def test_a_full_disk_and_the_same_command_again(recipe, tmp_path, policy, monkeypatch):
     make_rollouts(tmp_path / "rollouts", policy, copies=9)
     folder = tmp_path / "outputs" / "verify"
+    with files_of_at_most(100_000), pytest.raises(OSError, match="File too large"):
+        recipe.main(config(tmp_path))
+    assert not folder.exists()
+    # The copy of the rollouts is larger than what is written.
+    monkeypatch.setattr(files, "_mapped", lambda tables, *_: pa.concat_tables(tables))
     for at_most, name in ((6_000, "verdicts-00000.parquet"), (12_000, "pairs-00000.parquet")):
         said = rf"^{folder}[/\w]*: File too large: {name} needs"
         with files_of_at_most(at_most), pytest.raises(VeripoError, match=said):

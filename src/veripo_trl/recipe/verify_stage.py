@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from veripo_trl.answers.rewards import ACCURACIES, reward_functions
-from veripo_trl.data.schema import content_of
+from veripo_trl.data.schema import QUESTION, content_of
 from veripo_trl.errors import ConfigError
 from veripo_trl.files.disk import read_json
 from veripo_trl.files.run_folder import RESULTS, move_finished_aside, write_results
@@ -254,14 +254,16 @@ def open_folder(output_dir: str) -> Path:
 
 def solved_questions(rollouts: pa.Table, verdicts: pa.Table, *, share: float, seed: int) -> dict:
     """What solved.json holds: `choose_solved`, and the `contents` of what it drops, in that order."""
-    runs = [name.rpartition("/")[0] for name in rollouts["rollout_id"].to_pylist()]
-    generations = zip(runs, rollouts["step"].to_pylist(), strict=True)
-    questions, accuracies = (verdicts[name].to_pylist() for name in ("question_id", "accuracy"))
-    accuracies = zip(questions, generations, accuracies, strict=True)
+    told = rollouts.select(["rollout_id", "question_id", "step", *QUESTION]).append_column(
+        "accuracy", verdicts["accuracy"]
+    )
+    accuracies = (
+        (row["question_id"], (row["rollout_id"].rpartition("/")[0], row["step"]), row["accuracy"])
+        for row in files.rows_of(told.select(["rollout_id", "question_id", "step", "accuracy"]))
+    )
     solved = choose_solved(accuracies, share=share, seed=seed)
-    dropped = pc.is_in(rollouts["question_id"], pa.array(solved["dropped"], pa.large_string()))
-    rows = files.rows_of(rollouts.filter(dropped))
-    contents = {row["question_id"]: content_of(row) for row in rows}
+    dropped = pc.is_in(told["question_id"], pa.array(solved["dropped"], pa.large_string()))
+    contents = {row["question_id"]: content_of(row) for row in files.rows_of(told.filter(dropped))}
     return {**solved, "contents": [contents[name] for name in solved["dropped"]]}
 
 

@@ -1,9 +1,13 @@
-"""Files of the verifier: rollouts in, verdicts and preference pairs out. In memory all rollouts are one Arrow table."""
+"""Files of the verifier: rollouts in, verdicts and preference pairs out. However many rollouts there are, memory holds a
+bounded number of their texts: they lie in an Arrow file that is mapped."""
 
 import itertools
+import mmap
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -77,22 +81,20 @@ def find_rollout_files(folder: str | Path) -> list[Path]:
     )
 
 
-def read_rollouts(files: Iterable[Path], *, limit: int | None = None) -> pa.Table:
-    """The rollouts of files, in order, as a table of ROLLOUT_SCHEMA.
+def read_rollouts(
+    files: Iterable[Path], *, limit: int | None = None, scratch: str | Path | None = None
+) -> pa.Table:
+    """The rollouts of files, in order, as a table of ROLLOUT_SCHEMA. It is mapped from a file without a name in the
+    folder `scratch` (default: the system's), which is gone with the table, also where the process is killed.
 
     Args:
         limit: the first n only.
 
     Raises:
         FileError: a file is damaged or holds something else, a rollout id is there twice, or there is no rollout.
+        OSError: `scratch` has no room for them.
     """
-    tables, rows = [], 0
-    for file in files:
-        tables.append(_read(file))
-        rows += len(tables[-1])
-        if limit is not None and rows >= limit:
-            break
-    table = pa.concat_tables(tables)[:limit]
+    table = _mapped(_batches(files, limit), ROLLOUT_SCHEMA, Path(scratch or tempfile.gettempdir()))
     counts = pc.value_counts(table["rollout_id"])
     twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
     if twice:
@@ -103,6 +105,30 @@ def read_rollouts(files: Iterable[Path], *, limit: int | None = None) -> pa.Tabl
     if not len(table):
         raise RolloutFilesError(f"No rollouts in {', '.join(map(str, files))}: nothing to verify.")
     return table
+
+
+def _batches(files: Iterable[Path], limit: int | None) -> Iterator[pa.Table]:
+    """Tables of BATCH rows or some more; a file that GRPO wrote has a handful."""
+    rows, waiting = 0, []
+    for file in files:
+        waiting.append(_read(file)[: limit and limit - rows])
+        rows += len(waiting[-1])
+        if sum(map(len, waiting)) >= BATCH:
+            yield pa.concat_tables(waiting).combine_chunks()
+            waiting = []
+        if rows == limit:
+            break
+    yield pa.concat_tables([ROLLOUT_SCHEMA.empty_table(), *waiting]).combine_chunks()
+
+
+def _mapped(tables: Iterable[pa.Table], schema: pa.Schema, folder: Path) -> pa.Table:
+    with tempfile.TemporaryFile(dir=folder) as file:
+        with pa.ipc.new_stream(pa.PythonFile(file, "w"), schema) as writer:
+            for table in tables:
+                writer.write_table(table)
+        file.flush()
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return pa.ipc.open_stream(pa.py_buffer(content)).read_all()
 
 
 def _read(file: Path) -> pa.Table:
@@ -139,15 +165,33 @@ def judged_questions(rollouts: pa.Table, verdicts: pa.Table, *, seed: int) -> It
     Args:
         verdicts: of these rollouts, in their order.
     """
-    ids = rollouts["question_id"].to_pylist()
-    orders = {name: f"{seeded_order(seed, 'question', name):032x}" for name in set(ids)}
-    judged = rollouts.append_column("verdict", verdicts.to_struct_array())
-    judged = judged.append_column("order", pa.array([orders[name] for name in ids], pa.string()))
-    judged = judged.sort_by([("order", "ascending"), ("rollout_id", "ascending")]).drop_columns(
-        "order"
+    ids = rollouts["question_id"].combine_chunks().dictionary_encode()
+    orders = [f"{seeded_order(seed, 'question', name):032x}" for name in ids.dictionary.to_pylist()]
+    keys = {"order": pa.array(orders).take(ids.indices), "rollout_id": rollouts["rollout_id"]}
+    places = pc.sort_indices(pa.table(keys), [(name, "ascending") for name in keys])
+    places = places.to_numpy().astype(np.int64)
+    # A table's own `take` joins its parts first, which would read all of the mapped file into memory, for each batch.
+    parts = rollouts.append_column("verdict", verdicts.to_struct_array()).to_batches()
+    judged = (
+        row
+        for start in range(0, len(places), BATCH)
+        for row in _taken(parts, places[start : start + BATCH]).to_pylist()
     )
-    for _, group in itertools.groupby(rows_of(judged), key=lambda rollout: rollout["question_id"]):
+    for _, group in itertools.groupby(judged, key=lambda rollout: rollout["question_id"]):
         yield list(group)
+
+
+def _taken(parts: list[pa.RecordBatch], places: np.ndarray) -> pa.Table:
+    """The rows of these places, counted over all parts."""
+    starts = np.cumsum([0, *map(len, parts)])
+    ascending = np.sort(places)
+    bounds = np.searchsorted(ascending, starts)
+    taken = [
+        part.take(pa.array(ascending[low:high] - start))
+        for part, start, low, high in zip(parts, starts, bounds, bounds[1:])
+        if low < high
+    ]
+    return pa.Table.from_batches(taken).take(pa.array(np.searchsorted(ascending, places)))
 
 
 def write_files(
