@@ -98,14 +98,14 @@ def shuffle_seed(seed: int, epoch: int, question_id: str) -> int:
     return int.from_bytes(digest[:8], "big")
 
 
-def temporal_reward(completions: list, **kwargs) -> list[float]:
+def temporal_reward(completions: list, **kwargs) -> list[None]:
     """Room for the bonus, which needs the group."""
-    return [0.0] * len(completions)
+    return [None] * len(completions)
 
 
-def length_reward(completions: list, **kwargs) -> list[float]:
+def length_reward(completions: list, **kwargs) -> list[None]:
     """Room for the bonus, which needs the group."""
-    return [0.0] * len(completions)
+    return [None] * len(completions)
 
 
 class ShufflingCollator:
@@ -204,7 +204,8 @@ class TGRPO(Method):
         # of all processes
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         others = [column for column in range(rewards.size(1)) if column not in self._bonus_columns]
-        unscorable = rewards[:, others].isnan().all(1)
+        unscorable = rewards.isnan().all(1)
+        rewards[:, self._bonus_columns] = 0.0
         if self.model.training:
             options, (temporal, length) = self._t_grpo, self._bonus_columns
             own = zip(self._score_extra(inputs, prompts), map(len, completion_ids_list), strict=True)

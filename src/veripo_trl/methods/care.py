@@ -1,0 +1,290 @@
+"""GRPO-CARE: right answers earn a bonus where their own reasoning makes them likely (arXiv 2506.16141; read in
+TencentARC/GRPO-CARE at b0628fc).
+
+A slow copy of the policy is moved every k optimizer steps, θ_slow ← d · θ_slow + (1 − d) · θ. With p_slow the
+probabilities that it gives to a rollout's own tokens, and a_i its accuracy:
+
+    c_i = min(exp(mean log p_slow over the tokens of the answer), cap)          0 without a readable answer
+    right = {i: a_i > 0.1, a_i ≥ mean a, thinking of at least `care_min_think_tokens`}
+    bonus_i = b · a_i  if i is right and c_i ≥ mean c over the right − margin, else 0
+
+The bonus is a reward column (`care_reward`, of weight b) behind the recipe's own, and takes the place of a KL term:
+`beta: 0`. Released: b 0.5, cap 0.95, d 0.995, k 10; margin 0 for SEED-Bench-R1, 0.01 for general sets.
+
+**It pays for repeating the answer** in the thinking, which makes it certain: the released recipe, rerun without a cold
+start, ended in a thinking that is the letter (GRPO-CARE issue 1). So ours has a floor: shorter thinking, which is what
+stands before the answer's tag, earns none and is not compared with. Watch `care/think_tokens` and
+`care/think_is_answer`, and see that the floor is well below what the policy writes before.
+
+**Otherwise than released.** The tokens are those with any of the answer's text; theirs begin at the `>` of the tag, so
+that a letter's c is about the root of ours. A missing answer is 0; theirs is an empty mask, exp(0). The copy is kept in
+float32: in bfloat16 most steps of 0.005 of a difference round to nothing.
+
+**Place** in the step: rewards (1 in `trainers.grpo`). Off in evaluation.
+
+**Cost.** One forward without gradient for each generation batch, on the path of reference log-probabilities (prompts
+computed once), at the sampling temperature. The copy is of what is trained: an adapter, or all weights. Its float32
+values lie in host memory, in every process, and in each checkpoint; for that forward they stand in the policy's place,
+so that the device holds the trained weights twice. With ZeRO-3 or FSDP no process has them whole: refused.
+"""
+
+import re
+from bisect import bisect_left, bisect_right
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
+from transformers import TrainerCallback
+
+from veripo_trl.answers.plain import words_of
+from veripo_trl.answers.score import extract_answer
+from veripo_trl.errors import ConfigError
+from veripo_trl.methods import Method
+from veripo_trl.options import option
+from veripo_trl.shared_prompt.rollout import left_pad
+from veripo_trl.trainers.checkpoints import with_changes
+
+FILE = "care_slow_copy.safetensors"  # in a checkpoint
+RIGHT_OVER = 0.1  # accuracy, as released
+
+
+@dataclass
+class CAREOptions:
+    """Released values, but for the floor, which is ours."""
+
+    care_bonus: float = option("GRPO-CARE's b, the weight of its bonus.", 0.5)
+    care_margin: float = option(
+        "How far below the mean likelihood of right answers one may be.", 0.0
+    )
+    care_likelihood_cap: float = option("Likelihoods over it count as it.", 0.95)
+    care_decay: float = option("What the slow copy keeps of itself when it is moved.", 0.995)
+    care_every_steps: int = option("Optimizer steps between two moves of the slow copy.", 10)
+    care_min_think_tokens: int = option(
+        "Shorter thinking earns no bonus: without a floor, thinking shrinks to the answer.", 32
+    )
+    care_accuracy: str | None = option(
+        "Which of `rewards` says what is right. Default: the first named accuracy…."
+    )
+
+
+def care_bonus(accuracy, likelihood, *, margin: float, counted=None) -> torch.Tensor:
+    """The accuracy of each rollout that earns the bonus, 0 for others; float (groups, G), as both arguments.
+
+    Args:
+        accuracy: NaN where there is none. counted: bool, likewise; others earn none and are not compared with.
+    """
+    # ties pass, whatever their mean's rounding
+    right = (accuracy > RIGHT_OVER) & (accuracy >= accuracy.nanmean(1, keepdim=True) - 1e-6)
+    if counted is not None:
+        right &= counted
+    mean = (likelihood * right).sum(1, keepdim=True) / right.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(right & (likelihood >= mean - margin - 1e-6), accuracy, 0.0)
+
+
+def answer_tokens(ids: list[int], tokenizer) -> range | None:
+    """Which tokens of a completion hold any of its answer's text; None without exactly one answer that is not empty."""
+
+    def decoded(count: int) -> str:
+        return tokenizer.decode(ids[:count], skip_special_tokens=True)
+
+    text = decoded(len(ids))
+    if not (answer := extract_answer(text)):
+        return None
+    start, counts = (
+        text.index(answer, text.index("<answer>") + len("<answer>")),
+        range(len(ids) + 1),
+    )
+    # The fewest tokens whose text goes beyond the answer's first character, and that reach its end. A character of
+    # several tokens is U+FFFD until its last: there at the start, not yet at the end.
+    first = bisect_right(counts, start, key=lambda count: len(decoded(count))) - 1
+    last = bisect_left(
+        counts, start + len(answer), key=lambda count: len(decoded(count).rstrip("\ufffd"))
+    )
+    return range(first, last)
+
+
+def thinking_of(text: str) -> str:
+    """What stands before the answer's tag, without tags."""
+    return re.sub(r"</?\w+>", "", text.partition("<answer>")[0]).strip()
+
+
+def care_reward(completions: list, **kwargs) -> list[None]:
+    """Room for the bonus, which needs the group."""
+    return [None] * len(completions)
+
+
+class StepEnd(TrainerCallback):
+    """Calls a function of nothing every `steps` optimizer steps."""
+
+    def __init__(self, then, steps: int):
+        self.then, self.steps = then, steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.steps == 0:
+            self.then()
+
+
+class CARE(Method):
+    """The mixin. It fills its column in the gathered rewards, in every process."""
+
+    NAME, OPTIONS = "care", CAREOptions
+
+    def __init__(self, *args, care: CAREOptions, **kwargs):
+        config, functions = kwargs["args"], list(kwargs["reward_funcs"])
+        names = [function.__name__.removesuffix("_reward") for function in functions]
+        compared = care.care_accuracy or next(
+            (name for name in names if name.startswith("accuracy")), None
+        )
+        check_settings(config, care, names, compared)
+        self._care, self._accuracy_of_care, self._care_column = (
+            care,
+            names.index(compared),
+            len(functions),
+        )
+        weights = [*(config.reward_weights or [1.0] * len(functions)), care.care_bonus]
+        kwargs["args"] = with_changes(config, reward_weights=weights)
+        kwargs["reward_funcs"] = [*functions, care_reward]
+        self._slow: dict[
+            str, torch.Tensor
+        ] = {}  # float32 on the host, by name; empty until it is first needed
+        super().__init__(*args, **kwargs)
+        if self._dist.is_zero3 or self._dist.is_fsdp:
+            raise ConfigError(
+                "care: expected DDP, or ZeRO of stage 1 or 2: its slow copy is of whole weights."
+            )
+        self.add_callback(StepEnd(self._move_slow_copy, care.care_every_steps))
+
+    # The slow copy
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        named = self.accelerator.unwrap_model(self.model).named_parameters()
+        return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+    def _slow_copy(self) -> dict[str, torch.Tensor]:
+        if not self._slow:
+            self._slow = {
+                n: p.detach().to("cpu", torch.float32, copy=True)
+                for n, p in self._trained().items()
+            }
+        return self._slow
+
+    @torch.no_grad()
+    def _move_slow_copy(self) -> None:
+        slow = self._slow_copy()
+        for name, parameter in self._trained().items():
+            slow[name].lerp_(parameter.to("cpu", torch.float32), 1 - self._care.care_decay)
+
+    @contextmanager
+    def _slow_in_place(self):
+        """The slow copy's values in the policy's parameters; afterwards the policy's own, which nothing has touched."""
+        slow, trained = self._slow_copy(), self._trained()
+        own = {name: parameter.data for name, parameter in trained.items()}
+        try:
+            for name, parameter in trained.items():
+                parameter.data = slow[name].to(parameter.device, parameter.dtype)
+            yield
+        finally:
+            for name, parameter in trained.items():
+                parameter.data = own[name]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_file(self._slow_copy(), Path(output_dir) / FILE)
+        super()._save_rng_state(output_dir)
+
+    def _load_rng_state(self, checkpoint: str) -> None:
+        super()._load_rng_state(checkpoint)
+        self._slow = load_file(Path(checkpoint) / FILE)
+
+    # The bonus
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        # of all processes
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        column = self._care_column
+        unscorable = rewards.isnan().all(1)
+        rewards[:, column] = 0.0
+        if self.model.training:
+            with self._timed("care"):
+                found = self._measured(completion_ids_list).to(rewards.device)
+            found = self.accelerator.gather(found).view(-1, self.num_generations, 3)
+            accuracy = rewards[:, self._accuracy_of_care].view(found.shape[:2])
+            earned = self._earned(accuracy, found[..., 0], found[..., 1])
+            rewards[:, column] = (
+                earned.flatten()
+            )  # in place: the store of rollouts keeps this very tensor
+            shown = {
+                "bonus_rate": (earned > 0).float(),
+                **dict(zip(MEASURED, found.unbind(2), strict=True)),
+            }
+            for name, values in shown.items():
+                self._metrics["train"][f"care/{name}"].append(values.mean().item())
+        rewards[unscorable, column] = torch.nan  # else TRL would take them for a reward of 0
+        return rewards
+
+    def _earned(self, accuracy, likelihood, think_tokens) -> torch.Tensor:
+        """The column's values, float (groups, G) as the arguments, which are of all processes and alike in each.
+
+        A study's control overrides this, and gives `super()` a `likelihood` that is permuted within each group.
+        """
+        counted = think_tokens >= self._care.care_min_think_tokens
+        return care_bonus(accuracy, likelihood, margin=self._care.care_margin, counted=counted)
+
+    @torch.no_grad()
+    def _measured(self, completions: list[list[int]]) -> torch.Tensor:
+        """`MEASURED` of this process's rows, float (rows, 3)."""
+        pad, found = self._tokenizer.pad_token_id, []
+        ids, mask = left_pad(self._active, pad)
+        own = pad_sequence(
+            [torch.tensor(row) for row in completions], batch_first=True, padding_value=pad
+        )
+        own_mask = pad_sequence(
+            [torch.ones(len(row), dtype=mask.dtype) for row in completions], batch_first=True
+        )
+        ids, mask = (
+            torch.cat(pair, 1).to(self.accelerator.device)
+            for pair in ((ids, own), (mask, own_mask))
+        )
+        size = self.args.per_device_train_batch_size
+        with self._slow_in_place():
+            logps = self._get_per_token_logps_and_entropies(
+                self.model, ids, mask, own.size(1), size
+            )[0]
+        texts = self._tokenizer.batch_decode(completions, skip_special_tokens=True)
+        for row, text, row_logps in zip(completions, texts, logps.float().cpu(), strict=True):
+            span, thinking = answer_tokens(row, self._tokenizer), thinking_of(text)
+            likelihood = (
+                0.0 if span is None else row_logps[span.start : span.stop].mean().exp().item()
+            )
+            tokens = len(self._tokenizer(thinking, add_special_tokens=False)["input_ids"])
+            repeats = span is not None and words_of(thinking) == words_of(extract_answer(text))
+            found.append([min(likelihood, self._care.care_likelihood_cap), tokens, repeats])
+        return torch.tensor(found)
+
+
+MEASURED = ("likelihood", "think_tokens", "think_is_answer")
+
+
+def check_settings(config, options: CAREOptions, names: list[str], compared: str | None) -> None:
+    """Refuse what the bonus cannot be computed with."""
+    problem = None
+    if compared not in names:
+        problem = f"care_accuracy: expected one of rewards ({', '.join(names)}); got {compared!r}."
+    elif config.multi_objective_aggregation != "sum_then_normalize":
+        problem = (
+            "multi_objective_aggregation standardises each column, so that no bonus has its size."
+        )
+    elif not (
+        0 < options.care_likelihood_cap <= 1
+        and 0 <= options.care_decay <= 1
+        and options.care_margin >= 0
+    ):
+        problem = f"expected a cap in (0, 1], a decay in [0, 1] and a margin of at least 0; got {options}."
+    elif options.care_every_steps < 1 or options.care_min_think_tokens < 0:
+        problem = f"expected a step or more between moves, and no floor below 0; got {options}."
+    if problem:
+        raise ConfigError(f"care: {problem}")
