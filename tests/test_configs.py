@@ -313,6 +313,13 @@ SETTINGS |= {  # of the relatives, what their code or paper says
         "rewards": ["accuracy"], "beta": 0.1, "learning_rate": 1e-6, "max_completion_length": 256, "num_train_epochs": 1,
         "max_prompt_tokens": 8192, "min_frames": 4, "loss_type": "grpo", "scale_rewards": "group",
     },
+    "seed_bench_r1/care.yaml": {
+        "methods": ["care"], "care_bonus": 0.5, "care_margin": 0.0, "care_likelihood_cap": 0.95, "care_decay": 0.995,
+        "care_every_steps": 10, "rewards": ["accuracy", "format"], "reward_weights": [1.0, 2.0], "beta": 0.0,
+        "source": "seed_bench_r1", "top_p": 0.95, "learning_rate": 1e-6, "lr_scheduler_type": "cosine",
+        "weight_decay": 0.01, "max_grad_norm": 5.0, "max_completion_length": 768, "max_prompt_tokens": 16384,
+        "max_image_pixels": 401_408, "num_train_epochs": 1, "scale_rewards": "group",
+    },
     "primo/grpo.yaml": {
         "source": "primo_r1", "rewards": ["accuracy_absolute_range", "structured_format"], "beta": 0.04, "top_p": 0.95,
         "reward_kwargs": {"accuracy_absolute_range": {"max_range": 100},

@@ -71,6 +71,8 @@ def test_grpo(name):
     ]
     if "t_grpo" in settings.get("methods", []):
         columns += ["temporal_reward", "length_reward"]
+    if "care" in settings.get("methods", []):
+        columns += ["care_reward"]
     for rollout in rollouts:
         assert list(rollout["rewards"]) == columns
     for column in columns:  # each reward has something to say about these rows

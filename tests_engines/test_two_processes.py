@@ -64,6 +64,14 @@ SAME_BATCH = {
     "regression": (
         "two clips", 4, {"num_generations": 4, "methods": "reg_grpo", "num_iterations": 2, "max_steps": 2}
     ),
+    # a group in pieces again: likelihoods are compared over both processes, under a copy that moves at each step
+    "straddling groups, care": (
+        "two clips", 2,
+        {
+            "num_generations": 4, "methods": "care", "max_steps": 2, "care_every_steps": 1, "care_decay": 0.5,
+            "care_min_think_tokens": 1,
+        },
+    ),
 }  # fmt: skip
 # "whole groups" again, broken off by the death of one process in its second step, and resumed.
 BROKEN = ("clips", 4, {"max_steps": 2, "save_strategy": "steps", "save_steps": 1})
@@ -228,6 +236,9 @@ def test_two_processes_take_the_step_of_one(name, runs, model_paths):
     assert found == rollouts(runs[1], whole)
     if "t_grpo" in name:  # of one question as good in order, of the other worse
         assert sorted(row[3]["temporal_reward"] for row in found) == [0.0] * 6 + [1.0] * 2
+    if "care" in name:  # at neither step all that are right earn it
+        earned = [row[3] for row in found if row[3]["care_reward"]]
+        assert 0 < len(earned) < len([row for row in found if row[3]["accuracy_reward"]])
 
 
 @pytest.mark.parametrize("name", [*TWO_PROCESS_RUNS, "from nothing"])
