@@ -209,7 +209,7 @@ def test_without_weight_the_first_step_is_plain_grpos(make_trainer):
 
 
 def test_a_resumed_run_ends_like_an_unbroken_one(make_trainer, tmp_path):
-    """From amid a generation batch, with the copy of its checkpoint, which is no longer the policy that it starts with."""
+    """From amid a generation batch, with its checkpoint's copy, which is not the policy that it starts with."""
     options = CAREOptions(care_every_steps=1, care_decay=0.5, care_min_think_tokens=3)
     changes = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "num_iterations": 2}
     whole = make_trainer(options, folder="whole", **changes)
