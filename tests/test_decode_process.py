@@ -1,17 +1,21 @@
 """The process that decodes: hangs, kills, forks, threads."""
 
+import json
 import multiprocessing
 import os
 import pickle
 import signal
+import struct
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import SMALL, make_clip, numbers
 
+from veripo_trl.media import video
 from veripo_trl.media import worker as video_worker
 from veripo_trl.media.process import DecodeProcess, DecoderError
 from veripo_trl.media.video import VideoError, VideoLoader
@@ -184,3 +188,43 @@ def test_threads_share_a_loader(tmp_path):
         thread.join()
     assert [ends[path] for path in paths] == [{7}, {15}, {23}, {31}]
     loader.close()
+
+
+def test_the_limit_grows_with_the_file_and_its_pixels(tmp_path, monkeypatch):
+    path = make_clip(tmp_path / "clip.mp4")
+    limits, request = [], DecodeProcess.request
+    monkeypatch.setattr(
+        DecodeProcess, "request", lambda self, message, *, deadline: (
+            limits.append(deadline - time.monotonic()), request(self, message, deadline=deadline)
+        )[1],
+    )  # fmt: skip
+    loader = VideoLoader(SMALL, timeout_s=50.0)
+    clip = loader.load(path, row_id="q1")
+    assert 40 < limits[0] <= limits[1] + 1 < 52  # a short clip's is what is given
+    monkeypatch.setattr(video, "SLOWEST_BYTES", path.stat().st_size / 100)
+    monkeypatch.setattr(video, "SLOWEST_PIXELS", clip.total_num_frames * 56 * 56 / 1000)
+    loader.load(path, row_id="q1")
+    assert 140 < limits[2] <= 150 and 1140 < limits[3] <= 1150
+    monkeypatch.setattr(video, "MOST_S", 700.0)
+    loader.load(path, row_id="q1")
+    assert 740 < limits[5] <= 750
+    loader.close()
+
+
+def test_a_long_clip_tells_its_progress(tmp_path, monkeypatch, capsys):
+    path = str(make_clip(tmp_path / "clip.mp4"))
+    told = []
+    monkeypatch.setattr(video_worker, "PROGRESS_S", 0.0)
+    reader = video_worker.open_reader(path=path, container="mov", backend="pyav", threads=1)
+    video_worker.read_frames(reader, [0, 2, 5], height=56, width=56, send=told.append)
+    assert told == [{"path": path, "decoded": row, "of": 3} for row in range(3)]
+    here, there = os.pipe()
+    for reply in (told[1], told[2], {"ok": True}):
+        text = json.dumps(reply).encode()
+        os.write(there, struct.pack("<I", len(text)) + text)
+    process = DecodeProcess()
+    with os.fdopen(here, "rb") as stdout:
+        process._process = SimpleNamespace(stdout=stdout)
+        assert process._reply(time.monotonic() + 5) == ({"ok": True}, None)
+    os.close(there)
+    assert "clip.mp4: 1 of 3 frames\n" in capsys.readouterr().err

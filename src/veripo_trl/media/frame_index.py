@@ -21,8 +21,9 @@ Packet = namedtuple("Packet", "pts dts duration key discard")
 class FrameIndex:
     """The frames that a player shows, in display order, by the file's packets: headers are wrong in many files.
 
-    stream: index of the video stream. height, width: of upright frames. stamps: sorted time stamps of the frames, or
-    None where frames can only be counted. keys: sorted (index, time to seek to) of the key frames that a seek finds.
+    stream: index of the video stream. file_frames: how many frames it shows. height, width: of upright frames. stamps:
+    sorted time stamps of the frames, or None where frames can only be counted. keys: sorted (index, time to seek to) of
+    the key frames that a seek finds.
     simple: decord can be trusted with it. decord 0.6.0 gives other frames than it was asked for, without an error,
     where pictures after a key frame are shown before it, in fragmented mp4, where an edit list leaves frames out, and
     in containers without an index (mpeg-ts, flv); of several streams it chooses by a rule of its own; it mirrors no
@@ -59,6 +60,7 @@ class FrameIndex:
             else:
                 shown = decoded + [frame.pts for frame in frames]
         self.stamps, self.keys, self.simple = shown if trusted else None, [], False
+        self.file_frames = len(shown)
         self.height, self.width = upright(first).shape[:2]
         self._set_times(shown, packets, time_base, header_fps)
         if trusted and container in ("mov", "matroska"):

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from veripo_trl.errors import VeripoError
+from veripo_trl.files.tables import printable
 
 MAX_REPLY_HEADER_BYTES = 1 << 20
 # Starting imports the decoders, which on a cold network disk is slower than any clip.
@@ -103,6 +104,9 @@ class DecodeProcess:
         if length > MAX_REPLY_HEADER_BYTES:
             raise EOFError("unreadable reply")
         reply = json.loads(bytes(self._read(bytearray(length), deadline)))
+        if "decoded" in reply:
+            print(f"{printable(reply['path'])}: {reply['decoded']} of {reply['of']} frames", file=sys.stderr, flush=True)
+            return self._reply(deadline)
         if "shape" not in reply:
             return reply, None
         frames = np.empty(reply["shape"], dtype=np.uint8)

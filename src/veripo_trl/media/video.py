@@ -18,6 +18,9 @@ from veripo_trl.media.frame_cache import FrameCache, cache_key
 from veripo_trl.media.process import DecodeProcess, WorkerHung, WorkerLost
 from veripo_trl.media.sampling import VideoSettings, plan_frames
 
+# What is decoded at this rate or faster is never cut off by a limit that suits short clips.
+SLOWEST_BYTES, SLOWEST_PIXELS = 20e6, 100e6  # a second
+MOST_S = 7200.0
 DECODING = 3  # part of the frame cache's keys: raised when other frames are read from a file than before
 
 
@@ -51,7 +54,8 @@ class Clip:
 class VideoLoader:
     """Loads clips in a decoding process of its own, with an optional cache on disk.
 
-    timeout_s bounds the decoding of one clip. backend "decord" falls back to PyAV for what decord cannot read, "pyav"
+    timeout_s bounds the decoding of one clip, with a second more for each SLOWEST_BYTES of its file and SLOWEST_PIXELS of
+    its frames, up to MOST_S in all. backend "decord" falls back to PyAV for what decord cannot read, "pyav"
     uses PyAV alone. decode_threads: threads of the decoder, 0 for its own choice. `decoded` and `cache_hits` count
     clips. Can be pickled and forked: each process starts its own decoder on its first miss.
     """
@@ -70,6 +74,7 @@ class VideoLoader:
         if self.cache_dir is not None:
             self.cache = FrameCache(self.cache_dir, max_bytes=self.cache_max_bytes)
         self._process, self.decoded, self.cache_hits = DecodeProcess(), 0, 0
+        self._limit_s = self.timeout_s  # of the clip that is being decoded
 
     def close(self):
         """Stop the decoding process (the next miss starts another)."""
@@ -111,7 +116,7 @@ class VideoLoader:
             except WorkerLost as error:
                 if last or isinstance(error, WorkerHung):
                     raise BadFile(
-                        f"the decoding process {error}{', twice' * last} (limit {self.timeout_s:g} s): the file is "
+                        f"the decoding process {error}{', twice' * last} (limit {self._limit_s:.0f} s): the file is "
                         "damaged, or needs a higher timeout_s or more memory; leave the row out if it happens again"
                     ) from None
 
@@ -120,14 +125,17 @@ class VideoLoader:
         backends = ("decord", "pyav") if self.backend == "decord" else ("pyav",)
         errors = []
         self._process.start()
-        deadline = time.monotonic() + self.timeout_s
+        started, to_read = time.monotonic(), os.stat(path).st_size / SLOWEST_BYTES
+        self._limit_s = self.timeout_s + min(to_read, MOST_S)
         for backend in backends:
-            reply, _ = self._process.request({**probe, "backend": backend}, deadline=deadline)
+            reply, _ = self._process.request({**probe, "backend": backend}, deadline=started + self._limit_s)
             if reply["ok"]:
                 source = reply
                 indices, height, width = plan_frames(source, self.settings)
+                to_decode = source["file_frames"] * source["height"] * source["width"] / SLOWEST_PIXELS
+                self._limit_s = self.timeout_s + min(to_read + to_decode, MOST_S)
                 decode = {"op": "decode", "indices": indices, "height": height, "width": width}
-                reply, frames = self._process.request(decode, deadline=deadline)
+                reply, frames = self._process.request(decode, deadline=started + self._limit_s)
                 if reply["ok"]:
                     return Clip(frames, source["fps"], source["total_num_frames"], indices, source["backend"])
             errors.append(f"{reply['backend']}: {reply['error']}")

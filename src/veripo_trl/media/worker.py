@@ -7,8 +7,10 @@ would cost seconds per start.
 Protocol, over stdin and stdout: a request is one line of JSON. A reply is a 4-byte little-endian length, that many
 bytes of JSON, and after a successful "decode" the raw uint8 frames. Requests:
   {"op": "probe", "path", "container", "backend", "threads", "timeout_s"}
-      -> {"ok": true, "backend", "total_num_frames", "fps", "height", "width"} and keeps the file open
+      -> {"ok": true, "backend", "total_num_frames", "file_frames", "fps", "height", "width"} and keeps the
+      file open
   {"op": "decode", "indices", "height", "width", "timeout_s"} -> {"ok": true, "shape": [T, H, W, 3]} and frames
+      before it, once in PROGRESS_S: {"path", "decoded": frames so far, "of": frames to decode}
   a file that cannot be read -> {"ok": false, "backend", "error"}
 """
 
@@ -18,10 +20,15 @@ import os
 import signal
 import struct
 import sys
+import time
 
 import numpy as np
 
 from veripo_trl.media.frame_index import FrameIndex, Unreadable, decode, open_container, upright
+
+
+FOUND = ("total_num_frames", "file_frames", "fps", "height", "width")
+PROGRESS_S = 60.0
 
 
 class DecordReader:
@@ -103,14 +110,19 @@ def open_reader(*, path, container, backend, threads):
     return PyavReader(index)
 
 
-def read_frames(reader, indices, *, height, width) -> np.ndarray:
-    """Frames at `indices` of the clip (sorted), resized where needed: uint8 (T, height, width, 3)."""
+def read_frames(reader, indices, *, height, width, send=None) -> np.ndarray:
+    """Frames at `indices` of the clip (sorted), resized where needed: uint8 (T, height, width, 3). `send` is told of a
+    long clip's progress."""
     from PIL import Image
 
     indices = reader.index.file_indices(indices)
     unique = sorted(set(indices))
     frames = np.empty((len(unique), height, width, 3), dtype=np.uint8)
+    told = time.monotonic()
     for row, frame in enumerate(reader.frames(unique)):
+        if send and time.monotonic() - told > PROGRESS_S:
+            send({"path": reader.index.path, "decoded": row, "of": len(unique)})
+            told = time.monotonic()
         if frame.shape[:2] != (height, width):  # Pillow's bicubic is antialiased, and one resize serves both decoders
             frame = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
         frames[row] = frame
@@ -119,11 +131,12 @@ def read_frames(reader, indices, *, height, width) -> np.ndarray:
     return frames[np.searchsorted(unique, indices)]
 
 
-def answer(request, reader):
+def answer(request, reader, send):
     """Returns (reply, frames or None, reader kept open for the next request)."""
     if request["op"] == "decode":
         try:
-            frames = read_frames(reader, request["indices"], height=request["height"], width=request["width"])
+            size = {"height": request["height"], "width": request["width"]}
+            frames = read_frames(reader, request["indices"], **size, send=send)
         except (Unreadable, MemoryError) as error:
             return ({"ok": False, "backend": reader.backend, "error": str(error) or "out of memory"}, None, None)
         return {"ok": True, "shape": frames.shape}, frames, None
@@ -131,7 +144,7 @@ def answer(request, reader):
         reader = open_reader(**{name: request[name] for name in ("path", "container", "backend", "threads")})
     except (Unreadable, MemoryError) as error:
         return ({"ok": False, "backend": "pyav", "error": str(error) or "out of memory"}, None, None)
-    found = {name: getattr(reader.index, name) for name in ("total_num_frames", "fps", "height", "width")}
+    found = {name: getattr(reader.index, name) for name in FOUND}
     return {"ok": True, "backend": reader.backend, **found}, None, reader
 
 
@@ -158,7 +171,7 @@ def main():
         request = json.loads(line)
         # The parent kills at the deadline; should the parent be gone, this ends a hang (SIGALRM's default).
         signal.setitimer(signal.ITIMER_REAL, request["timeout_s"] + 5)
-        reply, frames, reader = answer(request, reader)
+        reply, frames, reader = answer(request, reader, send)
         send(reply, frames)
         signal.setitimer(signal.ITIMER_REAL, 0)
 

@@ -53,7 +53,9 @@ class DataArguments:
     max_prompt_tokens: int | None = option("A longer prompt, vision tokens included, is refused.")
     video_backend: str = option("decord (PyAV where decord cannot), or pyav alone.", "decord")
     decode_threads: int = option("Threads of a video's decoder; 0 for its own choice.", 0)
-    decode_timeout_s: float = option("Of one video's decoding; raise it for videos of hours.", 60.0)
+    decode_timeout_s: float = option(
+        "Of one video's decoding; a large file and many pixels have more: 1 s per 20 MB and per 100 million.", 60.0
+    )
     frame_cache: str | None = option("Folder for sampled frames, on a fast disk; none by default.")
     frame_cache_gb: float = option("Largest size of that folder.", 20.0)
     train_vision_tower: bool = option("Train the vision tower too.", False)
