@@ -124,6 +124,7 @@ def sampled(monkeypatch):
         return sample(model, prompts, **kwargs)
 
     monkeypatch.setattr(grpo, "sample_completions", recording)
+    monkeypatch.setattr(grpo, "drop_pixels", lambda *args: None)  # they are looked at afterwards
     return chunks
 
 

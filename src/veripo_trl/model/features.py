@@ -1,7 +1,9 @@
 """Vision features of prompts, computed once by a frozen tower and cached with the prompt."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from types import SimpleNamespace
 from weakref import WeakKeyDictionary, ref
 
@@ -9,6 +11,7 @@ import numpy as np
 import torch
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+PATCHES_AT_ONCE = 65_536  # of the tower, in one call: 16,384 tokens, some 1.3 GB on the device
 # Per frozen tower: another one, both towers' versions at the time, and whether their weights were equal.
 _COMPARED: WeakKeyDictionary = WeakKeyDictionary()
 
@@ -102,7 +105,7 @@ def media_inputs(prompts: list, device) -> dict[str, torch.Tensor]:
     """The vision tensors of a batch, in row order, moved to `device`."""
     inputs = {}
     for kind, pixels in PIXELS.items():
-        if given := [prompt for prompt in prompts if getattr(prompt, pixels) is not None]:
+        if given := [prompt for prompt in prompts if getattr(prompt, f"{kind}_grid_thw") is not None]:
             grid = np.concatenate([getattr(prompt, f"{kind}_grid_thw") for prompt in given])
             values = torch.cat([getattr(prompt, pixels) for prompt in given])
             inputs[pixels] = values.to(device, non_blocking=True)
@@ -112,26 +115,81 @@ def media_inputs(prompts: list, device) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def compute(model, prompts: list, device) -> None:
-    """Run the tower on the media of `prompts`, all of a kind at once, and give each prompt its own features."""
+    """Run the tower on the media of `prompts`, and give each prompt its own features."""
     tower = model.model.visual
     version = tower_version(tower)
     for prompt in prompts:
         prompt.features = WeakKeyDictionary() if prompt.features is None else prompt.features
         prompt.features[tower] = CachedFeatures(version, {}, {})
-    inputs = media_inputs(prompts, device)
     for kind, pixels in PIXELS.items():
-        if pixels not in inputs:
+        given = [prompt for prompt in prompts if getattr(prompt, f"{kind}_grid_thw") is not None]
+        if not given:
             continue
-        features = model.get_image_features if kind == "image" else model.get_video_features
+        if gone := [prompt.question_id for prompt in given if getattr(prompt, pixels) is None]:
+            raise RuntimeError(f"Rows {gone}: their features are of other weights, and their pixels are gone.")
+        grids = [getattr(prompt, f"{kind}_grid_thw") for prompt in given]
+        # views, one per image or video
+        values = [getattr(p, pixels).split(g.prod(1).tolist()) for p, g in zip(given, grids, strict=True)]
+        found, *levels = run_tower(model, kind, list(chain(*values)), np.concatenate(grids), device)
+        for prompt, grid in zip(given, grids, strict=True):
+            cached = prompt.features[tower]
+            cached.items[kind] = [next(found) for _ in grid]
+            if levels:
+                cached.levels[kind] = [[next(level) for _ in grid] for level in levels]
+
+
+@torch.no_grad()
+def run_tower(model, kind: str, pixels: list[torch.Tensor], grid: np.ndarray, device) -> list[Iterator[torch.Tensor]]:
+    """A tower's features of images or videos, on the host, by calls of at most PATCHES_AT_ONCE patches each.
+
+    The tower's attention stays within a temporal step, so a longer video is cut between two of them, which changes
+    nothing but, at most, rounding. What is not being encoded stays on the host.
+
+    Args:
+        pixels: (patches, patch size) per item. grid: int64 array (items, 3).
+
+    Returns:
+        (tokens, size) of each item, and for Qwen3-VL the same for each of the depths whose features it feeds in.
+    """
+    features = model.get_image_features if kind == "image" else model.get_video_features
+    found: list[list[list[torch.Tensor]]] = []
+    for call in cut_along_time(grid, PATCHES_AT_ONCE):
+        parts, sizes = [], []
+        for item, first, steps in call:
+            _, height, width = grid[item]
+            parts.append(pixels[item][first * height * width : (first + steps) * height * width])
+            sizes.append([steps, height, width])
         # In the tower's own dtype, whoever asks first: a rollout runs without the autocast of the update.
         with torch.autocast(torch.device(device).type, enabled=False):
-            output = features(inputs[pixels], inputs[f"{kind}_grid_thw"])
-        items = iter(output.pooler_output)
-        levels = [iter(level) for level in output.get("deepstack_features") or []]
-        for prompt in prompts:
-            if (grid := getattr(prompt, f"{kind}_grid_thw")) is None:
-                continue
-            cached = prompt.features[tower]
-            cached.items[kind] = [next(items).cpu() for _ in grid]
-            if levels:
-                cached.levels[kind] = [[next(level).cpu() for _ in grid] for level in levels]
+            output = features(torch.cat(parts).to(device, non_blocking=True), torch.tensor(np.array(sizes)).to(device))
+        outputs = [output.pooler_output, *(output.get("deepstack_features") or [])]
+        found = found or [[[] for _ in grid] for _ in outputs]
+        for own, level in zip(found, outputs, strict=True):
+            for (item, *_), tokens in zip(call, level, strict=True):
+                own[item].append(tokens.cpu())
+    return [iter([parts[0] if len(parts) == 1 else torch.cat(parts) for parts in own]) for own in found]
+
+
+def cut_along_time(grid: np.ndarray, most: int) -> list[list[tuple[int, int, int]]]:
+    """Calls of a tower, each of at most `most` patches or of one step: (item's index, its first step, steps), in order.
+
+    An item that fits in a call is not cut.
+    """
+    calls, room = [], 0
+    for item, (steps, height, width) in enumerate(grid.tolist()):
+        at_once = max(1, most // (height * width))
+        for first in range(0, steps, at_once):
+            own = min(at_once, steps - first)
+            if own * height * width > room:
+                calls.append([])
+                room = most
+            calls[-1].append((item, first, own))
+            room -= own * height * width
+    return calls
+
+
+def drop_pixels(prompts: list, towers: list) -> None:
+    """Let go of the pixels, in host memory, of prompts whose features all of these frozen towers can take."""
+    for prompt in prompts:
+        if all(tower_is_frozen(tower) and find(prompt, tower) is not None for tower in towers):
+            prompt.pixel_values = prompt.pixel_values_videos = None

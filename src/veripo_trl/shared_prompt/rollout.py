@@ -1,13 +1,16 @@
 """Sample completions with transformers, each distinct prompt computed once."""
 
+import copy
 from itertools import groupby
 
 import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from veripo_trl.model.encoding import EncodedPrompt
-from veripo_trl.model.inputs import model_inputs
+from veripo_trl.model.inputs import model_inputs, pad_positions
 
 
 def left_pad(prompts: list[EncodedPrompt], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,8 +82,40 @@ def grown(tensor: torch.Tensor, length: int) -> torch.Tensor:
     return room
 
 
+MOST_MASKED = 2**28  # queries × keys that padded prompts may be masked by: 0.3 GB as booleans, more as they are added
+
+
+def prefill(model, base, prompts: list[EncodedPrompt], *, pad_token_id: int, config) -> Cache:
+    """Keys and values of prompts, padded on the left, without their last token, which `generate` computes itself, since
+    it needs its logits: (prompts, heads, longest - 1, size) in each layer.
+
+    Long prompts of unequal lengths go one by one: together they would need a mask of (prompts, 1, L, L).
+    """
+    device = next(model.parameters()).device
+    input_ids, attention_mask = (tensor.to(device) for tensor in left_pad(prompts, pad_token_id))
+    if input_ids.numel() * input_ids.size(1) > MOST_MASKED and not attention_mask.all():
+        one_by_one = [prefill(model, base, [prompt], pad_token_id=pad_token_id, config=config) for prompt in prompts]
+        for number, layer in enumerate(one_by_one[0].layers):
+            for name in ("keys", "values"):
+                own = [getattr(cache.layers[number], name) for cache in one_by_one]
+                width = input_ids.size(1) - 1
+                setattr(layer, name, torch.cat([F.pad(part, (0, 0, width - part.size(2), 0)) for part in own]))
+        return one_by_one[0]
+    inputs = model_inputs(prompts, input_ids, completion_width=0, config=config, frozen_model=base)
+    return model(
+        input_ids=input_ids[:, :-1],
+        attention_mask=attention_mask[:, :-1],
+        position_ids=inputs.pop("position_ids")[:, :, :-1],
+        use_cache=True,
+        logits_to_keep=1,
+        **inputs,
+    ).past_key_values
+
+
 @torch.no_grad()
-def sample_completions(model, prompts: list[EncodedPrompt], *, pad_token_id: int, config, **options) -> torch.Tensor:
+def sample_completions(
+    model, prompts: list[EncodedPrompt], *, pad_token_id: int, config, rows_at_once: int | None = None, **options
+) -> torch.Tensor:
     """Sample one completion per entry of `prompts`.
 
     Neighbours that are the same object (a group) share one pass over their prompt: its keys and values are computed
@@ -89,6 +124,8 @@ def sample_completions(model, prompts: list[EncodedPrompt], *, pad_token_id: int
     Args:
         model: the unwrapped policy. options: for `model.generate` (`generation_config` or its fields). Of the policy's
             own generation_config.json only the end tokens count.
+        rows_at_once: completions that are decoded together, each with a copy of its prompt's keys and values; default:
+            all. The prompts are computed once all the same.
 
     Returns:
         int64 (len(prompts), new tokens), padded on the right with `pad_token_id`.
@@ -97,39 +134,41 @@ def sample_completions(model, prompts: list[EncodedPrompt], *, pad_token_id: int
     device = next(model.parameters()).device
     input_ids, attention_mask = (tensor.to(device) for tensor in left_pad(unique, pad_token_id))  # (U, P) each
     base = model.get_base_model() if hasattr(model, "peft_config") else model
-    inputs = model_inputs(unique, input_ids, completion_width=0, config=config, frozen_model=base)
-    positions = inputs.pop("position_ids")  # (3, U, P)
-    # Prefill: keys and values (U, heads, P - 1, size) per layer. `generate` computes the last token of the prompt itself,
-    # since it needs its logits.
-    cache = model(
-        input_ids=input_ids[:, :-1],
-        attention_mask=attention_mask[:, :-1],
-        position_ids=positions[:, :, :-1],
-        use_cache=True,
-        logits_to_keep=1,
-        **inputs,
-    ).past_key_values
-    rows = torch.tensor(index, device=device)
-    for number, layer in enumerate(cache.layers):  # repeated per row: (R, heads, P - 1, size)
+    positions = pad_positions(unique, prompt_width=input_ids.size(1), completion_width=0).to(device)  # (3, U, P)
+    whole = prefill(model, base, unique, pad_token_id=pad_token_id, config=config)
+    pieces = torch.tensor(index, device=device).split(rows_at_once or len(prompts))
+    # What `options` leave open, `generate` would take from the policy's own generation_config.json: another cache, beams.
+    own, outputs = base.generation_config, []
+    base.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
+    try:
+        for number, rows in enumerate(pieces):
+            output = model.generate(
+                input_ids=input_ids[rows],
+                attention_mask=attention_mask[rows],
+                position_ids=positions[:, rows],
+                past_key_values=repeated(whole, rows, keep=number < len(pieces) - 1),
+                pad_token_id=pad_token_id,
+                **options,
+            )
+            outputs += output[:, input_ids.size(1) :]
+    finally:
+        base.generation_config = own
+    return pad_sequence(outputs, batch_first=True, padding_value=pad_token_id)
+
+
+def repeated(whole: Cache, rows: torch.Tensor, *, keep: bool) -> Cache:
+    """A cache of the given rows of `whole`, (rows, heads, tokens, size) in each layer. Unless `whole` is kept, a layer of
+    it is freed as soon as it is copied."""
+    cache = copy.copy(whole)
+    if keep:
+        cache.layers = list(whole.layers)
+    for number, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[number] = RoomyLayer(layer, rows)
         else:
-            layer.batch_select_indices(rows)
-    # What `options` leave open, `generate` would take from the policy's own generation_config.json: another cache, beams.
-    own = base.generation_config
-    base.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
-    try:
-        output = model.generate(
-            input_ids=input_ids[rows],
-            attention_mask=attention_mask[rows],
-            position_ids=positions[:, rows],
-            past_key_values=cache,
-            pad_token_id=pad_token_id,
-            **options,
-        )
-    finally:
-        base.generation_config = own
-    return output[:, input_ids.size(1) :]
+            cache.layers[number] = copy.copy(layer)
+            cache.layers[number].batch_select_indices(rows)
+    return cache
 
 
 def cut_at_end(tokens: torch.Tensor, end_ids: list[int]) -> list[list[int]]:

@@ -201,9 +201,15 @@ def prefix_can_be_shared(model, unwrapped, prompt: EncodedPrompt, *, pad_token_i
     mask = torch.ones_like(ids)
     mask[1, SHORT // 2 :] = 0
 
-    def log_probs(score, **options):
-        output = score(model, unwrapped, [prompt] * 2, ids, mask, pad_token_id=pad_token_id, **options)
-        return output.log_probs[mask.bool()].float()
+    def log_probs(**options):
+        # Row by row: padded rows would get a mask of (rows, 1, L, L), 100 GB behind an hour of video.
+        found = []
+        for own in (ids[:1], ids[:1, : SHORT // 2]):
+            output = score_rows(
+                model, unwrapped, [prompt], own, torch.ones_like(own), pad_token_id=pad_token_id, **options
+            )
+            found.append(output.log_probs[0])
+        return torch.cat(found).float()
 
     training = model.training
     model.eval()  # dropout would change log-probabilities by itself
@@ -211,9 +217,10 @@ def prefix_can_be_shared(model, unwrapped, prompt: EncodedPrompt, *, pad_token_i
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else unwrapped.dtype
         kernel, obstacle = try_kernel(config.get_text_config(), dtype, device)
-        rows = log_probs(score_rows)
-        difference = (log_probs(score_completions) - rows).abs()
-        noise = torch.stack([(log_probs(score_rows, shift=shift) - rows).abs().mean() for shift in (17, 1001)]).mean()
+        rows = log_probs()
+        packed = score_completions(model, unwrapped, [prompt] * 2, ids, mask, pad_token_id=pad_token_id)
+        difference = (packed.log_probs[mask.bool()].float() - rows).abs()
+        noise = torch.stack([(log_probs(shift=shift) - rows).abs().mean() for shift in (17, 1001)]).mean()
     model.train(training)
     found = torch.stack([difference.max(), difference.mean(), noise, noise.new_tensor(kernel)])
     found = accelerator.gather(found[None])  # a NaN anywhere stays one

@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder
 from veripo_trl.model.inputs import check_vision_tokens
+from veripo_trl.model.pieces import mlp_in_pieces
 from veripo_trl.model.policy import copy_adapter_to_reference
 from veripo_trl.options import option
 from veripo_trl.shared_prompt.scoring import prefix_can_be_shared, score_completions
@@ -64,6 +65,8 @@ class VideoMixin(CheckpointMixin):
             copy_adapter_to_reference(self.model)
         if self.ref_model is not None:
             self.ref_model.requires_grad_(False)  # its vision tower is frozen: it takes the policy's features
+            mlp_in_pieces(self._unwrapped(self.ref_model))
+        mlp_in_pieces(self._unwrapped(self.model))
 
     # The first batch
 
@@ -81,7 +84,10 @@ class VideoMixin(CheckpointMixin):
         """Show what the first rows became, and stop where the order of frames changes nothing. Entered by all."""
         if self.accelerator.is_main_process:
             show_resolved_media(self.encoder, self.train_dataset)
-        check_frames_matter(self.model_wrapped, self.encoder, self.train_dataset, accelerator=self.accelerator)
+        unwrapped = self._unwrapped(self.model)
+        check_frames_matter(
+            self.model_wrapped, unwrapped, self.encoder, self.train_dataset, accelerator=self.accelerator
+        )
 
     def _decide_sharing(self, model, prompt: EncodedPrompt) -> None:
         """Before the first scoring: does a prompt computed once give what plain rows give? Entered by every process."""

@@ -30,7 +30,9 @@ from trl.trainer import grpo_trainer
 from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.errors import VeripoError, settings_checked
 from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder, encode_unique, vision_token_ids
+from veripo_trl.model.features import drop_pixels
 from veripo_trl.model.inputs import vision_inputs
+from veripo_trl.model.pieces import layer_inputs_on_host
 from veripo_trl.options import option
 from veripo_trl.shared_prompt.rollout import cut_at_end, sample_completions, whole_groups
 from veripo_trl.trainers.base import VideoConfig, VideoMixin
@@ -61,8 +63,11 @@ class VideoGRPOConfig(VideoConfig, GRPOConfig):
     beta: float = option("KL coefficient; 0 needs no reference model.", 0.0)
     disable_dropout: bool = option("A LoRA's dropout scores other policies than sampled.", True)
     rollout_batch_size: int | None = option(
-        "Completions generated at once per process. Default: whole groups, at most per_device_train_batch_size or one "
-        "group. A group cut in pieces computes its prompt for each piece."
+        "Completions that transformers decodes at once per process, each with a copy of its prompt's keys and values. "
+        "Default: whole groups, at most per_device_train_batch_size or one group."
+    )
+    activation_offloading: bool = option(
+        "Layer inputs wait for the backward pass in host memory: for long videos, with gradient checkpointing.", False
     )
     max_vllm_logp_gap: float | None = option(
         "Largest difference between the log-probabilities of vLLM and of the trainer, as the mean per token of a "
@@ -276,16 +281,14 @@ class VideoGRPOTrainer(VideoMixin, GRPOTrainer):
                     chunk,
                     pad_token_id=self._tokenizer.pad_token_id,
                     config=self.encoder.config,
+                    rows_at_once=self.args.rollout_batch_size,
                     generation_config=self.generation_config,
                 )
                 completions += cut_at_end(tokens.cpu(), self.eos_token_ids)
         return completions
 
     def _rollout_chunks(self) -> list[list[EncodedPrompt]]:
-        size = self.args.rollout_batch_size
-        if size is None:
-            return whole_groups(self._active, self.args.per_device_train_batch_size)
-        return [self._active[start : start + size] for start in range(0, len(self._active), size)]
+        return whole_groups(self._active, self.args.rollout_batch_size or self.args.per_device_train_batch_size)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         with self._timed("score"):
@@ -331,7 +334,12 @@ class VideoGRPOTrainer(VideoMixin, GRPOTrainer):
                 f"encoded prompts cached for {mode} from batch {generation}."
             )
         self._active = [prompts[index] for index in inputs["row_index"].tolist()]
-        return super()._compute_loss(model, inputs)
+        hidden_size = self.encoder.config.get_text_config().hidden_size
+        with layer_inputs_on_host(hidden_size) if self.args.activation_offloading else nullcontext():
+            loss = super()._compute_loss(model, inputs)
+        models = [model for model in (self.model, self.ref_model) if model is not None]
+        drop_pixels(prompts, [self._unwrapped(model).model.visual for model in models])
+        return loss
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs

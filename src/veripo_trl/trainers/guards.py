@@ -20,7 +20,7 @@ class FramesIgnoredError(VeripoError):
     """The model's log-probabilities do not depend on the order of the frames."""
 
 
-def prompt_log_probs(model, prompt: EncodedPrompt, *, config, device) -> torch.Tensor:
+def prompt_log_probs(model, unwrapped, prompt: EncodedPrompt, *, config, device) -> torch.Tensor:
     """Log-probabilities of a prompt's text after its last vision token, shape (tokens,), without gradient.
 
     `model` must carry TRL's fused head (`add_fused_lm_head`), as every TRL trainer's model does.
@@ -36,7 +36,7 @@ def prompt_log_probs(model, prompt: EncodedPrompt, *, config, device) -> torch.T
             attention_mask=torch.ones_like(input_ids),
             labels=labels,
             fused_lm_head=True,
-            **model_inputs([prompt], input_ids, completion_width=0, config=config),
+            **model_inputs([prompt], input_ids, completion_width=0, config=config, frozen_model=unwrapped),
         )
     return output.log_probs[0, last:]
 
@@ -49,14 +49,14 @@ def show_resolved_media(encoder: PromptEncoder, dataset) -> None:
         print(f"row {printable(prompt.question_id)}: {media}; prompt of {len(prompt)} tokens", flush=True)
 
 
-def check_frames_matter(model, encoder: PromptEncoder, dataset, *, accelerator) -> None:
+def check_frames_matter(model, unwrapped, encoder: PromptEncoder, dataset, *, accelerator) -> None:
     """Raise unless shuffling the frames of a video changes the model's log-probabilities.
 
     Takes the first row, among the first 64, whose encoded frames differ after shuffling. Every process runs the same
     forward passes; the main one decides.
 
     Args:
-        model: the wrapped model, with TRL's fused head.
+        model: the wrapped model, with TRL's fused head. unwrapped: the same without wrappers and without PEFT's.
 
     Raises:
         FramesIgnoredError: with the row's id.
@@ -78,8 +78,9 @@ def check_frames_matter(model, encoder: PromptEncoder, dataset, *, accelerator) 
     training = model.training
     model.eval()  # dropout would change log-probabilities by itself
     with accelerator.autocast():
-        before = prompt_log_probs(model, recorded, config=encoder.config, device=accelerator.device)
-        after = prompt_log_probs(model, shuffled, config=encoder.config, device=accelerator.device)
+        options = {"config": encoder.config, "device": accelerator.device}
+        before = prompt_log_probs(model, unwrapped, recorded, **options)
+        after = prompt_log_probs(model, unwrapped, shuffled, **options)
     model.train(training)
     decision = broadcast_object_list([bool((before - after).abs().max() > 0)])
     if not decision[0]:
