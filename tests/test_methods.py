@@ -1,17 +1,21 @@
 """How recipes take methods: which mixins and options there are is read before everything else."""
 
 import importlib.util
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
+import yaml
 
+from veripo_trl.answers.rewards import REWARDS
 from veripo_trl.errors import ConfigError
 from veripo_trl.loop.check import check_settings
 from veripo_trl.loop.plan import LoopError
 from veripo_trl.methods import METHODS, Method, load_methods, with_methods
 from veripo_trl.options import option
 from veripo_trl.recipe.arguments import parse
+from veripo_trl.trainers.grpo import VideoGRPOConfig
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 ARGV = ["--model_name_or_path", "none", "--output_dir", "outputs/none", "--bf16", "false", "--use_cpu", "true"]
@@ -119,3 +123,52 @@ def test_a_loop_knows_the_options_of_a_stages_methods():
     check_settings([stage | {"settings": {"methods": ["test_methods:Own"], "own_size": 1}}])
     with pytest.raises(LoopError, match="knows no own_size"):
         check_settings([stage | {"settings": {"own_size": 1}}])
+
+
+class Accepted(Exception):
+    pass
+
+
+class Accepting:
+    """A trainer that is reached only by what its method did not refuse."""
+
+    def __init__(self, *args, **kwargs):
+        raise Accepted
+
+
+def is_refused(method: str, given: dict) -> bool:
+    """Whether a method refuses settings, other methods among them."""
+    settings = {
+        "num_generations": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_iterations": 2,
+        "loss_type": "grpo", "output_dir": "outputs/none", "bf16": False, "use_cpu": True, **given,
+    }  # fmt: skip
+    try:
+        (*_, mixin) = load_methods([*settings.pop("methods", []), method])
+        trainer = type("Trainer", (mixin, Accepting), {})
+        given = {"args": VideoGRPOConfig(**settings), "reward_funcs": [REWARDS["accuracy"]], "train_dataset": None}
+        trainer(**given, **{method: mixin.OPTIONS()})
+    except ConfigError:
+        return True
+    except Accepted:
+        return False
+
+
+def test_the_page_says_what_is_refused():
+    """Every cell of its table whose setting is written as YAML; methods without a column refuse nothing of it."""
+    page = (RECIPES.parent / "docs" / "methods.md").read_text(encoding="utf-8")
+    head, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")
+    ]
+    columns = re.findall(r"`(\w+)`", " ".join(head))
+    others = [name for name in METHODS if name not in columns and not is_refused(name, {})]
+    checked = 0
+    for setting, *cells in rows:
+        if not (given := re.match(r"`(\{.*\}|\w+: .*?)`", setting)):
+            continue
+        said = {**dict(zip(columns, cells, strict=True)), **dict.fromkeys(others, "yes")}
+        for method, cell in said.items():
+            if cell != "–":
+                refused = is_refused(method, yaml.safe_load(given[1]))
+                assert cell.partition(":")[0] == ("no" if refused else "yes"), (setting, method)
+                checked += 1
+    assert checked >= 50
