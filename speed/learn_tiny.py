@@ -14,6 +14,7 @@ A finished run under the output folder is not repeated.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,8 @@ RECIPES = ROOT / "recipes"
 
 def run(command: list[str]) -> None:
     print("$", " ".join(command), flush=True)
-    subprocess.run(command, check=True)
+    path = filter(None, [str(ROOT / "evaluation" / "studies"), os.environ.get("PYTHONPATH")])  # for controls.py
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(path)})
 
 
 def grpo(command: list[str], folder: Path, *, start: Path, seed: int) -> dict:
@@ -80,7 +82,7 @@ def main() -> None:
         start = [sys.executable, str(RECIPES / "grpo_video.py")]
         again = grpo(start, folder / "grpo_alone", start=folder / "loop" / "search-1", seed=seed)
         table.append(table_row(seed, "GRPO alone, as many steps", again))
-        start = [sys.executable, str(ROOT / "evaluation" / "studies" / "shuffled_rewards.py")]
+        start += ["--methods", "controls:ShuffledRewards"]
         shuffled = grpo(start, folder / "shuffled", start=folder / "loop" / "cold-start", seed=seed)
         table.append(table_row(seed, "GRPO, shuffled rewards", shuffled))
         tables.print_table("Tiny world, held-out questions (consistency judged by the world's own templates)", table)

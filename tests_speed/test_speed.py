@@ -38,6 +38,11 @@ SMALL = {
         ["--cases", "grpo:128:8:2", "--repeats", "1", "--threads", "1"],
         {"cases": {"part", "P", "C", "G", "limit", "everything", "features given"}},
     ),
+    "bench_methods": (
+        ["--steps", "2", "--sizes", "104:4:2", "--threads", "1",
+         "--only", "T-GRPO", "TW-GRPO", "GRPO, twice", "Reg-GRPO, twice"],
+        {"table": {"step", "seconds", "over GRPO", "memory, MB", "first gradient differs"}},
+    ),
     "bench_verifier": (["--only", "rules", "--rollouts", "200", "--repeats", "1"], {}),
     "bench_evaluation": (["--world", "{tmp}/world", "--questions", "6", "--batch_size", "3", "--num_workers", "1"], {}),
 }

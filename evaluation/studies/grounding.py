@@ -12,6 +12,7 @@ best mean tIoU on the training rows. A finished run under the output folder is n
 import argparse
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,9 @@ def stage(script: str, folder: Path, *options: str) -> dict:
     if not (folder / RESULTS).exists():
         command = [sys.executable, str(ROOT / script), "--output_dir", str(folder), *options]
         print("$", " ".join(command), flush=True)
-        subprocess.run(command, check=True)
+        path = filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}  # for controls.py
+        subprocess.run(command, check=True, env=environment)
     return json.loads((folder / RESULTS).read_text(encoding="utf-8"))
 
 
@@ -102,7 +105,8 @@ def main(argv: list[str] | None = None) -> None:
         options = ["--config", "grounding/tiny.yaml", "--model_name_or_path", str(start), *seeded]
         grpo = stage("recipes/grpo_video.py", folder / "grpo", *options)
         options += ["--report_before", "false"]
-        control = stage("evaluation/studies/shuffled_rewards.py", folder / "shuffled", *options)
+        dealt_out = ["--methods", "controls:ShuffledRewards"]
+        control = stage("recipes/grpo_video.py", folder / "shuffled", *options, *dealt_out)
         options += ["--rewards", "format", "--reward_weights", "2"]
         form = stage("recipes/grpo_video.py", folder / "format", *options)
         table.append(table_row(seed, "cold start", grpo["before"]))
