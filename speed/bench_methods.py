@@ -10,7 +10,8 @@ turns, so that all see the same noise; medians, without the first step, which ch
 "Memory" is what a process' resident set grows by from before the first step to its highest point.
 
 Methods are set so that by their formulas the first gradient is GRPO's (bonuses of weight 0, a
-largest token weight of 1; Reg-GRPO's is 2 C / s₀ times that): they compute as much as with others. The program fails where it is not.
+largest token weight of 1; Reg-GRPO's is 2 C / s₀ times that), and compute as much as with others.
+The program fails where it is not.
 """
 
 import argparse
