@@ -48,8 +48,9 @@ def run_stage(data_args, report, pair_args, training_args, model_args) -> int | 
     model_args, data_args, inputs = resolve(model_args, data_args)
     template = load_template(data_args.prompt_template)
     pairs, pair_inputs = load_pairs(pair_args.pairs, template=template, allow_urls=data_args.allow_urls)
-    check_media(pairs, allow_urls=data_args.allow_urls)
-    heldout = load_eval_rows(data_args)
+    if training_args.process_index == 0:
+        check_media(pairs, allow_urls=data_args.allow_urls)
+    heldout = load_eval_rows(data_args, output_dir=training_args.output_dir)
     refuse_trained(heldout, pairs, holdout=data_args.holdout)
     kinds = count_kinds(pairs)
 

@@ -46,9 +46,9 @@ def run_stage(data_args, report, grpo, training_args, model_args, *options) -> i
         return None
     prepare_machine(training_args, tiny_world=data_args.tiny_world, tiny_questions=data_args.tiny_questions)
     model_args, data_args, inputs = resolve(model_args, data_args)
-    dataset = load_training_rows(data_args, seed=training_args.seed)
+    dataset = load_training_rows(data_args, seed=training_args.seed, output_dir=training_args.output_dir)
     check_reward_truths(grpo.rewards, dataset)
-    heldout = load_eval_rows(data_args)
+    heldout = load_eval_rows(data_args, output_dir=training_args.output_dir)
 
     set_seed(training_args.seed)
     model, processor = make_policy(model_args, data_args)

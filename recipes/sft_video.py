@@ -44,8 +44,8 @@ def run_stage(data_args, report, stop, training_args, model_args) -> int | None:
         return None
     prepare_machine(training_args, tiny_world=data_args.tiny_world, tiny_questions=data_args.tiny_questions)
     model_args, data_args, inputs = resolve(model_args, data_args)
-    dataset = load_training_rows(data_args, seed=training_args.seed)
-    heldout = load_eval_rows(data_args)
+    dataset = load_training_rows(data_args, seed=training_args.seed, output_dir=training_args.output_dir)
+    heldout = load_eval_rows(data_args, output_dir=training_args.output_dir)
 
     set_seed(training_args.seed)
     model, processor = make_policy(model_args, data_args)

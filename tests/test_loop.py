@@ -23,7 +23,7 @@ from veripo_trl.files.run_folder import last_checkpoint
 from veripo_trl.files.secrets import without_secrets
 from veripo_trl.loop.check import check_settings
 from veripo_trl.loop.judge_server import answers, judge_server
-from veripo_trl.loop.plan import STAGE, LoopError, plan, read_loop
+from veripo_trl.loop.plan import STAGE, LoopError, plan, read_loop, shown
 from veripo_trl.loop.run import stop
 from veripo_trl.loop.state import MARKER, end_leftovers
 from veripo_trl.tiny.judge import conclude
@@ -331,6 +331,24 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     assert names == ["cold-start", "search-1", "verify-1", "align-1", "search-2", "verify-2", "align-2"]
     assert 'model_name_or_path: "outputs/veripo/align-1"' in said
     assert 'leave_out: ["outputs/veripo/verify-1/solved.json"]' in said
+
+
+def test_trainings_are_started_by_the_launcher(tmp_path, monkeypatch):
+    """Which a cluster's is; the head node's name is known to the batch script alone."""
+    monkeypatch.setenv("HEAD", "node7")
+    loop = {
+        "output_dir": str(tmp_path / "run"),
+        "launcher": ["srun", "--label"],
+        "accelerate": ["--num_machines", 2, "--main_process_ip", "$HEAD"],
+        "iteration": [GRPO, VERIFY | {"name": "b"}],
+    }
+    (tmp_path / "loop.yaml").write_text(yaml.safe_dump(loop))
+    training, verification = (shown(stage["command"]) for stage in plan(read_loop(tmp_path / "loop.yaml")))
+    start = "srun --label accelerate launch --quiet --num_machines 2 --main_process_ip node7 "
+    assert training.startswith(start) and verification.startswith("python ")
+    (tmp_path / "loop.yaml").write_text(yaml.safe_dump(loop | {"launcher": "srun"}))
+    with pytest.raises(LoopError, match="launcher: expected a list of words, got 'srun'"):
+        read_loop(tmp_path / "loop.yaml")
 
 
 def test_dry_run_finds_what_the_stages_would_stop_at(tmp_path, capsys, monkeypatch):

@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_row, write_video
+from datasets import load_from_disk
 from safetensors.torch import load_file
 
+from conftest import make_row, write_video
 from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.data.rows import load_rows
 
@@ -186,13 +187,21 @@ def runs(clips, model_paths, tmp_path_factory):
     from_nothing["make_world"] = str(clips / "clips.jsonl")
     del from_nothing["completions"]  # really sampled
     plain = [*build(SAME_BATCH, clips, model, folders[2], processes=2), from_nothing]
+    # two nodes without a common disk: two working directories
+    nodes = [tmp_path_factory.mktemp(f"node{rank}") for rank in (0, 1)]
+    apart = build(["whole groups"], clips, model, Path(), processes=2)[0]
+    apart |= {"name": "apart", "folders": [str(node) for node in nodes], "log": str(folders[2] / "apart.log")}
     run, late = build(["resumed", "terminated"], clips, model, folders[2], processes=2)
 
     broken = [
         {**late, "log": late["log"] + ".broken", "terminate_at": 0},
         {**run, "log": run["log"] + ".broken", "break_at": 1},
     ]
-    two = start([*plain, *broken], folders[2], processes=2)
+    two = start([apart, *plain, *broken], folders[2], processes=2)
+    for rank in (0, 1):
+        assert f"scenario apart rank {rank}: refused: output_dir whole groups: expected one folder" in two.stdout
+    assert f"rank 1 on {socket.gethostname()} in {nodes[1]} (of 1) sees another" in two.stdout
+    assert not any(nodes[1].iterdir())
     finished = [(folders[2] / item["name"] / "results.json").exists() for item in [*plain, *broken]]
     assert finished == [True] * len(plain) + [False, False], two.stdout[-8000:]
     for rank in (0, 1):
@@ -267,6 +276,13 @@ def test_each_process_decodes_only_its_own_rows_and_once(name, runs, clips):
         checked = {line["video"] for line in reads if line["rank"] == rank and line["reader"] == "guard"}
         shown = [video for row in dataset.select(range(min(GUARD_ROWS, len(dataset)))) for video in row["videos"]]
         assert checked == {*with_video["videos"], *(shown if rank == 0 else [])}
+
+
+def test_rows_are_read_once_and_mapped(runs):
+    """Both processes train on the file that the first wrote."""
+    assert len(load_from_disk(runs[2] / ".whole groups.rows" / "training")) == 8
+    assert len(load_from_disk(runs[2] / ".from nothing.rows" / "heldout")) == 3
+    assert not (runs[1] / ".whole groups.rows").exists()
 
 
 def test_a_broken_run_resumes_in_both_processes(runs):

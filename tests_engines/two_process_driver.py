@@ -3,7 +3,7 @@
     python tests_engines/two_process_driver.py SCENARIOS.json
 
 SCENARIOS.json is a list of {name, argv, log, and optionally completions, break_at, terminate_at,
-make_world}. They run one after the other, so that their processes pay for their imports once. Used by
+make_world, folders: the working directory of each process, which then has to be refused}. They run one after the other, so that their processes pay for their imports once. Used by
 test_two_processes.py only.
 """
 
@@ -16,7 +16,9 @@ import sys
 import time
 from pathlib import Path
 
+from veripo_trl.errors import ConfigError
 from veripo_trl.media.video import VideoLoader
+from veripo_trl.recipe import prepare
 from veripo_trl.tiny import world
 from veripo_trl.trainers.grpo import VideoGRPOTrainer
 
@@ -124,6 +126,19 @@ def make_world_slowly(record: Record, rows: str):
     return make
 
 
+def refusal(recipe, scenario: dict) -> str:
+    """What a run is refused with, that starts in another folder in each process."""
+    before, prepare.SHARED_WAIT_S = os.getcwd(), 1
+    os.chdir(scenario["folders"][RANK])
+    try:
+        recipe.main(scenario["argv"])
+    except ConfigError as error:
+        return f"refused: {error}"
+    finally:
+        os.chdir(before)
+    return "not refused"
+
+
 def main() -> None:
     recipe = load_recipe()
     kept = {
@@ -150,6 +165,9 @@ def main() -> None:
         if "make_world" in scenario:
             world.make_world = make_world_slowly(record, scenario["make_world"])
         started = time.monotonic()
+        if "folders" in scenario:
+            print(f"scenario {scenario['name']} rank {RANK}: {refusal(recipe, scenario)}", flush=True)
+            continue
         code = recipe.main(scenario["argv"])
         took_s = time.monotonic() - started
         print(f"scenario {scenario['name']} rank {RANK}, exit code {code}: {took_s:.1f} s", flush=True)

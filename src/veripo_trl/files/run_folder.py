@@ -74,6 +74,15 @@ def holder(folder: str | Path) -> int | None:
     return None
 
 
+def held_by(folder: str | Path, pid: int) -> bool:
+    """Whether `only_process` of that process wrote the folder's lock file that is seen from here. Never to be asked by
+    that process itself: closing the file would end its lock."""
+    try:
+        return _lock_file(folder).read_text() == str(pid)
+    except OSError:
+        return False
+
+
 def outlive_sigterm(worker_id: int, then=None) -> None:
     """`worker_init_fn` of loaders: a scheduler signals workers too, and their batches are needed until a step is done.
 

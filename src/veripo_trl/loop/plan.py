@@ -1,6 +1,7 @@
 """A loop's YAML, and the stages that it means: recipes with their settings, in the order in which they run."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ KINDS = {
     "dpo_video.py": "dpo",
 }
 LOOP = {
-    "output_dir": None, "iterations": 1, "seed": None, "accelerate": [], "stages": [], "iteration": None,
+    "output_dir": None, "iterations": 1, "seed": None, "launcher": [], "accelerate": [], "stages": [], "iteration": None,
     "push_to_hub": False, "hub_prefix": None,
 }  # fmt: skip
 STAGE = {
@@ -98,6 +99,8 @@ def read_loop(name: str, **given) -> dict:
         )
         expect(listed, f"{file}: {part}", f"a list of stages, each a mapping; got {loop[part]!r}")
         loop[part] = [read_stage(stage, file) for stage in loop[part]]
+    for part in ("launcher", "accelerate"):
+        expect(isinstance(loop[part], list), f"{file}: {part}", f"a list of words, got {loop[part]!r}")
     times = loop["iterations"]
     what = f"a whole number of 1 or more, got {times!r}"
     expect(isinstance(times, int) and times > 0, "iterations", what)
@@ -171,7 +174,7 @@ def plan(loop: dict, skipped: set[str] = frozenset()) -> list[dict]:
         expect(name not in stages, name, "stages of different names")
         own = {"name": name, "iteration": iteration, "output_dir": output, "settings": settings}
         stages[name] = stage | own | {"config": run / "configs" / f"{name}.yaml"}
-        stages[name]["command"] = command_of(stages[name], loop["accelerate"])
+        stages[name]["command"] = command_of(stages[name], loop)
         if kind == "verify":
             pairs = f"{output}/pairs"
             solved.append(f"{output}/solved.json")
@@ -190,15 +193,17 @@ def select(stages: list[dict], first: str | None, last: str | None) -> tuple[int
     return names.index(first or names[0]), names.index(last or names[-1])
 
 
-def command_of(stage: dict, accelerate: list) -> list[str]:
+def command_of(stage: dict, loop: dict) -> list[str]:
+    """How a stage is started; a training stage behind the loop's `launcher`, like srun, which starts it on each node."""
     recipe = [stage["script"], "--config", str(stage["config"])]
     if stage["kind"] == "verify":
         return [sys.executable, *recipe]
-    options = [
-        str(CONFIGS / part) if (CONFIGS / part).is_file() else part for part in map(str, accelerate)
-    ]
+    launcher, options = (
+        [os.path.expandvars(str(word)) for word in loop[part]] for part in ("launcher", "accelerate")
+    )
+    options = [str(CONFIGS / part) if (CONFIGS / part).is_file() else part for part in options]
     # quiet: the stage's own message is the last, not the launcher's traceback
-    return [sys.executable, "-c", LAUNCH, "--quiet", *options, *recipe]
+    return [*launcher, sys.executable, "-c", LAUNCH, "--quiet", *options, *recipe]
 
 
 def shown(command: list[str]) -> str:

@@ -3,24 +3,29 @@
 import json
 import os
 import resource
+import socket
+import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
+from veripo_trl.errors import ConfigError
 from veripo_trl.files.disk import read_json
-from veripo_trl.files.run_folder import changed_keys, last_checkpoint, move_finished_aside
+from veripo_trl.files.run_folder import changed_keys, held_by, last_checkpoint, move_finished_aside
 from veripo_trl.files.secrets import without_secrets
 from veripo_trl.files.tables import write_json
 
 # Named so that the trainer's push leaves it out: it may hold paths of this machine.
 ARGUMENTS_FILE = "_arguments.json"
+SHARED_WAIT_S = 60  # a network disk may show another node's new file some seconds late
 
 
 def prepare_machine(training_args, *, tiny_world: str | None, tiny_questions: list[str] | None = None) -> None:
     """Limits and threads of this process; the embedded world, where a configuration asks for it."""
+    refuse_separate_disks(training_args.output_dir)
     allow_many_open_files()
     if training_args.use_cpu:  # `accelerate launch` gives each process a single thread
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // training_args.world_size))
@@ -29,6 +34,27 @@ def prepare_machine(training_args, *, tiny_world: str | None, tiny_questions: li
 
         with training_args.main_process_first(desc="tiny world"):
             make_world(tiny_world, questions=tiny_questions)
+
+
+def refuse_separate_disks(output_dir: str) -> None:
+    """Every process has to see what the first one writes: else the rollouts of other nodes would stay on their disks,
+    where no verifier reads them, and a resumed run would find no checkpoint there.
+
+    Raises:
+        ConfigError: in every process, with the nodes that do not.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return
+    pid, deadline = broadcast_object_list([os.getpid()])[0], time.monotonic() + SHARED_WAIT_S
+    while not (seen := state.is_main_process or held_by(output_dir, pid)) and time.monotonic() < deadline:
+        time.sleep(1)
+    place = f"rank {state.process_index} on {socket.gethostname()} in {os.getcwd()}"
+    if elsewhere := gather_object([] if seen else [place]):
+        raise ConfigError(
+            f"output_dir {output_dir}: expected one folder for all processes, on a disk that every node has; "
+            f"{', '.join(elsewhere[:4])} (of {len(elsewhere)}) sees another. Give it as an absolute path on that disk."
+        )
 
 
 def allow_many_open_files() -> None:
