@@ -41,6 +41,7 @@ from veripo_trl.files.tables import printable
 from veripo_trl.hub.locate import locate
 from veripo_trl.hub.push import PATTERNS
 from veripo_trl.model.policy import SEEING, find_base, load_policy
+from veripo_trl.model.streaming import CLIP_TOKENS, MAX_MEMORY_TOKENS, StreamEncoder
 from veripo_trl.recipe.arguments import DataArguments
 from veripo_trl.recipe.build import encoder_from_config, see_as_trained
 from veripo_trl.sources import BENCHMARKS
@@ -105,6 +106,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         type=int,
         help=f"of an image; {trained} {DEFAULTS['max_image_pixels']}",
     )
+    add("--streaming", action="store_true", help="a video clip by clip, the question with the last one")
+    add("--clip_tokens", type=int, default=CLIP_TOKENS, help="visual tokens of a clip (default: %(default)s)")
+    add(
+        "--max_memory_tokens",
+        type=int,
+        default=MAX_MEMORY_TOKENS,
+        help="of the thoughts that are kept; 0: none (default: %(default)s)",
+    )
     add("--decode_timeout_s", type=float, default=60.0)
     add("--frame_cache", help="folder for sampled frames, shared by runs")
     args = parser.parse_args(argv)
@@ -114,11 +123,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "tensor_parallel_size",
         "limit",
         "max_image_pixels",
+        "clip_tokens",
     ):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name}: expected 1 or more, came {getattr(args, name)}")
-    if (args.num_workers or 0) < 0 or not args.decode_timeout_s > 0:
-        parser.error("expected --num_workers 0 or more, and --decode_timeout_s above 0")
+    if min(args.num_workers or 0, args.max_memory_tokens) < 0 or not args.decode_timeout_s > 0:
+        parser.error("expected --num_workers and --max_memory_tokens 0 or more, and --decode_timeout_s above 0")
     if not 0 < args.gpu_memory_utilization <= 1:
         parser.error("expected --gpu_memory_utilization above 0 and at most 1")
     try:
@@ -202,6 +212,7 @@ def settings_of(args, questions: list[dict], encoder) -> dict:
         for name, value in asdict(encoder.loader.settings).items()
         if name != "size_factor"
     }
+    streaming = {"clip_tokens": args.clip_tokens, "max_memory_tokens": args.max_memory_tokens}
     keys = json.dumps([question["key"] for question in questions])
     libraries = ("torch", "transformers", *(["vllm"] if args.engine == "vllm" else []))
     return {
@@ -222,6 +233,7 @@ def settings_of(args, questions: list[dict], encoder) -> dict:
         "video": video,
         "max_image_pixels": encoder.max_image_pixels,
         "prompt_template": encoder.template.hash,
+        **({"streaming": streaming} if args.streaming else {}),
         "rows": len(questions),
         "rows_sha256": hashlib.sha256(keys.encode()).hexdigest(),
     }
@@ -241,6 +253,7 @@ def make_vllm_engine(args, encoder, questions: list[dict], folder: Path):
         decoding=args.decoding,
         dtype=getattr(torch, args.dtype),
         rows=[question["row"] for question in questions],
+        more_tokens=args.max_memory_tokens if args.streaming else 0,
         tensor_parallel_size=args.tensor_parallel_size,
         gpu_memory_utilization=args.gpu_memory_utilization,
         **weights,
@@ -353,7 +366,7 @@ def evaluate(args, argv: list[str], files: OutputFiles, rank: int | None) -> int
             answer_questions(
                 questions,
                 engine,
-                encoder,
+                StreamEncoder(encoder, args.clip_tokens, args.max_memory_tokens) if args.streaming else encoder,
                 journal,
                 batch_size=args.batch_size,
                 num_workers=args.num_workers,

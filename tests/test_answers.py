@@ -460,7 +460,7 @@ def test_sound_truths_pass(problem_type, solution, options):
 
 TRUTHS = {"multiple choice": "B", "numerical": "3", "regression": "3", "math": "3", "OCR": "x", "free-form": "fish",
           "temporal grounding": "1 to 2", "grounded choice": "B; 1 to 2", "object and time": "2; 1 to 2",
-          "box grounding": "[1, 2, 3, 4]", "yes/no": "yes"}  # fmt: skip
+          "box grounding": "[1, 2, 3, 4]", "yes/no": "yes", "thought": "fish"}  # fmt: skip
 
 
 @pytest.mark.parametrize("problem_type", PROBLEM_TYPES)

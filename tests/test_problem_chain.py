@@ -35,6 +35,7 @@ CHAIN = {  # type: (solution, options, what the prompt says, a right answer, a w
     "box grounding": ("[100, 100, 300, 300]", [], "one JSON object", '{"bbox_2d": [100, 100, 300, 300]}',
                       '{"bbox_2d": [600, 600, 900, 900]}', {"mean IoU": 0.5, "IoU ≥ .25": 0.5, "IoU ≥ .5": 0.5}),
     "yes/no": ("yes", [], "yes or no", "yes", "no", {}),
+    "thought": ("red blue green", [], "one part of a longer video", "red blue green", "a dog that sleeps", {}),
 }  # fmt: skip
 
 
@@ -59,6 +60,9 @@ def test_a_type_through_the_chain(problem_type, tokenizer, tmp_path):
     (message,) = build_messages(dataset[0], template)
     assert instruction in message["content"][-1]["text"]
     target = build_target(dataset[0], template)
+    if problem_type == "thought":  # nothing is asked: what is taught has no answer, and is not judged
+        assert target == "I see it." and "<answer>" not in message["content"][-1]["text"]
+        return
     assert is_well_formed(target) and " of 20" not in target
 
     columns = {"solution": [solution] * 3, "problem_type": [problem_type] * 3, "options": [options] * 3}

@@ -93,7 +93,7 @@ def test_every_type_has_an_instruction_of_its_own_in_default():
     default = load_template("default")
     texts = {text(ROW | {"problem_type": kind}, default) for kind in PROBLEM_TYPES}
     assert len(texts) == len(PROBLEM_TYPES)
-    for shown in texts:
+    for shown in texts - {text(ROW | {"problem_type": "thought"}, default)}:
         assert [shown.count(tag) for tag in ("<think>", "</think>", "<answer>", "</answer>")] == [1, 1, 1, 1]
         assert not re.search(r"\{(problem|options|instruction)\}", shown)
 

@@ -144,9 +144,23 @@ def composite(row, frames) -> str:
     return str(percent(frames[-1]))
 
 
+def stream(row, frames) -> str:
+    first, *_, last = shown = [name for (name,) in map(colours_of, frames[::2])]
+    if row["problem_type"] == "thought":
+        assert row["problem"].count("I see") == shown.index(row["process"].split()[-1][:-1])
+        return row["process"]
+    assert [f"I see {name}." in row["problem"] for name in shown] == [True, True, True, False]
+    question = row["problem"].split("\n")[-1]
+    if question.startswith("List"):
+        return " ".join(shown)
+    asked = first if "first" in question else last
+    assert not any(option[3:] == last for option in row["options"] if asked != last)
+    return next(option[0] for option in row["options"] if option[3:] == asked)
+
+
 SEEN = {
     "when": when, "which": which, "where": where, "change": change, "several": several, "segments": segments,
-    "progress": progress, "composite": composite,
+    "progress": progress, "composite": composite, "stream": stream,
 }  # fmt: skip
 
 

@@ -139,6 +139,18 @@ def test_greedy_answers_are_those_of_transformers(kind, script, model_paths, med
     assert not OutputFiles(output).merged.exists()
 
 
+def test_clip_by_clip_as_with_transformers(script, model_paths, media_root, prompts, tmp_path):
+    """The same thoughts, memories and answers."""
+    model = small_model(model_paths["qwen2_5_vl"], tmp_path / "model")
+    outputs = {engine: tmp_path / f"{engine}.json" for engine in ("vllm", "transformers")}
+    for engine, output in outputs.items():
+        limits = {"clip_tokens": 16, "max_memory_tokens": 60}
+        words = command(model, media_root, prompts, output, engine=engine, **limits)
+        assert script.main([*words, "--streaming"]) == 3
+    assert made(outputs["vllm"]) == made(outputs["transformers"])
+    assert [len(row.get("thoughts", [])) for row in made(outputs["vllm"])[1]] == [2, 1, 0, 0, 0, 1, 2]
+
+
 def save_adapter(model: Path, folder: Path) -> Path:
     from peft import LoraConfig
 

@@ -19,7 +19,7 @@ import os
 import random
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
@@ -35,6 +35,7 @@ from veripo_trl.files.tables import CONTROL_CHARACTERS
 from veripo_trl.media.video import MediaError
 from veripo_trl.model.encoding import EncodedPrompt
 from veripo_trl.model.policy import SEEING, load_policy
+from veripo_trl.model.streaming import CLIP_TOKENS, MAX_MEMORY_TOKENS, Stream, StreamEncoder
 from veripo_trl.recipe.arguments import DataArguments
 from veripo_trl.recipe.build import make_encoder, see_as_trained
 
@@ -110,6 +111,33 @@ class Chat:
         """Answer one question. Args: `content` as of `encode`, `decoding` as of `complete`."""
         return self.complete(self.encode(question, **content), **(decoding or {}))
 
+    def watch(
+        self, question: str, *, clip_tokens: int = CLIP_TOKENS, max_memory_tokens: int = MAX_MEMORY_TOKENS, **content
+    ) -> Stream:
+        """A question about a video that is shown clip by clip, for `think`. Args: as of `StreamEncoder` and `encode`."""
+        with settings_checked():
+            encoder = StreamEncoder(self.encoder, clip_tokens, max_memory_tokens)
+        return self.encode(question, encoder=encoder, **content)
+
+    def think(
+        self, stream: Stream, *, before: Callable[[str], None] = lambda line: None, seed: int | None = None, **decoding
+    ) -> Reply:
+        """Answer a question that `watch` gave: thoughts on each clip, then the answer. `stream` holds the thoughts then.
+
+        Args:
+            before: called before each turn with a line about it. decoding, seed: as of `complete`, of each turn.
+        """
+        seed = random.randrange(2**31) if seed is None else seed
+        while True:
+            prompt = stream.prompt(self.encoder)
+            gone = f", {stream.memory.evicted} left" if stream.memory.evicted else ""
+            before(f"{stream.time} prompt: {len(prompt)} tokens, {len(stream.memory.entries)} notes{gone}")
+            reply = self.complete(prompt, seed=seed + len(stream.thoughts), **decoding)
+            if stream.is_last:
+                return reply
+            thought = {"completion": reply.completion, "finish_reason": reply.finish_reason}
+            stream.add(thought, self.processor.tokenizer)
+
     def encode(
         self,
         question: str,
@@ -118,8 +146,9 @@ class Chat:
         images: Sequence[str | Path] = (),
         options: Sequence[str] = (),
         problem_type: str | None = None,
-    ) -> EncodedPrompt:
-        """The prompt of a question.
+        encoder: StreamEncoder | None = None,
+    ) -> EncodedPrompt | Stream:
+        """The prompt of a question; with a `StreamEncoder` its stream.
 
         Args:
             videos, images: files (or URLs), in the order in which the model gets them, videos first.
@@ -139,7 +168,7 @@ class Chat:
                     f"There are letters for 26 options, came {len(options)}. Leave some out."
                 )
             options = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options)]
-        return self.encoder.encode(
+        return (encoder or self.encoder).encode(
             {
                 "question_id": "question",
                 "problem": question,
@@ -227,6 +256,11 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict, d
     for name, kind in {**kinds, "max_prompt_tokens": int}.items():
         field = DataArguments.__dataclass_fields__[name]
         add(f"--{name}", type=kind, default=field.default, help=field.metadata["help"])
+    streaming = parser.add_argument_group("streaming")
+    add = streaming.add_argument
+    add("--streaming", action="store_true", help="The video clip by clip, the question with the last one.")
+    add("--clip_tokens", type=int, default=CLIP_TOKENS, help="Visual tokens of a clip (default: %(default)s)")
+    add("--max_memory_tokens", type=int, default=MAX_MEMORY_TOKENS, help="Of the thoughts (default: %(default)s)")
     decoding = parser.add_argument_group("decoding")
     add = decoding.add_argument
     add("--max_new_tokens", type=int, default=4096, help="(default: 4096)")
@@ -248,11 +282,17 @@ def main(argv: list[str] | None = None) -> None:
         _from_root(path)  # before the model loads, which can take minutes
     chat = Chat(**loading)
     content = {"options": given.options, "problem_type": given.problem_type}
-    prompt = chat.encode(given.question, videos=given.video, images=given.image, **content)
-    for line in (*(prompt.media or ["no video or image"]), f"prompt: {len(prompt)} tokens"):
-        print(f"# {line}", flush=True)
+    content |= {"videos": given.video, "images": given.image}
     printer = Printer(chat.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    reply = chat.complete(prompt, streamer=printer, **decoding)
+    if given.streaming:
+        limits = {"clip_tokens": given.clip_tokens, "max_memory_tokens": given.max_memory_tokens}
+        stream = chat.watch(given.question, **limits, **content)
+        reply = chat.think(stream, before=lambda line: print(f"# {line}", flush=True), streamer=printer, **decoding)
+    else:
+        prompt = chat.encode(given.question, **content)
+        for line in (*(prompt.media or ["no video or image"]), f"prompt: {len(prompt)} tokens"):
+            print(f"# {line}", flush=True)
+        reply = chat.complete(prompt, streamer=printer, **decoding)
     cut = (
         f", cut at --max_new_tokens {given.max_new_tokens}"
         if reply.finish_reason == "length"

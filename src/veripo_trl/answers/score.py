@@ -55,6 +55,7 @@ PROBLEM_TYPES = {
     "object and time": ProblemType(read_object, true_object, object_score, same_object, object_metrics),
     "box grounding": ProblemType(read_box, true_box, box_iou, same_box, box_metrics),
     "yes/no": ProblemType(read_yes_no, true_yes_no, operator.eq, operator.eq),
+    "thought": ProblemType(_text, _text, rouge, same_words),  # a note on a part of a video: text without an answer span
 }
 
 

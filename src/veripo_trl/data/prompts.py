@@ -9,7 +9,8 @@ A template is YAML:
         the layout has no {instruction}).
     option_separator: between two options; a newline by default.
     target_joiner: between </think> and <answer> of an SFT target; a newline by default.
-    layouts: {problem type: a layout of its own}, for prompts that put a type's question between other words.
+    layouts: {problem type: a layout of its own}, for prompts that put a type's question between other words. That of a
+        "thought" (`data.streaming`) is the problem and the instruction alone, unless the template's has no {instruction}.
     media_order: [image, video, image] for rows with just these; by default the videos come first, then the images.
     target: what SFT teaches. "thinking", the default: the row's `process` in think tags, then the answer. "process": the
         `process` as it is, tags and all, then the answer unless it holds an answer span itself.
@@ -41,6 +42,7 @@ _DEFAULTS = {"option_separator": "\n", "target_joiner": "\n"}
 _LATER = {"layouts": {}, "media_order": [], "target": "thinking"}  # in the hash where they are set
 _KEYS = ("layout", "instructions", *_DEFAULTS, *_LATER)
 _FIRST_TYPES = ("multiple choice", "numerical", "regression", "math", "OCR", "free-form")  # in every hash
+_THOUGHT = "{problem}\n{options}\n{instruction}"  # the layout of a type that has no answer to ask for
 _TAG = re.compile(r"</?(?:think|answer)>")
 _RENDERING = 2  # part of the hash: raise it when `build_messages` or `build_target` renders a template differently
 
@@ -114,7 +116,7 @@ def build_messages(row: dict[str, Any], template: PromptTemplate) -> list[dict[s
                 f"{media}. Give other rows a template without media_order."
             )
         media = template.media_order
-    text = _fill(template.layouts.get(row["problem_type"], template.layout), values)
+    text = _fill(_layout_of(row["problem_type"], template.layout, template.layouts), values)
     return [{"role": "user", "content": [*({"type": kind} for kind in media), {"type": "text", "text": text}]}]
 
 
@@ -132,7 +134,8 @@ def lists_options(problem: str, options: list[str]) -> bool:
 
 
 def build_target(row: dict[str, Any], template: PromptTemplate) -> str:
-    """What SFT teaches for the row: its thinking and its solution, in tags, or its `process` as it is (`target`).
+    """What SFT teaches for the row: its thinking and its solution, in tags, or its `process` as it is (`target`), which
+    alone is what a thought is.
 
     A solution's duration (" of 33.75") is for comparisons: it is not taught.
     """
@@ -142,6 +145,8 @@ def build_target(row: dict[str, Any], template: PromptTemplate) -> str:
             f"row {row.get('question_id')!r} of {row.get('data_source')!r}: expected `process`, the thinking that SFT "
             "teaches; came nothing. Train on rows that have it."
         )
+    if row["problem_type"] == "thought":
+        return process
     solution = row["solution"]
     if row["problem_type"] in WITH_DURATION:
         solution = without_duration(solution)
@@ -165,6 +170,10 @@ def check_targets(rows: Iterable[dict[str, Any]], template: PromptTemplate) -> N
     """Raise PromptError, with the row's id, for the first that the template can make no SFT target of."""
     for row in rows:
         build_target(row, template)
+
+
+def _layout_of(kind: str, layout: str, layouts: dict[str, str]) -> str:
+    return layouts.get(kind, _THOUGHT if kind == "thought" and "{instruction}" in layout else layout)
 
 
 def _fill(layout: str, values: dict[str, str]) -> str:
@@ -204,7 +213,7 @@ def _parse(content: Any, name: str, file: str) -> PromptTemplate:
             f"prompt template {file}: expected an instruction for some of {', '.join(PROBLEM_TYPES)}, came {came}."
         )
     _check_values(content, file)
-    layouts = {kind: content["layouts"].get(kind, content["layout"]) for kind in PROBLEM_TYPES}
+    layouts = {kind: _layout_of(kind, content["layout"], content["layouts"]) for kind in PROBLEM_TYPES}
     inherited = {k: text.strip() if "{instruction}" in layouts[k] else "" for k, text in _default_instructions().items()}
     content["instructions"] = {kind: given.get(kind, inherited[kind]).strip() for kind in PROBLEM_TYPES}
     for kind, layout in layouts.items():

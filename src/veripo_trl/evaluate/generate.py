@@ -25,6 +25,7 @@ from veripo_trl.data.schema import RowError
 from veripo_trl.files.run_folder import outlive_sigterm
 from veripo_trl.media.video import MediaError
 from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder, PromptTooLongError, vision_token_ids
+from veripo_trl.model.streaming import Stream, StreamEncoder
 from veripo_trl.shared_prompt.rollout import cut_at_end, sample_completions
 from veripo_trl.verifier.checks import inconsistency
 
@@ -109,6 +110,25 @@ class TransformersEngine:
         return completions
 
 
+def think_through(streams: list[Stream], indices: list, engine, encoder: PromptEncoder) -> list[EncodedPrompt]:
+    """Ask all turns before the last, each of all streams that have it together.
+
+    Args:
+        streams: one per entry of `indices`, which name them for the sampling's seed.
+
+    Returns:
+        The prompts of the last turns.
+    """
+    live = list(zip(indices, streams, strict=True))
+    while live := [(index, stream) for index, stream in live if not stream.is_last]:
+        prompts = [stream.prompt(encoder) for _, stream in live]
+        seeds = [(index, len(stream.thoughts)) for index, stream in live]  # of each turn another one
+        for (_, stream), ids in zip(live, engine.complete(prompts, seeds), strict=True):
+            thought = describe_completion(ids, tokenizer=engine.tokenizer, ends=engine.ends)
+            stream.add(thought, engine.tokenizer)
+    return [stream.prompt(encoder) for stream in streams]
+
+
 def describe_completion(ids: list[int], *, tokenizer, ends: list[int]) -> dict:
     """`completion`, `completion_tokens`, `think_tokens`, `finish_reason` ("stop" or "length") of generated ids."""
     text = tokenizer.decode(ids, skip_special_tokens=True)
@@ -122,7 +142,8 @@ def describe_completion(ids: list[int], *, tokenizer, ends: list[int]) -> dict:
 
 
 class EncodedRows(Dataset):
-    """Rows by their index, encoded where they are asked for: in the loader's workers.
+    """Rows by their index, encoded where they are asked for: in the loader's workers. `encoder` may be a
+    `StreamEncoder`, which gives streams.
 
     A row that cannot be encoded is the text of its error there, unless `strict`.
     """
@@ -195,7 +216,7 @@ def encoded_batches(
 
 def generate(
     model,
-    encoder: PromptEncoder,
+    encoder: PromptEncoder | StreamEncoder,
     dataset,
     *,
     samples: int = 1,
@@ -210,6 +231,7 @@ def generate(
 
     Args:
         model: the unwrapped policy; run in evaluation mode and put back afterwards.
+        encoder: a `StreamEncoder` shows videos clip by clip.
         dataset: rows as `rows.load_rows` gives them.
         samples: answers per row. temperature: 0 is greedy decoding.
         batch_size: rows per batch, times `samples` completions at once.
@@ -223,8 +245,9 @@ def generate(
     Raises:
         MediaError, RowError, PromptTooLongError: a row cannot be encoded.
     """
+    plain = encoder.encoder if isinstance(encoder, StreamEncoder) else encoder
     engine = TransformersEngine(
-        model, encoder, Decoding(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        model, plain, Decoding(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     )
     batches = batches_of(len(dataset), batch_size)
     training = model.training
@@ -232,7 +255,12 @@ def generate(
     answers = []
     with tqdm(total=len(dataset), desc=progress, unit="row", disable=progress is None) as bar:
         for indices, prompts in encoded_batches(encoder, dataset, batches, num_workers=num_workers):
-            completions = engine.complete(prompts, indices, samples=samples)
+            if plain is not encoder:
+                streams = [stream.again() for stream in prompts for _ in range(samples)]
+                names = [(index, sample) for index in indices for sample in range(samples)]
+                completions = engine.complete(think_through(streams, names, engine, plain), names)
+            else:
+                completions = engine.complete(prompts, indices, samples=samples)
             for index, ids in zip(np.repeat(indices, samples).tolist(), completions, strict=True):
                 described = describe_completion(ids, tokenizer=engine.tokenizer, ends=engine.ends)
                 answer = {"row": index, "question_id": dataset[index]["question_id"], **described}

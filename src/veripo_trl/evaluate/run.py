@@ -9,10 +9,11 @@ import os
 from pathlib import Path
 
 from veripo_trl.errors import ConfigError
-from veripo_trl.evaluate.generate import batches_of, describe_completion, encoded_batches
+from veripo_trl.evaluate.generate import batches_of, describe_completion, encoded_batches, think_through
 from veripo_trl.files.journal import Journal, JournalError
 from veripo_trl.files.tables import write_json
 from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder
+from veripo_trl.model.streaming import Stream, StreamEncoder
 
 
 class OutputFiles:
@@ -39,7 +40,7 @@ def answered(journal: Journal) -> set[str]:
 def answer_questions(
     questions: list[dict],
     engine,
-    encoder: PromptEncoder,
+    encoder: PromptEncoder | StreamEncoder,
     journal: Journal,
     *,
     batch_size: int,
@@ -57,6 +58,7 @@ def answer_questions(
     Args:
         engine: `complete(prompts, indices) -> token ids`, `tokenizer`, `decoding` and the attributes that
             `evaluate.TransformersEngine` names.
+        encoder: a `StreamEncoder` for questions about videos that are shown clip by clip.
         rank, processes: this process takes every `processes`-th batch. progress: a tqdm bar.
     """
     keys, done, parent = (
@@ -80,7 +82,10 @@ def answer_questions(
             if index not in good
         ]
         if any(keys[index] not in done for index in good):
-            completions = engine.complete(list(good.values()), list(good))
+            prompts = list(good.values())
+            if isinstance(encoder, StreamEncoder):
+                prompts = think_through(prompts, list(good), engine, encoder.encoder)
+            completions = engine.complete(prompts, list(good))
             lines += [
                 _answer(questions[index], good[index], ids, engine, encoder)
                 for index, ids in zip(good, completions, strict=True)
@@ -91,7 +96,7 @@ def answer_questions(
             progress.update(len(lines))
 
 
-def _fitting(prompt: EncodedPrompt | str, engine) -> EncodedPrompt | str:
+def _fitting(prompt: EncodedPrompt | Stream | str, engine) -> EncodedPrompt | Stream | str:
     """A prompt, or the text of an error if its completion might not fit behind it."""
     longest = engine.decoding.max_new_tokens
     if isinstance(prompt, str) or len(prompt) + longest <= engine.context:
@@ -108,15 +113,18 @@ def _name(question: dict) -> dict:
 
 
 def _answer(
-    question: dict, prompt: EncodedPrompt, ids: list[int], engine, encoder: PromptEncoder
+    question: dict, prompt: EncodedPrompt | Stream, ids: list[int], engine, encoder: PromptEncoder | StreamEncoder
 ) -> dict:
     described = describe_completion(ids, tokenizer=engine.tokenizer, ends=engine.ends)
+    if isinstance(prompt, Stream):
+        made = prompt.record(encoder.encoder)
+    else:
+        made = {"prompt_tokens": len(prompt), "media": prompt.media}
     return {
         **_name(question),
         "model_output": described.pop("completion"),
         **described,
-        "prompt_tokens": len(prompt),
-        "media": prompt.media,
+        **made,
         "prompt_template": encoder.template.hash,
     }
 

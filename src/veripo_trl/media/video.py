@@ -7,7 +7,8 @@ rate and times are those of the frames, where qwen-vl-utils takes every clip for
 
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 
 import numpy as np
 
@@ -45,9 +46,17 @@ class Clip:
 
     frames: np.ndarray
     fps: float  # of the source, not of the sampling
-    total_num_frames: int  # of the source
+    total_num_frames: int | Fraction  # of the source
     frames_indices: list[int]  # of `frames` in the source
     backend: str  # "decord" or "pyav"
+
+    def part(self, first: int, last: int) -> "Clip":
+        """Frames `first` to `last` (excluded) as a clip of their own, which begins at 0 and in which they are as many
+        per second, to the last bit, as in the whole: hence a fraction of its frames."""
+        share = Fraction(last - first, len(self.frames))
+        indices = [index - self.frames_indices[first] for index in self.frames_indices[first:last]]
+        total = self.total_num_frames * share
+        return replace(self, frames=self.frames[first:last], total_num_frames=total, frames_indices=indices)
 
 
 @dataclass(eq=False)

@@ -6,7 +6,7 @@ Everything downstream (rollout, old and reference log-probabilities, update, SFT
 
 import time
 from collections.abc import MutableMapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
 import torch
@@ -130,13 +130,21 @@ class PromptEncoder:
             PromptTooLongError: the prompt is over `max_prompt_tokens`.
         """
         started = time.perf_counter()
-        videos, images = resolve_media(row, allow_urls=self.allow_urls)
-        clips = [self._read(self.loader.load, path, row, "video") for path in videos]
-        images = [self._read(load_image, path, row, "image") for path in images]
+        clips, images = self.read_media(row)
         if shuffle_seed is not None:
             for clip in clips:
                 clip.frames = clip.frames[shuffled_order(len(clip.frames), shuffle_seed)]
-        loaded = time.perf_counter()
+        return self.encode_media(row, clips, images, load_s=time.perf_counter() - started)
+
+    def read_media(self, row: dict) -> tuple[list[Clip], list]:
+        """The row's clips and images (PIL). Raises MediaError, RowError as `encode` does."""
+        videos, images = resolve_media(row, allow_urls=self.allow_urls)
+        clips = [self._read(self.loader.load, path, row, "video") for path in videos]
+        return clips, [self._read(load_image, path, row, "image") for path in images]
+
+    def encode_media(self, row: dict, clips: list[Clip], images: list, *, load_s: float = 0.0) -> EncodedPrompt:
+        """The row's prompt with these in place of its files: as many clips and images as it names."""
+        started = time.perf_counter()
         rendered, text, tail = self._render(row)
         inputs = self._call_processor(rendered, images, clips)
         input_ids = inputs["input_ids"][0].numpy()
@@ -161,9 +169,19 @@ class PromptEncoder:
             **pixels,
             **grids,
             media=self._describe(row, clips, grids["video_grid_thw"], grids["image_grid_thw"]),
-            load_s=loaded - started,
-            encode_s=time.perf_counter() - loaded,
+            load_s=load_s,
+            encode_s=time.perf_counter() - started,
         )
+
+    def with_text(self, prompt: EncodedPrompt, before: dict, after: dict) -> EncodedPrompt:
+        """The prompt of the row `before` as that of `after`, a row of the same media and type but another text."""
+        (_, old, tail), (_, new, _) = self._render(before), self._render(after)
+        end = len(prompt) - tail
+        input_ids = np.concatenate([prompt.input_ids[: end - len(old)], new, prompt.input_ids[end:]])
+        self._check_length(after, input_ids)
+        names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+        grids = {name: getattr(prompt, name) for name in names}
+        return replace(prompt, input_ids=input_ids, positions=mrope_positions(input_ids, **grids, config=self.config))
 
     def _read(self, load, path: str, row: dict, kind: str):
         """`load` of a file, or of the copy of a URL, which errors go on to call by its URL."""
@@ -211,7 +229,7 @@ class PromptEncoder:
         vision, lines = self.config.vision_config, []
         for path, clip, grid in zip(row["videos"], clips, video_grid if clips else [], strict=True):
             t, h, w, _ = clip.frames.shape
-            what = f"{t} frames × {h} × {w} of {clip.total_num_frames} at {clip.fps:g} fps ({clip.backend})"
+            what = f"{t} frames × {h} × {w} of {float(clip.total_num_frames):g} at {clip.fps:g} fps ({clip.backend})"
             lines.append((path, what, grid))
         for path, grid in zip(row["images"], image_grid if row["images"] else [], strict=True):
             lines.append(

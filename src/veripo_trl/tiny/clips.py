@@ -3,7 +3,8 @@
 A **count** clip shows 1 to 6 shapes at once, each moving within a cell of its own, so that none
 ever hides another. An **order** clip shows three shapes of different colours one after another; a
 **marked** clip is one with a number on each. A **change** clip shows one shape that keeps its
-colour or changes it, a **progress** clip one that moves to the right, and perhaps back. A clip is
+colour or changes it, a **progress** clip one that moves to the right, and perhaps back. A
+**stream** clip shows four shapes of different colours, two frames each. A clip is
 described by a flat spec (`clip_spec`), which knows the truth that questions are asked about;
 drawing needs nothing else.
 """
@@ -29,7 +30,8 @@ COLOURS = {
     "white": (240, 240, 240),
 }
 SHAPES = ("circle", "square", "diamond", "triangle")
-KINDS = ("count", "order", "marked", "change", "progress")
+KINDS = ("count", "order", "marked", "change", "progress", "stream")
+STREAM_LENGTH = 4
 TURN = NUM_FRAMES // 2  # the first frame of a progress clip's second leg
 DIGITS = {  # 3 x 5, drawn twice as large: a mark of 6 x 10 pixels
     1: ("010", "110", "010", "010", "111"),
@@ -81,6 +83,16 @@ def _order_spec(rng: np.random.Generator) -> dict:
     return {"kind": "order", "colours": colours, "shapes": shapes}
 
 
+def _stream_spec(rng: np.random.Generator) -> dict:
+    colours = [str(name) for name in rng.permutation(list(COLOURS))[:STREAM_LENGTH]]
+    stay, shapes = NUM_FRAMES // STREAM_LENGTH, []
+    for number, colour in enumerate(colours):
+        radius = float(rng.uniform(9.0, 13.0))
+        start, end = rng.uniform(radius, SIZE - radius, size=(2, 2))
+        shapes.append(_shape(rng, colour, radius, start, end, number * stay, (number + 1) * stay))
+    return {"kind": "stream", "colours": colours, "shapes": shapes}
+
+
 def _marked_spec(rng: np.random.Generator) -> dict:
     spec = _order_spec(rng)
     for shape, mark in zip(spec["shapes"], rng.permutation(list(DIGITS)), strict=False):
@@ -126,6 +138,7 @@ _SPECS = {
     "marked": _marked_spec,
     "change": _change_spec,
     "progress": _progress_spec,
+    "stream": _stream_spec,
 }
 
 
@@ -192,12 +205,12 @@ def write_clip(path: str | os.PathLike, frames: np.ndarray) -> None:
 def make_clip(
     path: str | os.PathLike, kind: str, key: list[int], shown: list[int] | None = None
 ) -> dict:
-    """Draw and write the clip of `key`, or, as a PNG, the frames of these numbers side by side;
-    return its spec."""
+    """Draw and write the clip of `key`, or the frames of these numbers: as a clip, or, as a PNG, side
+    by side; return its spec."""
     spec = clip_spec(kind, key)
     frames = draw_clip(spec)
-    if shown is None:
-        write_clip(path, frames)
+    if os.fspath(path).endswith(".mp4"):
+        write_clip(path, frames if shown is None else frames[shown])
     else:
         Image.fromarray(np.concatenate(list(frames[shown]), axis=1)).save(path)
     return spec

@@ -12,12 +12,14 @@ from collections.abc import Callable
 
 import numpy as np
 
+from veripo_trl.data.streaming import taught_rows, window_time
 from veripo_trl.tiny.clips import (
     BACKGROUND,
     COLOURS,
     FPS,
     NUM_FRAMES,
     SIZE,
+    STREAM_LENGTH,
     TURN,
     clip_spec,
     draw_clip,
@@ -182,16 +184,55 @@ def _composite(spec: dict, turn: int, rng: np.random.Generator) -> dict:
     }
 
 
+def _stream(spec: dict, turn: int, rng: np.random.Generator) -> dict:
+    """About four clips in one video. The colour that the last one shows, where it is not the answer,
+    is no option: to see that clip alone leaves four."""
+    if turn == 2:
+        listed = " ".join(spec["colours"])
+        return {
+            "problem": "List the colours in order.",
+            "problem_type": "free-form",
+            "solution": listed,
+            "process": f"{_seen(spec)}, so {listed}.",
+        }
+    asked, last = ("first", "last")[turn], spec["colours"][-1]
+    colour = spec["colours"][-turn]  # [0] or [-1]
+    others = [name for name in COLOURS if name not in (colour, last)]
+    choices = sorted([colour, *rng.permutation(others)[: len(LETTERS) - 1].tolist()])
+    letter = LETTERS[choices.index(colour)]
+    return {
+        "problem": f"Which colour is {asked}?",
+        "options": _lettered(choices),
+        "problem_type": "multiple choice",
+        "solution": letter,
+        "process": f"{_seen(spec)}, {asked} is {colour}: {letter}.",
+    }
+
+
+def _stream_turn(spec: dict, turn: int, rng: np.random.Generator) -> dict:
+    """What SFT teaches of it: a thought on each clip before the last, then the three answers."""
+    before, stay = STREAM_LENGTH - 1, NUM_FRAMES // STREAM_LENGTH
+    times = [window_time(n * stay / FPS, (n + 1) * stay / FPS) for n in range(STREAM_LENGTH)]
+    turns = [(time, f"I see {name}.", {}) for time, name in zip(times, spec["colours"][:before])]
+    question = {"options": [], "images": [], **_stream(spec, max(turn - before, 0), rng)}
+    clip = min(turn, before)
+    shown = range(clip * stay, (clip + 1) * stay)
+    return {**taught_rows(question, turns, last=times[-1])[clip], "part": list(shown)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """`ask(spec, turn, rng)` about clips of `kind`, `turns` questions each: a row's problem,
     problem_type, solution, process, and where they are not empty options and images (the numbers of
     the frames that each shows side by side); `"videos": False` where the clip itself is not
-    shown."""
+    shown, `"part"` (the numbers of its frames) where a part of it is.
+
+    taught: what the splits of SFT (train, dev) have instead. Its words are not the tokenizer's."""
 
     kind: str
     turns: int
     ask: Callable[[dict, int, np.random.Generator], dict]
+    taught: "Family | None" = None
 
 
 FAMILIES = {
@@ -204,6 +245,7 @@ FAMILIES = {
     "segments": Family("order", 3, _segments),
     "progress": Family("progress", 1, _progress),
     "composite": Family("progress", 1, _composite),
+    "stream": Family("stream", 3, _stream, taught=Family("stream", STREAM_LENGTH + 2, _stream_turn)),
 }
 
 
@@ -214,21 +256,26 @@ def make_split(
     arguments of clips.make_clip after the path})`. The families have equal shares; those named
     first have the rows left over."""
     code, size = SPLITS.index(split), SIZES[split] if size is None else size
-    rng = np.random.default_rng([seed, code, len(FAMILIES)])
+    # 9: so many there were first. One more leaves the rows of the others as they are.
+    rng = np.random.default_rng([seed, code, 9])
     rows, media = [], {}
     for name, family in ((name, FAMILIES[name]) for name in questions):
+        if family.taught is not None and split in ("train", "dev"):
+            family = family.taught
         share = size // len(questions) + (questions.index(name) < size % len(questions))
         for number in range(share):
             clip, turn = divmod(number, family.turns)
             key = [seed, code, list(FAMILIES).index(name), clip]
             stem = f"{split}-{name}-{clip:05d}"
             row = {"options": [], **family.ask(clip_spec(family.kind, key), turn, rng)}
-            videos = [f"clips/{stem}.mp4"] if row.get("videos", True) else []
+            part = row.pop("part", None)
+            ends = f"-{part[0]}-{part[-1]}" if part else ""
+            videos = [f"clips/{stem}{ends}.mp4"] if row.get("videos", True) else []
             images = {
                 f"clips/{stem}-{'-'.join(map(str, shown))}.png": shown
                 for shown in row.get("images", [])
             }
-            media |= {path: (family.kind, key) for path in videos}
+            media |= {path: (family.kind, key, *([part] if part else [])) for path in videos}
             media |= {path: (family.kind, key, shown) for path, shown in images.items()}
             rows.append(
                 {**row, "videos": videos, "images": list(images), "data_source": f"tiny-{name}"}
@@ -241,8 +288,10 @@ def make_split(
 
 
 def template_texts() -> list[str]:
-    """Texts with every word of the families, always the same: what the tokenizer is trained on."""
-    rows, _ = make_split("train", questions=list(FAMILIES), size=100 * len(FAMILIES))
+    """Texts with every word of the families without a `taught`, always the same: what the tokenizer
+    is trained on. The others spell theirs."""
+    families = [name for name, family in FAMILIES.items() if family.taught is None]
+    rows, _ = make_split("train", questions=families, size=100 * len(families))
     texts = [
         " ".join([row["problem"], *row["options"], row["process"], row["solution"]]) for row in rows
     ]

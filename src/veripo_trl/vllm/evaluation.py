@@ -12,8 +12,8 @@ class VLLMEngine:
 
     Args:
         model_path: weights as vLLM loads them: merge an adapter first. dtype: a torch dtype.
-        rows: what will be asked, for the longest prompt and the most media of one. llm_options: further arguments of
-            `vllm.LLM`.
+        rows: what will be asked, for the longest prompt and the most media of one. more_tokens: what a prompt may have
+            beyond its row, as a memory. llm_options: further arguments of `vllm.LLM`.
 
     Attributes:
         ends, context, busy_s: as of `evaluate.TransformersEngine`.
@@ -23,14 +23,23 @@ class VLLMEngine:
     """
 
     def __init__(
-        self, model_path: str, encoder: PromptEncoder, decoding: Decoding, *, dtype, rows: list[dict], **llm_options
+        self,
+        model_path: str,
+        encoder: PromptEncoder,
+        decoding: Decoding,
+        *,
+        dtype,
+        rows: list[dict],
+        more_tokens: int = 0,
+        **llm_options,
     ):
         from vllm import LLM
 
         self.tokenizer, self.decoding = encoder.processor.tokenizer, decoding
         columns = {name: [row[name] for row in rows] for name in ("problem", "options", "videos", "images")}
         context = encoder.config.get_text_config().max_position_embeddings
-        self.context = min(context, longest_prompt(encoder, [columns]) + decoding.max_new_tokens)
+        longest = longest_prompt(encoder, [columns]) + more_tokens
+        self.context = min(context, longest + decoding.max_new_tokens)
         self.llm = LLM(
             model=model_path,
             seed=decoding.seed,
