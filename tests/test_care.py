@@ -254,7 +254,7 @@ def test_what_no_reward_scores_gets_no_bonus_either(names, make_trainer):
         ({"care_accuracy": "tiou"}, {}, "care_accuracy: expected one of rewards .accuracy.; got 'tiou'"),
         ({"care_likelihood_cap": 0.0}, {}, "expected a cap"),
         ({"care_decay": 1.5}, {}, "a decay in"),
-        ({"care_every_steps": 0}, {}, "expected a step or more"),
+        ({"care_every_steps": 0}, {}, "every step or more"),
         ({}, {"multi_objective_aggregation": "normalize_then_sum"}, "no bonus has its size"),
     ],
 )

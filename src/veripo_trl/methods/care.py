@@ -36,7 +36,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 
 from veripo_trl.answers.plain import words_of
@@ -56,18 +55,14 @@ class CAREOptions:
     """Released values, but for the floor, which is ours."""
 
     care_bonus: float = option("GRPO-CARE's b, the weight of its bonus.", 0.5)
-    care_margin: float = option(
-        "How far below the mean likelihood of right answers one may be.", 0.0
-    )
+    care_margin: float = option("How far below the right answers' mean one's c may be.", 0.0)
     care_likelihood_cap: float = option("Likelihoods over it count as it.", 0.95)
     care_decay: float = option("What the slow copy keeps of itself when it is moved.", 0.995)
     care_every_steps: int = option("Optimizer steps between two moves of the slow copy.", 10)
     care_min_think_tokens: int = option(
         "Shorter thinking earns no bonus: without a floor, thinking shrinks to the answer.", 32
     )
-    care_accuracy: str | None = option(
-        "Which of `rewards` says what is right. Default: the first named accuracy…."
-    )
+    care_accuracy: str | None = option("Which of `rewards` is a. Default: the first accuracy….")
 
 
 def care_bonus(accuracy, likelihood, *, margin: float, counted=None) -> torch.Tensor:
@@ -93,17 +88,12 @@ def answer_tokens(ids: list[int], tokenizer) -> range | None:
     text = decoded(len(ids))
     if not (answer := extract_answer(text)):
         return None
-    start, counts = (
-        text.index(answer, text.index("<answer>") + len("<answer>")),
-        range(len(ids) + 1),
-    )
+    start = text.index(answer, text.index("<answer>") + len("<answer>"))
     # The fewest tokens whose text goes beyond the answer's first character, and that reach its end. A character of
     # several tokens is U+FFFD until its last: there at the start, not yet at the end.
+    counts, end = range(len(ids) + 1), start + len(answer)
     first = bisect_right(counts, start, key=lambda count: len(decoded(count))) - 1
-    last = bisect_left(
-        counts, start + len(answer), key=lambda count: len(decoded(count).rstrip("\ufffd"))
-    )
-    return range(first, last)
+    return range(first, bisect_left(counts, end, key=lambda count: len(decoded(count).rstrip("\ufffd"))))
 
 
 def thinking_of(text: str) -> str:
@@ -135,26 +125,17 @@ class CARE(Method):
     def __init__(self, *args, care: CAREOptions, **kwargs):
         config, functions = kwargs["args"], list(kwargs["reward_funcs"])
         names = [function.__name__.removesuffix("_reward") for function in functions]
-        compared = care.care_accuracy or next(
-            (name for name in names if name.startswith("accuracy")), None
-        )
+        found = [name for name in names if name.startswith("accuracy")]
+        compared = care.care_accuracy or (found or [None])[0]
         check_settings(config, care, names, compared)
-        self._care, self._accuracy_of_care, self._care_column = (
-            care,
-            names.index(compared),
-            len(functions),
-        )
+        self._care, self._compared, self._column = care, names.index(compared), len(functions)
         weights = [*(config.reward_weights or [1.0] * len(functions)), care.care_bonus]
         kwargs["args"] = with_changes(config, reward_weights=weights)
         kwargs["reward_funcs"] = [*functions, care_reward]
-        self._slow: dict[
-            str, torch.Tensor
-        ] = {}  # float32 on the host, by name; empty until it is first needed
+        self._slow: dict[str, torch.Tensor] = {}  # float32, on the host; empty until it is needed
         super().__init__(*args, **kwargs)
         if self._dist.is_zero3 or self._dist.is_fsdp:
-            raise ConfigError(
-                "care: expected DDP, or ZeRO of stage 1 or 2: its slow copy is of whole weights."
-            )
+            raise ConfigError("care: expected DDP, or ZeRO of stage 1 or 2: it copies whole weights.")
         self.add_callback(StepEnd(self._move_slow_copy, care.care_every_steps))
 
     # The slow copy
@@ -165,10 +146,8 @@ class CARE(Method):
 
     def _slow_copy(self) -> dict[str, torch.Tensor]:
         if not self._slow:
-            self._slow = {
-                n: p.detach().to("cpu", torch.float32, copy=True)
-                for n, p in self._trained().items()
-            }
+            for name, parameter in self._trained().items():
+                self._slow[name] = parameter.detach().to("cpu", torch.float32, copy=True)
         return self._slow
 
     @torch.no_grad()
@@ -180,15 +159,15 @@ class CARE(Method):
     @contextmanager
     def _slow_in_place(self):
         """The slow copy's values in the policy's parameters; afterwards the policy's own, which nothing has touched."""
-        slow, trained = self._slow_copy(), self._trained()
-        own = {name: parameter.data for name, parameter in trained.items()}
+        slow = self._slow_copy()
+        own = [(name, parameter, parameter.data) for name, parameter in self._trained().items()]
         try:
-            for name, parameter in trained.items():
-                parameter.data = slow[name].to(parameter.device, parameter.dtype)
+            for name, parameter, data in own:
+                parameter.data = slow[name].to(data.device, data.dtype)
             yield
         finally:
-            for name, parameter in trained.items():
-                parameter.data = own[name]
+            for _, parameter, data in own:
+                parameter.data = data
 
     def _save_rng_state(self, output_dir: str) -> None:
         if self.args.should_save:
@@ -205,25 +184,22 @@ class CARE(Method):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         # of all processes
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        column = self._care_column
         unscorable = rewards.isnan().all(1)
-        rewards[:, column] = 0.0
+        rewards[:, self._column] = 0.0
         if self.model.training:
             with self._timed("care"):
-                found = self._measured(completion_ids_list).to(rewards.device)
-            found = self.accelerator.gather(found).view(-1, self.num_generations, 3)
-            accuracy = rewards[:, self._accuracy_of_care].view(found.shape[:2])
-            earned = self._earned(accuracy, found[..., 0], found[..., 1])
-            rewards[:, column] = (
-                earned.flatten()
-            )  # in place: the store of rollouts keeps this very tensor
-            shown = {
-                "bonus_rate": (earned > 0).float(),
-                **dict(zip(MEASURED, found.unbind(2), strict=True)),
-            }
+                own = self._measured(completion_ids_list).to(rewards.device)
+            found = self.accelerator.gather(own).view(-1, self.num_generations, 3)
+            likelihood, think_tokens, repeats = found.unbind(2)
+            accuracy = rewards[:, self._compared].view_as(likelihood)
+            earned = self._earned(accuracy, likelihood, think_tokens)
+            # in place: the store of rollouts keeps this very tensor
+            rewards[:, self._column] = earned.flatten()
+            shown = {"likelihood": likelihood, "think_tokens": think_tokens}
+            shown |= {"bonus_rate": (earned > 0).float(), "think_is_answer": repeats}
             for name, values in shown.items():
                 self._metrics["train"][f"care/{name}"].append(values.mean().item())
-        rewards[unscorable, column] = torch.nan  # else TRL would take them for a reward of 0
+        rewards[unscorable, self._column] = torch.nan  # else TRL would take them for a reward of 0
         return rewards
 
     def _earned(self, accuracy, likelihood, think_tokens) -> torch.Tensor:
@@ -236,37 +212,29 @@ class CARE(Method):
 
     @torch.no_grad()
     def _measured(self, completions: list[list[int]]) -> torch.Tensor:
-        """`MEASURED` of this process's rows, float (rows, 3)."""
-        pad, found = self._tokenizer.pad_token_id, []
-        ids, mask = left_pad(self._active, pad)
-        own = pad_sequence(
-            [torch.tensor(row) for row in completions], batch_first=True, padding_value=pad
-        )
-        own_mask = pad_sequence(
-            [torch.ones(len(row), dtype=mask.dtype) for row in completions], batch_first=True
-        )
-        ids, mask = (
-            torch.cat(pair, 1).to(self.accelerator.device)
-            for pair in ((ids, own), (mask, own_mask))
-        )
-        size = self.args.per_device_train_batch_size
+        """Of this process's rows c, tokens of thinking, and whether it is the answer alone; float (rows, 3)."""
+        tokenizer, width = self._tokenizer, max(map(len, completions))
+        gaps = [width - len(row) for row in completions]
+        ids, mask = left_pad(self._active, tokenizer.pad_token_id)
+        own = [row + [tokenizer.pad_token_id] * gap for row, gap in zip(completions, gaps, strict=True)]
+        own_mask = [[1] * (width - gap) + [0] * gap for gap in gaps]
         with self._slow_in_place():
-            logps = self._get_per_token_logps_and_entropies(
-                self.model, ids, mask, own.size(1), size
-            )[0]
-        texts = self._tokenizer.batch_decode(completions, skip_special_tokens=True)
-        for row, text, row_logps in zip(completions, texts, logps.float().cpu(), strict=True):
-            span, thinking = answer_tokens(row, self._tokenizer), thinking_of(text)
-            likelihood = (
-                0.0 if span is None else row_logps[span.start : span.stop].mean().exp().item()
+            logps, *_ = self._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([ids, torch.tensor(own)], 1).to(self.accelerator.device),
+                torch.cat([mask, torch.tensor(own_mask)], 1).to(self.accelerator.device),
+                width,
+                self.args.per_device_train_batch_size,
             )
-            tokens = len(self._tokenizer(thinking, add_special_tokens=False)["input_ids"])
-            repeats = span is not None and words_of(thinking) == words_of(extract_answer(text))
+        found, texts = [], tokenizer.batch_decode(completions, skip_special_tokens=True)
+        for row, text, own_logps in zip(completions, texts, logps.float().cpu(), strict=True):
+            answer, thinking, likelihood = answer_tokens(row, tokenizer), thinking_of(text), 0.0
+            if answer is not None:
+                likelihood = own_logps[answer.start : answer.stop].mean().exp().item()
+            tokens = len(tokenizer(thinking, add_special_tokens=False)["input_ids"])
+            repeats = answer is not None and words_of(thinking) == words_of(extract_answer(text))
             found.append([min(likelihood, self._care.care_likelihood_cap), tokens, repeats])
         return torch.tensor(found)
-
-
-MEASURED = ("likelihood", "think_tokens", "think_is_answer")
 
 
 def check_settings(config, options: CAREOptions, names: list[str], compared: str | None) -> None:
@@ -275,16 +243,10 @@ def check_settings(config, options: CAREOptions, names: list[str], compared: str
     if compared not in names:
         problem = f"care_accuracy: expected one of rewards ({', '.join(names)}); got {compared!r}."
     elif config.multi_objective_aggregation != "sum_then_normalize":
-        problem = (
-            "multi_objective_aggregation standardises each column, so that no bonus has its size."
-        )
-    elif not (
-        0 < options.care_likelihood_cap <= 1
-        and 0 <= options.care_decay <= 1
-        and options.care_margin >= 0
-    ):
-        problem = f"expected a cap in (0, 1], a decay in [0, 1] and a margin of at least 0; got {options}."
-    elif options.care_every_steps < 1 or options.care_min_think_tokens < 0:
-        problem = f"expected a step or more between moves, and no floor below 0; got {options}."
+        problem = "multi_objective_aggregation standardises columns, so that no bonus has its size."
+    elif not 0 < options.care_likelihood_cap <= 1 or not 0 <= options.care_decay <= 1:
+        problem = f"expected a cap in (0, 1] and a decay in [0, 1]; got {options}."
+    elif min(options.care_margin, options.care_min_think_tokens, options.care_every_steps - 1) < 0:
+        problem = f"expected no margin or floor below 0, and moves every step or more; got {options}."
     if problem:
         raise ConfigError(f"care: {problem}")
