@@ -325,7 +325,8 @@ SETTINGS |= {  # of the relatives, what their code or paper says
         "reward_kwargs": {"accuracy_absolute_range": {"max_range": 100},
                           "structured_format": {"sections": ["planning", "observation", "reasoning"]}},
         "learning_rate": 1e-6, "weight_decay": 0.01, "max_grad_norm": 5.0, "max_completion_length": 4096,
-        "max_steps": 2500, "max_image_pixels": 401_408, "model_name_or_path": "outputs/primo/sft",
+        "max_steps": 2500, "max_image_pixels": 401_408, "model_name_or_path": "outputs/primo/sft", "methods": ["t_grpo"],
+        "temporal_rollouts": 0, "temporal_threshold": 0.1, "length_bonus": 0.2, "length_range": [320, 512],
     },
     "primo/sft.yaml": {"source": "primo_r1", "gradient_accumulation_steps": 8, "max_grad_norm": 4.0},
     "stvg/grpo.yaml": {

@@ -79,6 +79,9 @@ def test_options_of_a_named_method_are_the_recipes(grpo, tmp_path, capsys):
         parsed(grpo, "--config", str(file))
     with pytest.raises(ConfigError, match="unknown key 'own_size'"):
         parsed(grpo, "--own_size", "2")
+    file.write_text("methods: [care]\ncare_bonus: 0\n")
+    with pytest.raises(ConfigError, match="'care_bonus' .of the method care, which methods does not name"):
+        parsed(grpo, "--config", str(file), "--methods", "test_methods:Own")
     with pytest.raises(SystemExit):
         grpo.main(["--methods", "test_methods:Own", "--help"])
     assert "--own_size" in capsys.readouterr().out

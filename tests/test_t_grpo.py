@@ -12,7 +12,14 @@ from conftest import make_row
 from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.errors import ConfigError
 from veripo_trl.methods import load_methods, with_methods
-from veripo_trl.methods.t_grpo import TGRPOOptions, advantages, length_bonus, shuffle_seed, temporal_bonus
+from veripo_trl.methods.t_grpo import (
+    ShufflingCollator,
+    TGRPOOptions,
+    advantages,
+    length_bonus,
+    shuffle_seed,
+    temporal_bonus,
+)
 from veripo_trl.model.encoding import shuffled_order
 from veripo_trl.trainers.grpo import VideoGRPOTrainer
 from veripo_trl.vllm.inputs import content_key, media_items
@@ -279,6 +286,17 @@ def test_evaluation_has_no_bonus(load, rows, tmp_path, sampled):
     assert sum(map(len, sampled)) == 16 and not any(key.startswith("eval_t_grpo") for key in metrics)
 
 
+def test_the_bonus_for_length_alone(load, rows, tmp_path, sampled):
+    """Without rollouts on shuffled frames, and without their cost."""
+    trainer = make_trainer(load, rows, tmp_path, options=TGRPOOptions(temporal_rollouts=0, length_range=[1, 9]))
+    assert not isinstance(trainer.data_collator, ShufflingCollator)
+    trainer.train()
+    stored = trainer.rollout_store.read()
+    assert sum(map(len, sampled)) == len(stored) == 16
+    assert {row["rewards"]["temporal_reward"] for row in stored} == {0.0}
+    assert {row["rewards"]["length_reward"] for row in stored} == {0.0, 1.0}
+
+
 def test_what_no_reward_scores_gets_no_bonus_either(load, rows, tmp_path):
     def accuracy_reward(completion_ids, **kwargs):
         return [None if place % 4 == 1 else 1.0 - place % 2 for place in range(len(completion_ids))]
@@ -323,7 +341,7 @@ def test_it_goes_together_with(other, changes, load, rows, tmp_path, sampled):
 @pytest.mark.parametrize(
     ("options", "changes", "message"),
     [
-        ({"temporal_rollouts": 0}, {}, "groups of two or more, and 1 to 4 temporal_rollouts; got 0"),
+        ({"temporal_rollouts": -1}, {}, "groups of two or more, and 0 to 4 temporal_rollouts; got -1"),
         ({"temporal_rollouts": 5}, {}, "got 5"),
         ({}, {"num_generations": 1}, "of groups of two or more|at least 2"),
         ({"temporal_accuracy": "tiou"}, {}, "temporal_accuracy: expected one of rewards .accuracy.; got 'tiou'"),

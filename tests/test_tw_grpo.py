@@ -61,6 +61,21 @@ def test_divergence_is_the_ratio_of_geometric_and_harmonic_means():
     assert expected == pytest.approx(0.5) and found.tolist() == pytest.approx([expected])
 
 
+@pytest.mark.parametrize(("top_k", "expected"), [(2, 0.0), (3, None), (4, None), (20, None)])
+def test_the_likeliest_words_alone(top_k, expected):
+    """By the group's mean: two of the words are as likely to both rollouts."""
+    log_probs = torch.tensor([[[0.01, 0.5, 0.19, 0.3]], [[0.1, 0.5, 0.1, 0.3]]]).log()
+    alive = torch.ones(2, 1, dtype=torch.bool)
+    if expected is None:
+        words = [1, 3, 2, 0][:top_k]
+        expected = divergence(log_probs[..., words].clone(), alive).item()
+        assert expected > 0.05
+    assert divergence(log_probs.clone(), alive, top_k=top_k).item() == pytest.approx(expected, abs=1e-6)
+    options = TWGRPOOptions(token_weight_top_k=2)
+    found = group_weights(lambda positions: log_probs.expand(2, 2, 4)[:, positions].clone(), alive.expand(2, 2), options)
+    assert found.tolist() == [1, 1]
+
+
 def test_a_largest_weight_of_one_weighs_nothing():
     assert weights_of(torch.tensor([0.0, 3.0]), torch.tensor([True, True]), 1.0).tolist() == [1, 1]
 

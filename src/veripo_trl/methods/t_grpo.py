@@ -12,7 +12,8 @@ Both are reward columns (`temporal_reward`, `length_reward`) that this method ad
 weights. Published: μ 1 in the paper and 0.8 in the released code, τ 0.1, α 0.3, ω 0.2, 320 to 512 tokens.
 
 **Place** in the step: extra rollouts (2 in `trainers.grpo`). Off in evaluation. A question without a video, or whose
-frames are all alike, has no temporal bonus; its rollouts are not fewer.
+frames are all alike, has no temporal bonus; its rollouts are not fewer. `temporal_rollouts: 0` leaves the bonus for
+length alone, as PRIMO R1 has it (arXiv 2603.15600, a fork of Video-R1's code).
 
 **When it acts.** With accuracies of 0 and 1, a constant format, no bonus for length and `scale_rewards: group`, the
 temporal bonus cancels: R is then affine in the accuracy, advantages are the same. It acts on graded rewards, on mixed
@@ -51,7 +52,7 @@ class TGRPOOptions:
         "T-GRPO's τ: a rollout is right whose accuracy is over it.", 0.1
     )
     temporal_rollouts: int | None = option(
-        "Rollouts on shuffled frames. Default: half of num_generations."
+        "Rollouts on shuffled frames; 0: no temporal bonus. Default: half of num_generations."
     )
     temporal_bonus: float = option("T-GRPO's α, the weight of the temporal bonus.", 0.3)
     temporal_accuracy: str | None = option(
@@ -159,6 +160,8 @@ class TGRPO(Method):
         self._extra: list[tuple[int, EncodedPrompt]] = []
         self._extra_ids: list[list[int]] = []
         super().__init__(*args, **kwargs)
+        if not t_grpo.temporal_rollouts:
+            return
         if self.is_fsdp_enabled or not self.args.ds3_gather_for_generation:
             raise ConfigError(
                 "t_grpo: with FSDP or ds3_gather_for_generation false, every process has to make the same forward "
@@ -172,7 +175,7 @@ class TGRPO(Method):
                 inputs = self.data_collator([{**row, "repeated": False} for row in inputs])
             first, count = self.accelerator.process_index * len(inputs), self._t_grpo.temporal_rollouts
             for index, row in enumerate(inputs):  # groups may be divided between processes
-                if row["shuffled"] is not None and (first + index) % self.num_generations < count:
+                if row.get("shuffled") is not None and (first + index) % self.num_generations < count:
                     self._extra.append((index, row["shuffled"]))
         rows = [{key: row[key] for key in row if key != "shuffled"} for row in inputs]
         try:
@@ -263,15 +266,15 @@ def check_settings(config, options: TGRPOOptions, names: list[str], compared: st
     """Refuse what the bonus cannot be computed with."""
     size, extra, between = config.num_generations, options.temporal_rollouts, options.length_range
     problem = None
-    if size < 2 or not 0 < extra <= size:
-        problem = f"expected groups of two or more, and 1 to {size} temporal_rollouts; got {extra}."
+    if size < 2 or not 0 <= extra <= size:
+        problem = f"expected groups of two or more, and 0 to {size} temporal_rollouts; got {extra}."
     elif compared not in names:
         problem = f"temporal_accuracy: expected one of rewards ({', '.join(names)}); got {compared!r}."
     elif len(between) != 2 or between[0] > between[1]:
         problem = f"length_range: expected fewest and most tokens, like [320, 512]; got {between}."
     elif config.multi_objective_aggregation != "sum_then_normalize":
         problem = "multi_objective_aggregation standardises each column, so that no bonus has its size."
-    elif config.use_vllm and (config.vllm_mode == "server" or config.vllm_tensor_parallel_size > 1):
+    elif extra and config.use_vllm and (config.vllm_mode == "server" or config.vllm_tensor_parallel_size > 1):
         problem = (
             "vLLM's server and tensor parallelism take as many rollouts from every process, but only questions with a "
             "video have more. Use vllm_mode colocate and vllm_tensor_parallel_size 1."

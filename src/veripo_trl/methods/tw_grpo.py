@@ -12,7 +12,8 @@ how far the contexts differ. At token 0 all rollouts have the same one, so that 
 **Otherwise than released.** There, a rollout that has ended enters ℓ as the uniform distribution. At 152k words that
 swamps D, and in effect rewards being long; and the gradient runs through w. Here every mean, and min and max, is over
 rollouts that are alive, at tokens where at least two are; other tokens weigh 1, and w has no gradient.
-`dead_positions: uniform` counts ended rollouts as theirs did, for comparison.
+`dead_positions: uniform` counts ended rollouts as theirs did, for comparison. `token_weight_top_k` (ours, off; 20 is a
+beginning) leaves the improbable words out of D.
 
 **Place** in the step: advantages (3 in `trainers.grpo`). The weights are made inside the update's own forward, by a hook
 that sees the backbone's hidden states, so that there is no second forward. A group has to be whole in a batch.
@@ -47,6 +48,9 @@ class TWGRPOOptions:
     token_weight_block: int = option(
         "Positions whose logits are held at once, for all rollouts of a group.", 8
     )
+    token_weight_top_k: int | None = option(
+        "Ours: D over that many words, the likeliest by the group's mean. Default: over all."
+    )
     dead_positions: str = option(
         "Ended rollouts in TW-GRPO's weights: left_out, or uniform, as released.", "left_out",
         choices=("left_out", "uniform"),
@@ -55,12 +59,13 @@ class TWGRPOOptions:
 
 @torch.no_grad()
 def divergence(
-    log_probs: torch.Tensor, alive: torch.Tensor, dead_positions: str = "left_out"
+    log_probs: torch.Tensor, alive: torch.Tensor, dead_positions: str = "left_out", top_k: int | None = None
 ) -> torch.Tensor:
     """D of each position, float (T,).
 
     Args:
         log_probs: float (G, T, V), of one group. It is overwritten. alive: bool (G, T).
+        top_k: of how many of the V, those with the largest mean, the sum is; None for all.
     """
     if dead_positions == "uniform":
         log_probs.masked_fill_(~alive[..., None], -math.log(log_probs.size(-1)))
@@ -68,6 +73,9 @@ def divergence(
     count = alive.sum(0).clamp(min=1)
     dead = ~alive[..., None]
     mean = log_probs.masked_fill_(dead, 0).sum(0) / count[:, None]
+    if top_k is not None:
+        mean, words = mean.topk(min(top_k, mean.size(1)))
+        log_probs = (own.gather(1, words) for own in log_probs)
     total = 0
     # One rollout at a time: what is made of it has the size of the mean.
     for own, ended in zip(log_probs, dead, strict=True):
@@ -97,7 +105,8 @@ def group_weights(log_probs_of, alive: torch.Tensor, options: TWGRPOOptions) -> 
     size = options.token_weight_block
     blocks = [slice(start, start + size) for start in range(0, alive.size(1), size)]
     parts = [
-        divergence(log_probs_of(block), alive[:, block], options.dead_positions) for block in blocks
+        divergence(log_probs_of(block), alive[:, block], options.dead_positions, options.token_weight_top_k)
+        for block in blocks
     ]
     enough = 1 if options.dead_positions == "uniform" else 2
     return weights_of(torch.cat(parts), alive.sum(0) >= enough, options.token_weight_max)
@@ -139,9 +148,13 @@ class TWGRPO(Method):
                 f"tw_grpo: expected whole groups in a batch of one process, but per_device_train_batch_size "
                 f"{config.per_device_train_batch_size} is no multiple of num_generations {config.num_generations}."
             )
-        if not (tw_grpo.token_weight_max >= 1 and tw_grpo.token_weight_block >= 1):
+        if not (
+            tw_grpo.token_weight_max >= 1
+            and tw_grpo.token_weight_block >= 1
+            and (tw_grpo.token_weight_top_k is None or tw_grpo.token_weight_top_k >= 1)
+        ):
             raise ConfigError(
-                f"tw_grpo: expected a largest weight and a block of at least 1, got {tw_grpo}."
+                f"tw_grpo: expected a largest weight, a block and a top_k of at least 1, got {tw_grpo}."
             )
         self._token_weighting = tw_grpo
         self._weighed: dict | None = None  # inputs of the update that is running

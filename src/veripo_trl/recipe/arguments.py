@@ -232,5 +232,11 @@ class _Parser(TrlParser):
 
 def _refuse_unknown(place: str, keys: list, known: list[str]) -> None:
     if unknown := [key for key in map(str, keys) if key not in known]:
-        hints = [f"{key!r} (close: {', '.join(get_close_matches(key, known)) or 'none'})" for key in unknown]
+        owners = {f.name: name for name in METHODS for kind in method_options([name]) for f in fields(kind)}
+        hints = [
+            f"{key!r} (of the method {owners[key]}, which methods does not name)"
+            if key in owners
+            else f"{key!r} (close: {', '.join(get_close_matches(key, known)) or 'none'})"
+            for key in unknown
+        ]
         raise ConfigError(f"{place}: unknown key {'; '.join(hints)}. Correct or remove it. Nothing was run.")
