@@ -78,7 +78,7 @@ def held_by(folder: str | Path, pid: int) -> bool:
     """Whether `only_process` of that process wrote the folder's lock file that is seen from here. Never to be asked by
     that process itself: closing the file would end its lock."""
     try:
-        return _lock_file(folder).read_text() == str(pid)
+        return _lock_file(folder).read_text(encoding="utf-8") == str(pid)
     except OSError:
         return False
 
