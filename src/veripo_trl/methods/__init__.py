@@ -25,6 +25,7 @@ from veripo_trl.user_functions import is_user_function, user_function
 METHODS: dict[str, str] = {
     "care": "veripo_trl.methods.care:CARE",
     "reg_grpo": "veripo_trl.methods.reg_grpo:RegGRPO",
+    "streaming": "veripo_trl.methods.streaming:Streaming",
     "t_grpo": "veripo_trl.methods.t_grpo:TGRPO",
     "tw_grpo": "veripo_trl.methods.tw_grpo:TWGRPO",
 }

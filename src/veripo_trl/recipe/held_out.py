@@ -35,7 +35,7 @@ def evaluate_policy(
     ) as model:
         answers = generate(
             model,
-            trainer.encoder,
+            trainer.held_out_encoder,
             dataset.select(own),
             samples=report.report_samples if sampled else 1,
             temperature=1.0 if sampled else 0.0,

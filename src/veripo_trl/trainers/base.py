@@ -49,6 +49,7 @@ class VideoMixin(CheckpointMixin):
 
     Attributes:
         args: a copy of the settings that were given, with what was left open filled in.
+        held_out_encoder: with which held-out rows are asked; a method may ask them otherwise.
         shares_prompts: whether a prompt is computed once for its completions; None until the first batch decides it.
     """
 
@@ -58,7 +59,7 @@ class VideoMixin(CheckpointMixin):
     def __init__(self, *args, encoder: PromptEncoder, **kwargs):
         kwargs["args"] = with_changes(kwargs["args"], remove_unused_columns=False)
         super().__init__(*args, **kwargs)
-        self.encoder = encoder
+        self.encoder = self.held_out_encoder = encoder
         self.shares_prompts: bool | None = None
         self._checked = False
         if isinstance(self.model, PeftModel):
