@@ -80,9 +80,6 @@ def test_every_turn_is_a_sequence_scored_as_it_was_sampled(make_trainer):
     assert torch.allclose(whole["advantages"], expected)
     counts = whole["completion_mask"][:15].sum(1)
     assert int(slices[0]["num_items_in_batch"]) == int(counts.sum())
-    # the loss over both micro-batches is the mean over all turns' tokens
-    losses = [float(trainer._compute_loss(model, part).detach()) for part in slices]
-    assert sum(losses) == pytest.approx(float(-(expected[:15] * counts).sum() / counts.sum()), abs=1e-6)
     trainer._active = prompts = trainer._encoded["train"][1]
     ids = torch.cat([whole["prompt_ids"], whole["completion_ids"]], 1)
     attention = torch.cat([whole["prompt_mask"], whole["completion_mask"]], 1)
@@ -115,6 +112,9 @@ def test_every_turn_is_a_sequence_scored_as_it_was_sampled(make_trainer):
     assert [row["problem"] for row in stored] == ["Which colour is first?"] * 6
     logged = {key: values[-1] for key, values in trainer._metrics["train"].items() if "streaming/" in key}
     assert logged["streaming/turns"] == 2.5 and logged["streaming/thought_tokens"] == counts[6:].float().mean()
+    # the loss over both micro-batches is the mean over all turns' tokens
+    losses = [float(trainer._compute_loss(model, part).detach()) for part in slices]
+    assert sum(losses) == pytest.approx(float(-(expected[:15] * counts).sum() / counts.sum()), abs=1e-6)
 
 
 def test_videos_of_one_turn_are_plain_grpo(make_trainer):
