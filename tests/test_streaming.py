@@ -259,7 +259,8 @@ def test_taught_prompts_are_those_of_the_turns(tmp_path, load):
     """On the tiny world: given a taught row's thoughts, the turn has the row's ids and positions."""
     sizes = {"train": 12, "rl": 6, "dev": 12, "heldout": 3}
     world = make_world(tmp_path / "world", questions=["stream"], sizes=sizes)
-    rows, heldout = ([json.loads(line) for line in file.read_text().splitlines()] for file in (world.train, world.heldout))
+    files = (world.train, world.heldout)
+    rows, heldout = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
     assert {row["problem_type"] for row in rows} == {"thought", "multiple choice", "free-form"}
     assert not any(row["process"] for row in heldout) and {len(row["videos"]) for row in heldout} == {1}
     _, encoder = load(min_frames=8, max_frames=8, min_pixels=3136, max_pixels=3136)
