@@ -73,6 +73,11 @@ SAME_BATCH = {
             "care_min_think_tokens": 1,
         },
     ),
+    # from the third epoch on, easy questions have noise; one group of each step straddles the processes
+    "augmentation": (
+        "three clips", 6,
+        {"num_generations": 4, "methods": "difficulty_augmentation", "difficulty_window": 3, "max_steps": 3},
+    ),
 }  # fmt: skip
 # "whole groups" again, broken off by the death of one process in its second step, and resumed.
 BROKEN = ("clips", 4, {"max_steps": 2, "save_strategy": "steps", "save_steps": 1})
@@ -225,9 +230,12 @@ def rollouts(folder: Path, name: str) -> list[tuple]:
     rows = RolloutStore(folder / name / "rollouts").read()
     assert len({row["rollout_id"] for row in rows}) == len(rows)
     found = [
-        (row["step"], row["question_id"], row["completion"], row["rewards"], pytest.approx(row["advantage"], abs=1e-5))
+        (
+            row["step"], row["question_id"], row["completion"], row["rewards"], row["shown"],
+            pytest.approx(row["advantage"], abs=1e-5),
+        )
         for row in rows
-    ]
+    ]  # fmt: skip
     return sorted(found, key=lambda row: row[:3])
 
 
@@ -248,6 +256,8 @@ def test_two_processes_take_the_step_of_one(name, runs, model_paths):
     if "care" in name:  # at neither step all that are right earn it
         earned = [row[3] for row in found if row[3]["care_reward"]]
         assert 0 < len(earned) < len([row for row in found if row[3]["accuracy_reward"]])
+    if name == "augmentation":
+        assert {row[0] for row in found if row[4]} == {2}
 
 
 @pytest.mark.parametrize("name", [*TWO_PROCESS_RUNS, "from nothing"])

@@ -29,6 +29,7 @@ SCHEMA_FIELDS = [
     ("policy", pa.string()),
     ("prompt_template", pa.string()),
     ("seed", pa.int64()),
+    ("shown", pa.struct([("kind", pa.string()), ("level", pa.float64())])),
 ]
 FILE_NAME = re.compile(r"rollouts-step(\d+)-part(\d+)-rank(\d+)\.parquet")
 
@@ -38,7 +39,7 @@ class RolloutStore:
 
     A file holds what one process generated at one step: the row's fields, `rollout_id, step, completion,
     completion_tokens, finish_reason ("stop" or "length"), rewards (per function), advantage, policy, prompt_template
-    (its hash), seed`.
+    (its hash), seed, shown`: {kind, level} of what a method showed in the row's place (a hint, noise …), null for the row.
     """
 
     def __init__(self, folder: str | Path):

@@ -18,7 +18,7 @@ and ρ, and `regression/log_ratio_std`.
 
 **Cost**: the old log-probabilities, one forward without gradient for each generation batch.
 
-Not here: the paper's augmentation by difficulty (hints for hard questions, noise on the frames of easy ones).
+The paper's augmentation by difficulty is `difficulty_augmentation`, which goes with this or without.
 Published: G 8, β 0.1; learning rate and updates for each rollout are not.
 """
 

@@ -5,7 +5,7 @@ Everything downstream (rollout, old and reference log-probabilities, update, SFT
 """
 
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
@@ -24,6 +24,28 @@ from veripo_trl.model.features import PIXELS
 from veripo_trl.model.positions import mrope_positions
 
 STAND_IN = "\ue000"  # for a row's text while the chat template is rendered
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How a row is shown otherwise than it is: what a method sends with its index, as the mark `shown`.
+
+    Attributes:
+        kind, level: what the rollout store says of it.
+        problem: the text in place of the row's, which rewards and the store keep; None for that.
+        frames: of a `Clip` of the row gives the frames to show, as many and as large; None for its own. It is pickled.
+    """
+
+    kind: str
+    level: float
+    problem: str | None = None
+    frames: Callable[[Clip], np.ndarray] | None = None
+
+
+def as_shown(row: dict) -> dict:
+    """The row with the text that is shown."""
+    shown = row.get("shown")
+    return row if shown is None or shown.problem is None else {**row, "problem": shown.problem}
 
 
 class PromptTooLongError(VeripoError):
@@ -122,7 +144,7 @@ class PromptEncoder:
         """Encode one row's prompt.
 
         Args:
-            row: a row of `rows.load_rows`.
+            row: a row of `rows.load_rows`, with `shown` (a `Shown`) where a method shows it otherwise.
             shuffle_seed: permute the frames of each video by this seed, see `shuffled_order`.
 
         Raises:
@@ -131,6 +153,9 @@ class PromptEncoder:
         """
         started = time.perf_counter()
         clips, images = self.read_media(row)
+        if (shown := row.get("shown")) is not None and shown.frames is not None:
+            for clip in clips:
+                clip.frames = shown.frames(clip)
         if shuffle_seed is not None:
             for clip in clips:
                 clip.frames = clip.frames[shuffled_order(len(clip.frames), shuffle_seed)]
@@ -145,7 +170,7 @@ class PromptEncoder:
     def encode_media(self, row: dict, clips: list[Clip], images: list, *, load_s: float = 0.0) -> EncodedPrompt:
         """The row's prompt with these in place of its files: as many clips and images as it names."""
         started = time.perf_counter()
-        rendered, text, tail = self._render(row)
+        rendered, text, tail = self._render(as_shown(row))
         inputs = self._call_processor(rendered, images, clips)
         input_ids = inputs["input_ids"][0].numpy()
         input_ids = np.insert(input_ids, len(input_ids) - tail, text)

@@ -93,6 +93,12 @@ class VideoGRPOConfig(VideoConfig, GRPOConfig):
             )
 
 
+def total_rewards(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """TRL's weighted sums of (rollouts, functions), NaN for rollouts that no function scored."""
+    totals = (rewards * weights.to(rewards.device)).nansum(1)
+    return totals.masked_fill(rewards.isnan().all(1), torch.nan)
+
+
 class VideoGRPOTrainer(VideoMixin, GRPOTrainer):
     """TRL's `GRPOTrainer` for rows with any number of videos and images.
 
@@ -221,7 +227,7 @@ class VideoGRPOTrainer(VideoMixin, GRPOTrainer):
         self._encoded[mode] = (self._generation, prompts)
         self._active = prompts
         # TRL processes an `images` column itself; ours travel in `self._active`.
-        hidden = ("videos", "images", "encoded", "repeated", "epoch", "media_root", "process")
+        hidden = ("videos", "images", "encoded", "repeated", "epoch", "epochs", "shown", "media_root", "process")
         output = super()._generate_and_score_completions(
             [{key: value for key, value in row.items() if key not in hidden} for row in inputs]
         )
@@ -305,7 +311,7 @@ class VideoGRPOTrainer(VideoMixin, GRPOTrainer):
         rollouts = []
         for index, row in enumerate(rows):
             ids, completion = self._scored["ids"][index], self._scored["completions"][index]
-            values = zip(self.reward_func_names, rewards[index], strict=True)
+            values, shown = zip(self.reward_func_names, rewards[index], strict=True), row.get("shown")
             rollouts.append(
                 {
                     **{key: row[key] for key in STORED},
@@ -319,6 +325,7 @@ class VideoGRPOTrainer(VideoMixin, GRPOTrainer):
                     "policy": self.policy_name,
                     "prompt_template": self.encoder.template.hash,
                     "seed": self.args.seed,
+                    "shown": shown and {"kind": shown.kind, "level": shown.level},
                 }
             )
         self.rollout_store.write(rollouts, step=step, part=part, rank=rank, reward_names=self.reward_func_names)

@@ -1,7 +1,7 @@
 """From rows to batches: which rows the loader repeats, what its workers encode, and the order in which groups stay whole.
 
-A method that shows rows otherwise (augmented, by a curriculum) changes what `MarkedSampler` yields with a row's index:
-workers know no state of the trainer, and a resumed run repeats what the sampler draws from the seed and the epoch.
+A method that shows rows otherwise (augmented, by a curriculum) adds to what `MarkedSampler` yields with a row's index, by
+`WithMarks`: workers know no state of the trainer, and a resumed run repeats what the sampler draws.
 """
 
 import logging
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Sampler
 from trl.trainer.utils import RepeatSampler
 
 from veripo_trl.data.prompts import build_messages
-from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder, PromptTooLongError, encode_unique, text_ids
+from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder, PromptTooLongError, as_shown, encode_unique, text_ids
 from veripo_trl.shared_prompt.rollout import left_pad
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ class MarkedRows(Dataset):
 
 
 class MarkedSampler(Sampler):
-    """TRL's sampler, yielding `(index, {"repeated", "epoch"})`, with an order that depends on the epoch's number alone.
+    """TRL's sampler, yielding `(index, {"repeated", "epoch", "epochs"})`, with an order that depends on the epoch's number
+    alone. `epoch` is that number, `epochs` how many have been drawn when a row's generation batch begins, a float.
 
     TRL's own order depends on how many epochs this process has drawn, so that a run resumed in its second epoch would
     see the rows of the first again.
@@ -65,7 +66,29 @@ class MarkedSampler(Sampler):
         if self.sampler.shuffle:
             self.sampler.generator.manual_seed(self.sampler.seed + epoch)
         for drawn, index in enumerate(self.sampler):
-            yield index, {"repeated": (drawn // self.batch_size) % self.repeat_count > 0, "epoch": epoch}
+            generation, repeat = divmod(drawn // self.batch_size, self.repeat_count)
+            epochs = epoch + generation * self.repeat_count * self.batch_size / len(self)
+            yield index, {"repeated": repeat > 0, "epoch": epoch, "epochs": epochs}
+
+
+class WithMarks(Sampler):
+    """A sampler of `(index, marks)` with a method's own.
+
+    Args:
+        added: of an index and its marks gives more marks. It is called when the loader draws, which may be many steps
+            ahead of the trainer: it may depend on the trainer's state as it was when the epoch began, no later.
+    """
+
+    def __init__(self, sampler: Sampler, added: Callable[[int, dict], dict]):
+        self.sampler = sampler
+        self.added = added
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self):
+        for index, marks in self.sampler:
+            yield index, {**marks, **self.added(index, marks)}
 
 
 class RolloutCollator:
@@ -82,7 +105,7 @@ class RolloutCollator:
         prompts = [None] * len(rows) if rows[0].get("repeated") else encode_unique(self.encoder, rows)
         template = self.encoder.template
         return [
-            {**row, "prompt": build_messages(row, template), "encoded": prompt}
+            {**row, "prompt": build_messages(as_shown(row), template), "encoded": prompt}
             for row, prompt in zip(rows, prompts, strict=True)
         ]
 

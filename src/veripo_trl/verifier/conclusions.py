@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from veripo_trl.answers.choice import option_labels, read_choice
+from veripo_trl.answers.choice import option_labels, read_choice, true_choice
+from veripo_trl.answers.grounded import true_grounded
 from veripo_trl.answers.numbers import read_number
 from veripo_trl.answers.plain import boxed_spans
 from veripo_trl.answers.score import PROBLEM_TYPES
@@ -66,7 +67,7 @@ _EXPLICIT = re.compile(r"\banswer\b|\bconclu|\\boxed", re.I)
 _STATES = re.compile(rf"{_CUE.pattern}|\b(?:it|that|which|this)(?:'s| is)\b|=|:(?!\d)", re.I)
 
 
-def _sentences(think: str) -> list[str]:
+def sentences(think: str) -> list[str]:
     """Sentences in order; "A. red", "1. first" and decimals are not split."""
     parts = _BETWEEN_SENTENCES.split(think)
     return [part.strip()[-MAX_SENTENCE_CHARS:] for part in parts if part.strip()]
@@ -471,7 +472,7 @@ def conclude(think: str, *, problem_type: str, options: Sequence[str] | None = N
         return Conclusion(None, announced=False, named=False)
     think = _SECTION.sub("\n", think[-MAX_THINK_CHARS:])
     retracted, unannounced, remark = False, None, None
-    for place, sentence in enumerate(reversed(_sentences(think))):
+    for place, sentence in enumerate(reversed(sentences(think))):
         story = place >= NARRATED and not (read is _choice_in or _EXPLICIT.search(sentence))
         last = place == 0 or (place == 1 and remark is not None)
         if boxed := boxed_spans(sentence):
@@ -494,3 +495,37 @@ def conclude(think: str, *, problem_type: str, options: Sequence[str] | None = N
     if remark:
         return remark
     return Conclusion(None) if retracted or not unannounced else unannounced
+
+
+# ------------------------------------------------------------------------------------------------ what gives it away
+
+_LETTERED = {"multiple choice": true_choice, "grounded choice": lambda *args: true_grounded(*args)[0]}
+_NUMBERED = (
+    "numerical", "regression", "temporal grounding", "grounded choice", "object and time", "box grounding",
+)  # fmt: skip
+_COUNTS = re.compile(
+    rf"{_NUMERAL.pattern}|\b(?:hundred|thousand|half|dozen|both|pair|couple|none|no|single|once|twice)\b", re.I
+)
+
+
+def may_tell(sentence: str, *, problem_type: str, solution: str, options: Sequence[str] | None = None) -> bool:
+    """Whether a sentence may give the truth away, too often rather than too seldom.
+
+    Choices: it names a right option, by letter, text or all of the text's content words. Types with numbers: any number
+    is in it, since one near the truth earns too. OCR: half of the truth's words. What gives other types away cannot be
+    told, so that every sentence may.
+    """
+    if problem_type in _NUMBERED and _COUNTS.search(sentence):
+        return True
+    if problem_type in _LETTERED:
+        truth, options = _LETTERED[problem_type](solution, options), tuple(options or ())
+        labels, words = _option_patterns(options)[0], set(_stems(sentence))
+        marks = "".join(chr(base + ord(letter)) for letter in truth for base in (0xDFBF, 0xE0BF))
+        texts = [set(_stems(labels[letter])) for letter in truth if labels.get(letter)]
+        return bool(re.search(f"[{marks}{_CONTRADICTORY}]", _marked(sentence, options))) or any(
+            text <= words for text in texts
+        )
+    if problem_type == "OCR":
+        words = set(_stems(solution))
+        return 2 * len(words & set(_stems(sentence))) >= len(words)
+    return problem_type not in _NUMBERED

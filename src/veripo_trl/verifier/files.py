@@ -2,6 +2,7 @@
 bounded number of their texts: they lie in an Arrow file that is mapped."""
 
 import itertools
+import logging
 import mmap
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -14,10 +15,12 @@ import pyarrow.compute as pc
 from veripo_trl.data.prompts import PromptTemplate
 from veripo_trl.data.rollouts import SCHEMA_FIELDS
 from veripo_trl.errors import ConfigError
-from veripo_trl.files.disk import FileError, read_parquet, write_parquet
+from veripo_trl.files.disk import FileError, open_parquet, read_parquet, write_parquet
 from veripo_trl.verifier.pairs import seeded_order
 
-_UNREAD = ("completion_tokens", "advantage", "seed")
+logger = logging.getLogger(__name__)
+
+_UNREAD = ("completion_tokens", "advantage", "seed", "shown")
 _MAY_BE_NULL = ("options", "videos", "images", "data_source")
 # large: together the texts of a run may be more than 2 GB
 _TYPES = {pa.string(): pa.large_string()}
@@ -109,15 +112,20 @@ def read_rollouts(
 
 def _batches(files: Iterable[Path], limit: int | None) -> Iterator[pa.Table]:
     """Tables of BATCH rows or some more; a file that GRPO wrote has a handful."""
-    rows, waiting = 0, []
+    rows, waiting, others = 0, [], 0
     for file in files:
-        waiting.append(_read(file)[: limit and limit - rows])
+        table = _read(file)
+        kept = _of_rows_themselves(table, file)
+        others += len(table) - len(kept)
+        waiting.append(kept[: limit and limit - rows])
         rows += len(waiting[-1])
         if sum(map(len, waiting)) >= BATCH:
             yield pa.concat_tables(waiting).combine_chunks()
             waiting = []
         if rows == limit:
             break
+    if others:
+        logger.warning("Left out %d rollouts that saw a hint or other frames: they answer another question.", others)
     yield pa.concat_tables([ROLLOUT_SCHEMA.empty_table(), *waiting]).combine_chunks()
 
 
@@ -129,6 +137,14 @@ def _mapped(tables: Iterable[pa.Table], schema: pa.Schema, folder: Path) -> pa.T
         file.flush()
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return pa.ipc.open_stream(pa.py_buffer(content)).read_all()
+
+
+def _of_rows_themselves(table: pa.Table, file: Path) -> pa.Table:
+    """Without the rollouts of a file that saw something else than their row, which the store calls `shown`."""
+    with open_parquet(file) as opened:
+        if "shown" not in opened.schema_arrow.names:  # written before it was recorded
+            return table
+        return table.filter(opened.read(columns=["shown"])["shown"].is_null())
 
 
 def _read(file: Path) -> pa.Table:
