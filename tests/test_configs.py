@@ -307,7 +307,8 @@ SETTINGS |= {  # of the relatives, what their code or paper says
         "max_completion_length": 4096, "max_frames": 16, "max_pixels": 196 * 28 * 28, "train_vision_tower": False,
     },
     "deepvideo_r1/grpo.yaml": SEED_BENCH | {
-        "methods": ["reg_grpo"], "num_iterations": 2, "beta": 0.1, "max_steps": 2000, "train_vision_tower": False,
+        "methods": ["reg_grpo", "difficulty_augmentation"], "num_iterations": 2, "beta": 0.1, "max_steps": 2000,
+        "train_vision_tower": False,
     },
     "seed_bench_r1/grpo.yaml": SEED_BENCH | {
         "rewards": ["accuracy"], "beta": 0.1, "learning_rate": 1e-6, "max_completion_length": 256, "num_train_epochs": 1,

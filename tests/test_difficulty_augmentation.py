@@ -128,7 +128,11 @@ def test_what_may_give_the_answer_away(kind, solution, sentence, tells):
 REWARDS = {"row0": 0.5, "row1": 0.5, "row2": 1.0, "row3": 0.3}
 
 
-def by_question(completions, question_id, **kwargs):
+SAID = []  # prompts that rewards were given
+
+
+def by_question(prompts, question_id, **kwargs):
+    SAID.extend((name, prompt[0]["content"][-1]["text"]) for name, prompt in zip(question_id, prompts, strict=True))
     return [REWARDS[name] + 0.01 * (place % 2) for place, name in enumerate(question_id)]
 
 
@@ -162,6 +166,7 @@ def seen(monkeypatch):
         return score(self, *args, **kwargs)
 
     monkeypatch.setattr(grpo, "sample_completions", sampling)
+    monkeypatch.setattr(grpo, "drop_pixels", lambda *args: None)  # they are looked at afterwards
     monkeypatch.setattr(VideoGRPOTrainer, "_get_per_token_logps_and_entropies", scoring)
     return chunks, updated
 
@@ -185,7 +190,7 @@ def test_the_next_visit_is_augmented_and_the_first_is_plain_grpos(load, rows, tm
             load, rows, tmp_path / name, methods=names, given=(GIVEN,) * len(names), max_steps=4 + 4 * len(names),
             logging_steps=1,
         )
-        chunks.clear(), updated.clear()
+        chunks.clear(), updated.clear(), SAID.clear()
         trainer.train()
         runs[name] = trainer.rollout_store.read()
         if names:
@@ -215,6 +220,8 @@ def test_the_next_visit_is_augmented_and_the_first_is_plain_grpos(load, rows, tm
     assert "Hint: Look at row3 closely." in text(hinted.input_ids) and "blue." not in text(hinted.input_ids)
     assert "Hint" not in text(unhinted.input_ids)
     assert torch.equal(hinted.pixel_values_videos, unhinted.pixel_values_videos)
+    told = ["Hint: Look at row3 closely." in prompt for name, prompt in SAID if name == "row3"]
+    assert told == [False, False, True, True]
     # the update has the very prompts that were sampled from
     assert {id(prompt) for chunk in updated for prompt in chunk} == {id(p) for own in sampled.values() for p in own}
     logged = {key: [entry[key] for entry in trainer.state.log_history if key in entry]

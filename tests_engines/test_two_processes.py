@@ -78,6 +78,14 @@ SAME_BATCH = {
         "three clips", 6,
         {"num_generations": 4, "methods": "difficulty_augmentation", "difficulty_window": 3, "max_steps": 3},
     ),
+    # a row in each step, in both processes; half of its frames outside the span are hidden, then none
+    "curriculum": (
+        "grounded clips", 2,
+        {
+            "num_generations": 4, "methods": "grounding_curriculum", "difficulty_files": "{clips}/evaluated.json",
+            "max_steps": 2,
+        },
+    ),
 }  # fmt: skip
 # "whole groups" again, broken off by the death of one process in its second step, and resumed.
 BROKEN = ("clips", 4, {"max_steps": 2, "save_strategy": "steps", "save_steps": 1})
@@ -101,8 +109,12 @@ def clips(tmp_path_factory):
     text = make_row("text", folder, problem="Which colour is last?")
     image = make_row("image", folder, images=["noise.png"])
     both = make_row("both", folder, videos=["clip1.mp4", "clip2.mp4"], images=["noise.png"])
+    spans = {"problem_type": "temporal grounding", "options": [], "solution": "0.5 to 1.0"}
+    grounded = [row | spans for row in rows[:2]]
+    answers = [{"question": row, "ground_truth": row["solution"], "model_output": ""} for row in grounded]
+    (folder / "evaluated.json").write_text(json.dumps(answers))
     groups = {
-        "clips": rows, "two clips": rows[:2], "three clips": rows[:3], "text and clip": [text, rows[0]],
+        "grounded clips": grounded, "clips": rows, "two clips": rows[:2], "three clips": rows[:3], "text and clip": [text, rows[0]],
         "mixed": [text, image, rows[0], both],
     }  # fmt: skip
     for name, members in groups.items():
@@ -134,7 +146,7 @@ def scenario(name, rows, *, clips, model, folder, per_device, **options) -> dict
         "per_device_train_batch_size": per_device, **options,
     }  # fmt: skip
     for key, value in given.items():
-        argv += [f"--{key}", str(value)]
+        argv += [f"--{key}", str(value).replace("{clips}", str(clips))]
     names = [row["question_id"] for row in load_rows([source])]
     return {
         "name": name, "argv": [*argv, "--rewards", "accuracy", "format"], "log": str(folder / f"{name}.log"),
@@ -258,6 +270,8 @@ def test_two_processes_take_the_step_of_one(name, runs, model_paths):
         assert 0 < len(earned) < len([row for row in found if row[3]["accuracy_reward"]])
     if name == "augmentation":
         assert {row[0] for row in found if row[4]} == {2}
+    if name == "curriculum":
+        assert [row[4] and row[4]["level"] for row in found] == [0.75] * 4 + [None] * 4
 
 
 @pytest.mark.parametrize("name", [*TWO_PROCESS_RUNS, "from nothing"])

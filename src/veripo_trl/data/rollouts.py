@@ -39,7 +39,7 @@ class RolloutStore:
 
     A file holds what one process generated at one step: the row's fields, `rollout_id, step, completion,
     completion_tokens, finish_reason ("stop" or "length"), rewards (per function), advantage, policy, prompt_template
-    (its hash), seed, shown`: {kind, level} of what a method showed in the row's place (a hint, noise …), null for the row.
+    (its hash), seed, shown` ({kind, level} of what a method showed in place of the row: a hint, noise; null for the row).
     """
 
     def __init__(self, folder: str | Path):

@@ -25,6 +25,7 @@ from veripo_trl.user_functions import is_user_function, user_function
 METHODS: dict[str, str] = {
     "care": "veripo_trl.methods.care:CARE",
     "difficulty_augmentation": "veripo_trl.methods.difficulty_augmentation:DifficultyAugmentation",
+    "grounding_curriculum": "veripo_trl.methods.grounding_curriculum:GroundingCurriculum",
     "reg_grpo": "veripo_trl.methods.reg_grpo:RegGRPO",
     "streaming": "veripo_trl.methods.streaming:Streaming",
     "t_grpo": "veripo_trl.methods.t_grpo:TGRPO",

@@ -40,8 +40,8 @@ class MarkedRows(Dataset):
 
 
 class MarkedSampler(Sampler):
-    """TRL's sampler, yielding `(index, {"repeated", "epoch", "epochs"})`, with an order that depends on the epoch's number
-    alone. `epoch` is that number, `epochs` how many have been drawn when a row's generation batch begins, a float.
+    """TRL's sampler, yielding `(index, {"repeated", "epoch", "epochs"})`, with an order that depends on the epoch's
+    number alone. `epoch` is that number, `epochs` how many have been drawn when a row's generation batch begins, a float.
 
     TRL's own order depends on how many epochs this process has drawn, so that a run resumed in its second epoch would
     see the rows of the first again.
