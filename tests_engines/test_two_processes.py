@@ -62,6 +62,11 @@ SAME_BATCH = {
     "mixed": ("mixed", 4, {"max_steps": 1, "train_vision_tower": "true"}),
     # methods that need whole groups, one in each process
     "token weights": ("two clips", 4, {"num_generations": 4, "methods": "tw_grpo", "max_steps": 2}),
+    # one process has the text row, of a single turn, the other a clip of two
+    "turns": (
+        "text and clip", 2,
+        {"max_steps": 2, "methods": "streaming", "clip_tokens": 4, "loss_type": "dapo", "scale_rewards": "none"},
+    ),
     "regression": (
         "two clips", 4, {"num_generations": 4, "methods": "reg_grpo", "num_iterations": 2, "max_steps": 2}
     ),
