@@ -103,7 +103,7 @@ def parsed():
 def test_every_promised_file_is_there():
     promised = {*GRPO_7B, "tiny/sft.yaml", "tiny/grpo.yaml", "video_r1/sft.yaml", "video_r1/grpo.yaml"}
     promised |= {"qwen2_5_vl_3b_lora/sft.yaml", "qwen2_5_vl_3b_lora/grpo.yaml"} | {
-        f"accelerate/{n}.yaml" for n in ("single", "ddp", "zero2", "zero3")
+        f"accelerate/{n}.yaml" for n in ("single", "ddp", "zero2", "zero3", "fsdp2")
     }
     promised |= {f"qwen2_5_vl_7b/{n}.yaml" for n in ("3_verify", "4_align", "5_search", "veripo")}
     promised |= {"tiny/veripo.yaml", "qwen2_5_vl_3b_lora/veripo.yaml"}
@@ -201,6 +201,7 @@ def test_unknown_reward_and_missing_file_are_named(tmp_path):
         ("accelerate/ddp.yaml", "MULTI_GPU", NODE, None),
         ("accelerate/zero2.yaml", "DEEPSPEED", NODE, 2),
         ("accelerate/zero3.yaml", "DEEPSPEED", NODE, 3),
+        ("accelerate/fsdp2.yaml", "FSDP", NODE, None),
     ],
 )
 def test_accelerate_loads_it(name, kind, processes, zero_stage):

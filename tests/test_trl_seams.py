@@ -7,6 +7,7 @@ import inspect
 
 import pytest
 import trl
+from accelerate.utils import fsdp_utils
 from transformers import Trainer
 from trl import DPOTrainer, GRPOConfig, GRPOTrainer, SFTTrainer
 from trl.generation.vllm_client import VLLMClient
@@ -66,6 +67,7 @@ SEAMS = {
     ),
     (VLLMClient, "reset_prefix_cache"): "self",
     (VLLMClient, "get_server_info"): "self",
+    (SFTTrainer, "compute_loss"): "self model inputs return_outputs num_items_in_batch",
     (DPOTrainer, "_compute_loss"): "self model inputs return_outputs",
     (DPOTrainer, "compute_ref_log_probs"): "self model inputs",
     (DPOTrainer, "_save"): "self output_dir state_dict",
@@ -126,6 +128,11 @@ def test_attributes_that_trl_sets():
     saving = inspect.getsource(Trainer._save_checkpoint)  # what says that a checkpoint is whole comes last
     order = ("self.save_model(", "self._save_rng_state(", "self.state.save_to_json(", "rotate_checkpoints(")
     assert sorted(order, key=saving.index) == list(order)
+
+
+def test_where_accelerate_asks_for_the_final_norm():
+    assert list(inspect.signature(fsdp_utils._find_final_norm).parameters) == ["model"]
+    assert "_find_final_norm(model)" in inspect.getsource(fsdp_utils.fsdp2_prepare_model)
 
 
 def test_defaults_that_we_state_ourselves():

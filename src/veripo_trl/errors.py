@@ -57,17 +57,35 @@ def print_under_any_locale() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+def first_failure(message: str) -> str:
+    """Why the processes of a run end: the message of the one that failed first, which this one is unless another was.
+
+    What a process meets when another is gone, a closed connection in the midst of a collective, says nothing of why.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return message
+    rank, key = f"process {distributed.get_rank()}", "veripo_trl/failed"
+    try:
+        store = distributed.distributed_c10d._get_default_store()
+        first = store.compare_set(key, "", f"{rank}: {message}").decode()
+    except RuntimeError:  # the process that holds the store was the one
+        return message
+    own = first == f"{rank}: {message}"
+    return message if own else f"{rank} ends, for another one failed. {first}"
+
+
 def run(main) -> int | None:
     """A script's `main`, as a command: an error that says what to do ends it in that message, without lines of code."""
     print_under_any_locale()
     try:
         return main()
     except VeripoError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        print(first_failure(f"{type(error).__name__}: {error}"), file=sys.stderr, flush=True)
         return 1
     except Exception as error:  # a full disk that a library found, or what nobody foresaw
         # Said here and not raised: Python would hold its frames, and with them loaders whose workers it then waits for.
-        print(no_room(error) or traceback.format_exc(), file=sys.stderr, flush=True)
+        print(first_failure(no_room(error) or traceback.format_exc()), file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         if int(os.environ.get("RANK", "0")) == 0:

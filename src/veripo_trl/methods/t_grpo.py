@@ -162,11 +162,6 @@ class TGRPO(Method):
         super().__init__(*args, **kwargs)
         if not t_grpo.temporal_rollouts:
             return
-        if self.is_fsdp_enabled or not self.args.ds3_gather_for_generation:
-            raise ConfigError(
-                "t_grpo: with FSDP or ds3_gather_for_generation false, every process has to make the same forward "
-                "passes, but only questions with a video have more rollouts. Use DDP, or ds3_gather_for_generation true."
-            )
         self.data_collator = ShufflingCollator(self.data_collator, self.encoder, self.args.seed)
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict:

@@ -101,6 +101,11 @@ def same_weights(tower, other) -> bool:
     return known[2]
 
 
+def media_kinds(prompts: list) -> int:
+    """Of how many kinds, image and video, the media of some prompts are: a trained tower runs once for each."""
+    return sum(any(getattr(prompt, f"{kind}_grid_thw") is not None for prompt in prompts) for kind in PIXELS)
+
+
 def media_inputs(prompts: list, device) -> dict[str, torch.Tensor]:
     """The vision tensors of a batch, in row order, moved to `device`."""
     inputs = {}

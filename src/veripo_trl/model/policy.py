@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from transformers import AutoProcessor, PreTrainedConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -113,6 +114,10 @@ def load_policy(
     )
     if quantization_config is not None:
         keep_weights_unpacked(model)
+    if is_deepspeed_zero3_enabled():
+        # transformers notes all renamings that it knows there, not those that this model needed, and would save weights
+        # as `model.model.…`, which it alone can read.
+        vars(model).pop("_weight_conversions", None)
     # An attribute of transformers' that is never saved and no longer filled. vLLM is to load the same revision.
     model.config._commit_hash = base_revision
     processor = AutoProcessor.from_pretrained(base, revision=base_revision, padding_side="left")

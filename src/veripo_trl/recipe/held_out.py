@@ -4,12 +4,12 @@ import math
 
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
-from trl.models import unwrap_model_for_generation
 
 from veripo_trl.data.rows import load_rows
 from veripo_trl.evaluate.generate import generate, summarize
 from veripo_trl.recipe.arguments import ReportArguments, StopArguments
 from veripo_trl.tiny.judge import judge as judge_by_templates
+from veripo_trl.trainers.engines import whole_policy
 from veripo_trl.verifier.judges import judge_by_rules
 
 
@@ -28,11 +28,7 @@ def evaluate_policy(
     accelerator = trainer.accelerator
     own = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
     sampled = decoding == "sampled"
-    with unwrap_model_for_generation(
-        trainer.model_wrapped,
-        accelerator,
-        gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
-    ) as model:
+    with whole_policy(trainer) as model:
         answers = generate(
             model,
             trainer.held_out_encoder,

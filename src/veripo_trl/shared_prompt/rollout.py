@@ -148,6 +148,7 @@ def sample_completions(
                 position_ids=positions[:, rows],
                 past_key_values=repeated(whole, rows, keep=number < len(pieces) - 1),
                 pad_token_id=pad_token_id,
+                synced_gpus=False,  # weights are whole: processes may generate unequally often, and long
                 **options,
             )
             outputs += output[:, input_ids.size(1) :]

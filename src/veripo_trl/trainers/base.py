@@ -9,12 +9,14 @@ import torch
 from peft import PeftModel
 
 from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder
-from veripo_trl.model.inputs import check_vision_tokens
+from veripo_trl.model.features import media_kinds
+from veripo_trl.model.inputs import check_vision_tokens, vision_inputs
 from veripo_trl.model.pieces import mlp_in_pieces
 from veripo_trl.model.policy import copy_adapter_to_reference
 from veripo_trl.options import option
 from veripo_trl.shared_prompt.scoring import prefix_can_be_shared, score_completions
 from veripo_trl.trainers.checkpoints import CheckpointMixin, with_changes
+from veripo_trl.trainers.engines import check_engine, check_media_alike, shares_out_towers, whole_towers
 from veripo_trl.trainers.guards import check_frames_matter, show_resolved_media
 
 
@@ -59,6 +61,7 @@ class VideoMixin(CheckpointMixin):
     def __init__(self, *args, encoder: PromptEncoder, **kwargs):
         kwargs["args"] = with_changes(kwargs["args"], remove_unused_columns=False)
         super().__init__(*args, **kwargs)
+        check_engine(self.accelerator, self._unwrapped(self.model))
         self.encoder = self.held_out_encoder = encoder
         self.shares_prompts: bool | None = None
         self._checked = False
@@ -93,6 +96,7 @@ class VideoMixin(CheckpointMixin):
     def _decide_sharing(self, model, prompt: EncodedPrompt) -> None:
         """Before the first scoring: does a prompt computed once give what plain rows give? Entered by every process."""
         if self.shares_prompts is None:
+            check_media_alike(self.accelerator, self._unwrapped(model), media_kinds([prompt]))
             self.shares_prompts = self.args.shared_prefix and prefix_can_be_shared(
                 model,
                 self._unwrapped(model),
@@ -100,6 +104,24 @@ class VideoMixin(CheckpointMixin):
                 pad_token_id=self._tokenizer.pad_token_id,
                 accelerator=self.accelerator,
             )
+
+    # Vision features
+
+    def _make_features(self, pieces: list[list[EncodedPrompt]]) -> None:
+        """Vision features of prompts under ZeRO-3, with the tower of policy and reference whole. Entered by all.
+
+        Elsewhere they are made where they are first needed.
+
+        Args:
+            pieces: the prompts of this process, in the tower's batches; other processes may have more, or none.
+        """
+        models = [self._unwrapped(model) for model in (self.model, self.ref_model) if model is not None]
+        if not shares_out_towers(self.accelerator, models[0]):
+            return
+        with whole_towers([model.model.visual for model in models]):
+            for model in models:
+                for piece in pieces:
+                    vision_inputs(model, piece, self.accelerator.device)
 
     # Scoring
 
@@ -110,6 +132,7 @@ class VideoMixin(CheckpointMixin):
             model: wrapped for its backend. prompts: one per row of `input_ids`, `attention_mask` (rows, length).
         """
         check_vision_tokens(input_ids, prompts, self.encoder.config)
+        check_media_alike(self.accelerator, self._unwrapped(model), media_kinds(prompts))
         with self.accelerator.autocast():
             return score_completions(
                 model,

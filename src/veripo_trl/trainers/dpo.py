@@ -91,6 +91,7 @@ class VideoDPOTrainer(VideoMixin, DPOTrainer):
     def _compute_loss(self, model, inputs, return_outputs):
         inputs = dict(inputs)
         prompts, width = inputs.pop("prompts"), inputs.pop("completion_width")
+        self._make_features([prompts])
         self._decide_sharing(model, prompts[0])
 
         def scored(model):

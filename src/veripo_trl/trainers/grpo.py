@@ -24,7 +24,6 @@ from unittest.mock import patch
 
 import torch
 from trl import GRPOConfig, GRPOTrainer
-from trl.models import unwrap_model_for_generation
 from trl.trainer import grpo_trainer
 
 from veripo_trl.data.rollouts import RolloutStore
@@ -37,6 +36,7 @@ from veripo_trl.options import option
 from veripo_trl.shared_prompt.rollout import cut_at_end, sample_completions, whole_groups
 from veripo_trl.trainers.base import VideoConfig, VideoMixin
 from veripo_trl.trainers.checkpoints import with_changes
+from veripo_trl.trainers.engines import whole_policy
 from veripo_trl.trainers.loading import MarkedRows, MarkedSampler, RolloutCollator, loader_options, regroup
 from veripo_trl.vllm import training as vllm
 
@@ -79,6 +79,7 @@ class VideoGRPOConfig(VideoConfig, GRPOConfig):
         "chat_template_kwargs": (None, {}),
         "cache_implementation": (None,),
         "use_transformers_continuous_batching": (False,),
+        "ds3_gather_for_generation": (True,),  # pieces of a rollout differ between processes
     }
     BECAUSE = "Prompts are encoded and computed once per group, by this project's own code."
 
@@ -195,6 +196,7 @@ class VideoGRPOTrainer(VideoMixin, GRPOTrainer):
         self._generation = int(self._buffered_inputs[0]["generation"][0])
         self._active = encode_unique(self.encoder, rows)
         self._encoded["train"] = (self._generation, self._active)
+        self._make_features(self._rollout_chunks())
         for chunk in self._rollout_chunks():  # features in the rollout's batches, to the last bit
             vision_inputs(self._unwrapped(self.model), chunk, self.accelerator.device)
 
@@ -226,6 +228,7 @@ class VideoGRPOTrainer(VideoMixin, GRPOTrainer):
         self._generation += 1
         self._encoded[mode] = (self._generation, prompts)
         self._active = prompts
+        self._make_features(self._rollout_chunks())
         # TRL processes an `images` column itself; ours travel in `self._active`.
         hidden = ("videos", "images", "encoded", "repeated", "epoch", "epochs", "shown", "media_root", "process")
         output = super()._generate_and_score_completions(
@@ -271,16 +274,7 @@ class VideoGRPOTrainer(VideoMixin, GRPOTrainer):
     def _sample(self) -> list[list[int]]:
         """A completion for each row of `self._active`, by transformers."""
         completions = []
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                generation_kwargs=self.generation_kwargs,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
-        ):
+        with whole_policy(self, self.generation_kwargs) as model:
             for chunk in self._rollout_chunks():
                 tokens = sample_completions(
                     model,

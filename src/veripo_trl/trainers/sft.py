@@ -9,10 +9,12 @@ from veripo_trl.data.prompts import build_target
 from veripo_trl.data.schema import RowError
 from veripo_trl.errors import settings_checked
 from veripo_trl.model.encoding import PromptEncoder
+from veripo_trl.model.features import PIXELS
 from veripo_trl.model.inputs import model_inputs
 from veripo_trl.options import option
 from veripo_trl.trainers.base import VideoConfig, VideoMixin
 from veripo_trl.trainers.checkpoints import with_changes
+from veripo_trl.trainers.engines import check_media_alike, shares_out_towers, whole_towers
 from veripo_trl.trainers.loading import with_answers
 
 
@@ -70,6 +72,18 @@ class VideoSFTTrainer(VideoMixin, SFTTrainer):
         kwargs["args"] = with_changes(config, dataset_kwargs=prepared)
         kwargs["data_collator"] = SFTCollator(encoder, max_length=config.max_length)
         super().__init__(*args, encoder=encoder, **kwargs)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        unwrapped, given = self._unwrapped(model), [kind for kind, pixels in PIXELS.items() if pixels in inputs]
+        check_media_alike(self.accelerator, unwrapped, len(given))
+        if shares_out_towers(self.accelerator, unwrapped):  # in the forward only processes with media would run it
+            inputs, outputs = dict(inputs), {}
+            with whole_towers([unwrapped.model.visual]), torch.no_grad():
+                for kind in given:
+                    features = unwrapped.get_image_features if kind == "image" else unwrapped.get_video_features
+                    outputs[kind] = features(inputs.pop(PIXELS[kind]), inputs.pop(f"{kind}_grid_thw"))
+            inputs |= {"mm_encoder_outputs": outputs} if outputs else {}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 def check_thinking(dataset) -> None:
