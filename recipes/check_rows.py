@@ -3,6 +3,8 @@
     python recipes/check_rows.py --config qwen2_5_vl_3b_lora/grpo.yaml --output manifest.jsonl
     accelerate launch -q recipes/grpo_video.py --config qwen2_5_vl_3b_lora/grpo.yaml --manifest manifest.jsonl
 
+    python recipes/check_rows.py --config long_video/grpo.yaml --gpu_memory 80   # how many frames fit; without rows
+
 Takes the YAML and the options of the training recipe; those that do not concern rows are ignored. Needs the model's
 config and processor, not its weights. A check that was broken off goes on where it stopped. Without arguments it
 checks the embedded world.
@@ -25,12 +27,13 @@ from veripo_trl.files.run_folder import only_process
 from veripo_trl.recipe import row_check as recipe
 from veripo_trl.recipe.arguments import SHARED, DataArguments, GRPOArguments, StopArguments, parse
 from veripo_trl.recipe.build import revision_of, see_as_trained
+from veripo_trl.recipe.frames_that_fit import MemoryArguments, report_frames
 from veripo_trl.tiny.world import make_world
 from veripo_trl.trainers.grpo import VideoGRPOConfig
 from veripo_trl.trainers.sft import VideoSFTConfig
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "tiny" / "sft.yaml"
-ARGUMENTS = (DataArguments, ModelConfig, recipe.CheckArguments)
+ARGUMENTS = (DataArguments, ModelConfig, MemoryArguments, recipe.CheckArguments)
 IGNORED = (*SHARED, GRPOArguments, StopArguments, VideoGRPOConfig, VideoSFTConfig)
 
 
@@ -41,7 +44,11 @@ def main(argv: list[str] | None = None) -> int:
         return write_manifest(*parsed)
 
 
-def write_manifest(data_args, model_args, arguments) -> int:
+def write_manifest(data_args, model_args, memory, arguments) -> int:
+    if memory.gpu_memory is not None:
+        data_args = see_as_trained(data_args, model_args.model_name_or_path, revision_of(model_args))
+        report_frames(model_args, memory, recipe.encoder_without_weights(model_args, data_args))
+        return 0
     if data_args.tiny_world is not None:
         make_world(data_args.tiny_world, questions=data_args.tiny_questions)
     rows, malformed = recipe.read_checkable(data_args)

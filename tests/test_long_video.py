@@ -1,21 +1,36 @@
 """What a long video's memory is cut down by changes nothing: pieces of the tower, of the MLP, of a group's decoding."""
 
 import copy
+import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from helpers import (
-    changed, fixed_completions, give_completions, make_grpo_trainer, make_tiny_policy, state, video_rows,
+    changed,
+    fixed_completions,
+    give_completions,
+    make_grpo_trainer,
+    make_tiny_policy,
+    state,
+    video_rows,
 )  # fmt: skip
 from torch.nn.utils.rnn import pad_sequence
+from transformers import Qwen2_5_VLConfig
+from trl import ModelConfig
 from trl.trainer.utils import add_fused_lm_head
 
+from veripo_trl.errors import ConfigError
 from veripo_trl.model import features, pieces
 from veripo_trl.model.inputs import vision_inputs
+from veripo_trl.recipe import frames_that_fit
 from veripo_trl.shared_prompt import rollout
 from veripo_trl.shared_prompt.rollout import sample_completions
 from veripo_trl.shared_prompt.scoring import prefix_can_be_shared, score_completions
+from veripo_trl.vllm import inputs
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
 def test_a_call_of_the_tower_holds_whole_items_or_runs_of_steps():
@@ -177,3 +192,52 @@ def test_a_step_with_all_of_it_is_a_step_without(tmp_path, model_paths, media_ro
         assert prompt.pixel_values_videos is None and prompt.features  # let go of in both
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-7)
+
+
+def test_a_server_is_posted_no_gigabytes(load, mixed_rows, monkeypatch):
+    prompt = load()[1].encode(mixed_rows[4])
+    inputs.check_size(prompt)
+    monkeypatch.setattr(inputs, "MOST_POSTED", prompt.pixel_values.nbytes + prompt.pixel_values_videos.nbytes - 1)
+    with pytest.raises(ValueError, match="'image-and-video'.*would be posted.*vllm_mode: colocate"):
+        inputs.check_size(prompt)
+
+
+SIZES = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+         "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 128_000,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}  # fmt: skip
+
+
+def test_frames_that_fit():
+    """Of Qwen2.5-VL-7B with LoRA, as docs/results.md has them."""
+    config = Qwen2_5_VLConfig(text_config=SIZES, vision_config={"out_hidden_size": 3584, "hidden_size": 1280})
+    adapter = ModelConfig(use_peft=True, lora_r=64, dtype="bfloat16")
+    fixed = frames_that_fit.fixed_bytes(config, adapter)
+    assert fixed == pytest.approx(16.6e9 + 2.6e9 + frames_that_fit.CONTEXT, rel=0.01)  # weights, adapter, the rest
+    full = frames_that_fit.fixed_bytes(config, ModelConfig(dtype="float32"))
+    assert full > 4 * 16.6e9 * 1.9  # weights, gradients and two moments, in four bytes, but of the tower
+    found = {}
+    for options in ({}, {"activation_offloading": True}, {"rollout_batch_size": 2}, {"use_vllm": True}):
+        memory = frames_that_fit.MemoryArguments(gpu_memory=80, **options)
+        found[next(iter(options), "")] = frames_that_fit.frames_that_fit(config, adapter, memory, 64.0)
+    assert found[""] == {"update": 2412, "rollout": 1970}
+    assert found["activation_offloading"] == {"update": 5534, "rollout": 1970}
+    assert found["rollout_batch_size"] == {"update": 2412, "rollout": 5284}
+    assert found["use_vllm"]["vLLM"] == 1990  # (128,000 - 512 - 512) / 64, even
+    text, memory = config.get_text_config(), frames_that_fit.MemoryArguments(gpu_memory=80)
+    tokens = 2412 * 64 + 512 + 8 * 512
+    assert fixed + frames_that_fit.update_bytes(text, tokens, memory) <= 80e9
+    assert fixed + frames_that_fit.update_bytes(text, tokens + 128, memory) > 80e9
+    small = frames_that_fit.MemoryArguments(gpu_memory=20)
+    assert frames_that_fit.frames_that_fit(config, adapter, small, 64.0) == {"update": 0, "rollout": 0}
+
+
+def test_the_check_says_how_many_frames_fit(model_paths, capsys):
+    words = ["--model_name_or_path", str(model_paths["qwen2_5_vl"]), "--prompt_template", "tiny", "--gpu_memory", "24"]
+    spec = importlib.util.spec_from_file_location("check_rows", RECIPES / "check_rows.py")
+    check_rows = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(check_rows)
+    assert check_rows.main([*words, "--max_frames", "64"]) == 0
+    told = capsys.readouterr().out
+    assert "max_frames is 64, which fits." in told and "activation_offloading: true, rollout_batch_size: 2" in told
+    with pytest.raises(ConfigError, match="expected gradient_checkpointing: true"):
+        check_rows.main([*words, "--gradient_checkpointing", "false"])

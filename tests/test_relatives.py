@@ -40,6 +40,8 @@ SOLE = {"image_name": "ep7_012.png", "data_source": "sim", "solution": "<think>I
 VST = {"data_source": "multiple choice", "question": "Which is first?\nA. red\nB. blue", "video_context": "v/1.mp4",
        "reward_model": {"ground_truth": ["A"]}, "extra_info": {"duration": 96.0, "origin_id": "x1"}}  # fmt: skip
 
+LONG = {"problem": "Who wins?\nA. red\nB. blue", "answer": "<answer>B</answer>", "videos": "games/1.mp4"}
+
 
 def charades(start, end, duration):
     return {"9AX": {"duration": duration, "timestamps": [[start, end]], "sentences": ["A person sits."]}}
@@ -55,6 +57,7 @@ CASES = [
     ("tw_grpo", [CLEVRER], {plain("C, A"): 2.0, plain("A"): 1.5, plain("A, B"): 1.0}),
     ("deepvideo_r1", [SEED_BENCH], {plain("{}"): 2.0, plain("none"): 1.0}),
     ("seed_bench_r1", [SEED_BENCH], {plain("{}"): 1.0, plain("none"): 0.0}),
+    ("long_video", [LONG], {plain("{}"): 1.0, plain("A"): 0.1, "B": 0.0, "<answer>B</answer>": 0.9}),
     ("primo", [PRIMO], {f"<think>{STRUCTURED}</think><answer>50%</answer>": 1.9, plain("40"): 1.0, plain("?"): 0.0}),
     ("stvg", {"31": {**charades(5, 11, 20)["9AX"], "objectid": [2]}},
      {plain("Target ID: 2, Time range: 8 to 14"): 1 + 1 / 3 + 1, plain("Target ID: 1, Time range: 5 to 11"): 2.0,

@@ -323,9 +323,13 @@ SB = {"time": "[0:00]", "video_categories": "x", "video_path": "real/s1.mp4", "q
     {"task_type": "OCR", "question": "And now?", "time_stamp": "00:00:20", "answer": "A", "options": ["one",
      "two"]}]}  # fmt: skip
 
+LONG = {"problem": "Who wins?\nA. red\nB. blue", "answer": "<answer>B</answer>", "videos": ["games/1.mp4"]}
 CUT = "changed: an end beyond the video's, set to its duration"
 NO_LENGTH = "left out: its start is not before its end"
 SOURCES = [
+    ("longvideo_reason", "a.json", [LONG, LONG | {"videos": "games/2.mp4"}, LONG | {"problem": "Who wins?"}],
+     [{"question_id": "lvr-0", "options": ["A. red", "B. blue"], "solution": "B", "videos": ["games/1.mp4"]},
+      {"question_id": "lvr-1", "videos": ["games/2.mp4"]}], {"left out: an open question": 1}),
     ("video_r1", "a.json", [VIDEO_R1], [{"question_id": "7", "solution": "3", "videos": ["Demo/7.mp4"]}], {}),
     ("seed_bench_r1", "training_6k.jsonl",
      [SBR1, SBR1 | {"sample_id": 18, "task_progress_metadata": [],
@@ -498,6 +502,7 @@ def test_a_source_makes_rows_and_counts_the_rest(tmp_path, capsys, source, file,
 BROKEN = [  # of the official format: source, file, content, what the error says
     ("video_r1", "a.json", [VIDEO_R1 | {"data_type": "audio"}],
      r"row 1, question_id '7', data_type: expected 'video' or"),
+    ("longvideo_reason", "a.json", [LONG | {"videos": ["1.mp4", "2.mp4"]}], "videos: expected one path"),
     ("seed_bench_r1", "a.json", [SBR1_TEST], r"\(file\): expected a name that ends in _L1, _L2 or _L3"),
     ("seed_bench_r1", "x_L1.jsonl", [SBR1, SBR1_TEST | {"golden_choice_idx": 2}],
      "row 2, .*golden_choice_idx: expected one"),

@@ -26,7 +26,6 @@ import numpy as np
 
 from veripo_trl.media.frame_index import FrameIndex, Unreadable, decode, open_container, upright
 
-
 FOUND = ("total_num_frames", "file_frames", "fps", "height", "width")
 PROGRESS_S = 60.0
 

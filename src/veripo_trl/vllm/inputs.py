@@ -21,6 +21,7 @@ from veripo_trl.model.features import PIXELS
 from veripo_trl.model.positions import media_runs
 
 BAN = -100.0  # added to a logit, the lowest that vLLM takes: e^-100 of the odds. It has no list of suppressed tokens.
+MOST_POSTED = 1e9  # bytes of a prompt's pixels to a server: 1,600 frames of 128 × 28 × 28 pixels in bfloat16
 
 
 class EngineMismatchError(VeripoError):
@@ -177,6 +178,7 @@ def server_features(prompt: EncodedPrompt, config) -> dict:
     `veripo_trl` has the features for the server, None for text. TRL itself reads and replaces
     `mm_placeholders["image"]`, one entry for each run of image tokens.
     """
+    check_size(prompt)
     from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import encode_mm_kwargs_item
 
     media = prepared_media(prompt, config)
@@ -221,12 +223,24 @@ def generate_with_vllm(llm, inputs: list, sampling_params: list) -> list:
     return run(prompts=iter(inputs), params=sampling_params, output_type=RequestOutput, use_tqdm=False)
 
 
+def check_size(prompt: EncodedPrompt) -> None:
+    """Raise where a prompt's media are more than a server can be posted: as base64 in one JSON."""
+    given = [pixels for name in PIXELS.values() if (pixels := getattr(prompt, name)) is not None]
+    size = sum(pixels.nbytes for pixels in given)
+    if size > MOST_POSTED:
+        raise ValueError(
+            f"Row {prompt.question_id!r}: {size / 1e9:.1f} GB of pixels would be posted to the vLLM server, expected at "
+            f"most {MOST_POSTED / 1e9:g} GB. Set vllm_mode: colocate, or lower max_frames or max_pixels."
+        )
+
+
 def check_length(prompt_tokens: int, completion_tokens: int, limit: int) -> None:
     if prompt_tokens + completion_tokens > limit:
         raise ValueError(
             f"A prompt of {prompt_tokens} tokens and a completion of up to {completion_tokens} do not fit into vLLM's "
-            f"context of {limit}. Raise vllm_max_model_length (max_model_len), or lower max_frames, max_pixels or the "
-            f"completion's length."
+            f"context of {limit}. Raise vllm_max_model_length (max_model_len), up to the model's "
+            f"max_position_embeddings, or lower max_frames, max_pixels or the completion's length. Behind that limit "
+            f"rollouts by transformers go on (use_vllm: false)."
         )
 
 
