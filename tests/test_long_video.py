@@ -222,7 +222,7 @@ def test_frames_that_fit():
     assert found[""] == {"update": 2412, "rollout": 1970}
     assert found["activation_offloading"] == {"update": 5534, "rollout": 1970}
     assert found["rollout_batch_size"] == {"update": 2412, "rollout": 5284}
-    assert found["use_vllm"]["vLLM"] == 1990  # (128,000 - 512 - 512) / 64, even
+    assert found["use_vllm"]["vLLM"] == 1984  # (128,000 - 512 - 512) / 64, even
     text, memory = config.get_text_config(), frames_that_fit.MemoryArguments(gpu_memory=80)
     tokens = 2412 * 64 + 512 + 8 * 512
     assert fixed + frames_that_fit.update_bytes(text, tokens, memory) <= 80e9
@@ -231,7 +231,8 @@ def test_frames_that_fit():
     assert frames_that_fit.frames_that_fit(config, adapter, small, 64.0) == {"update": 0, "rollout": 0}
 
 
-def test_the_check_says_how_many_frames_fit(model_paths, capsys):
+def test_the_check_says_how_many_frames_fit(model_paths, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     words = ["--model_name_or_path", str(model_paths["qwen2_5_vl"]), "--prompt_template", "tiny", "--gpu_memory", "24"]
     spec = importlib.util.spec_from_file_location("check_rows", RECIPES / "check_rows.py")
     check_rows = importlib.util.module_from_spec(spec)

@@ -93,7 +93,7 @@ def frames_that_fit(config, model_args: ModelConfig, memory: MemoryArguments, pe
 
 def fixed_bytes(config, model_args: ModelConfig) -> float:
     """Weights, gradients and AdamW's two moments: of LoRA in float32, of full weights in their own dtype."""
-    dtype = getattr(torch, model_args.dtype or "float32")
+    dtype = config.dtype if model_args.dtype == "auto" else getattr(torch, model_args.dtype or "float32")
     with torch.device("meta"):
         model = getattr(transformers, SUPPORTED[config.model_type])._from_config(config, dtype=dtype)
         model.model.visual.requires_grad_(False)
