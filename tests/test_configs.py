@@ -323,7 +323,7 @@ SETTINGS |= {  # of the relatives, what their code or paper says
         "max_image_pixels": 401_408, "num_train_epochs": 1, "scale_rewards": "group",
     },
     "long_video/grpo.yaml": {
-        "source": "longvideo_reason", "rewards": ["accuracy", "format"], "reward_weights": [0.9, 0.1], "beta": 0.01,
+        "source": "longvideo_reason", "rewards": ["accuracy", "format"], "reward_weights": [0.9, 0.2], "beta": 0.01,
         "weight_decay": 0.01, "max_grad_norm": 1.0, "temperature": 1.0, "top_p": 0.99, "max_completion_length": 2048,
         "num_generations": 8, "max_frames": 1024,
     },
