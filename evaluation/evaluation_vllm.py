@@ -33,6 +33,7 @@ from veripo_trl.data.official import find_source
 from veripo_trl.data.schema import RowError
 from veripo_trl.errors import ConfigError, VeripoError, run, settings_checked
 from veripo_trl.evaluate.generate import Decoding, TransformersEngine
+from veripo_trl.evaluate.perturb import PERTURBATIONS, perturb, write_rollouts
 from veripo_trl.evaluate.questions import read_questions
 from veripo_trl.evaluate.run import OutputFiles, answer_questions, answered, write_outputs
 from veripo_trl.files.journal import Journal
@@ -66,7 +67,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--prompt_path",
         required=True,
-        help="the questions: .json (a list), .jsonl; see --benchmark",
+        help="the questions: .json (a list), .jsonl, a folder of rollouts; see --benchmark",
     )
     add("--video_dir", default="", help="what video paths start from (default: the file's folder)")
     add("--video_fps", type=float, help=f"{trained} {DEFAULTS['fps']}")
@@ -98,6 +99,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--seed", type=int, default=0, help="of the sampling")
     add("--limit", type=int, help="the first n questions")
+    add(
+        "--perturb",
+        nargs="+",
+        choices=PERTURBATIONS,
+        help="ask about perturbed videos, each question once for each kind; the answers are written as rollouts too",
+    )
     add("--prompt_template", help=f"default, veripo, video_r1, …, or a YAML file of yours; {trained} default")
     add("--video_min_pixels", type=int, help=f"per frame; {trained} {DEFAULTS['min_pixels']}")
     add("--video_min_frames", type=int, help=f"{trained} {DEFAULTS['min_frames']}")
@@ -234,6 +241,7 @@ def settings_of(args, questions: list[dict], encoder) -> dict:
         "max_image_pixels": encoder.max_image_pixels,
         "prompt_template": encoder.template.hash,
         **({"streaming": streaming} if args.streaming else {}),
+        **({"perturb": args.perturb} if args.perturb else {}),
         "rows": len(questions),
         "rows_sha256": hashlib.sha256(keys.encode()).hexdigest(),
     }
@@ -326,6 +334,8 @@ def evaluate(args, argv: list[str], files: OutputFiles, rank: int | None) -> int
         raise RowError(
             f"None of the {len(videos)} videos is in {root}, such as {min(videos)!r}. Correct --video_dir.{cut}{named}"
         )
+    if args.perturb:
+        questions = perturb(questions, args.perturb, seed=args.seed)
     if rank is None:
         shutil.rmtree(files.merged, ignore_errors=True)  # of a run that was killed
     several = rank is None and args.data_parallel_size > 1
@@ -382,6 +392,9 @@ def evaluate(args, argv: list[str], files: OutputFiles, rank: int | None) -> int
         return 0
     errors = write_outputs(files, questions, journal, settings)
     print(f"{files.output}: {len(questions)} rows; {files.record} says what each was made with")
+    if args.perturb:
+        written = write_rollouts(files.rollouts, questions, journal, policy=args.model_path, seed=args.seed)
+        print(f"{files.rollouts}: {written} rollouts on perturbed videos, for verify_rollouts.py --perturbed")
     if not errors:
         return 0
     print(

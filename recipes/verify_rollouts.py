@@ -50,12 +50,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def verify(arguments: VerifyArguments, options: PairOptions) -> None:
     started = time.time()
+    recipe.check_kinds(arguments, options)
     recipe.check_repositories(arguments)
     found, inputs = recipe.find_rollouts(arguments)
     scratch = Path(arguments.output_dir).absolute().parent
     rollouts = files.read_rollouts(found, limit=arguments.limit, scratch=scratch)
+    also = [file for folder in arguments.perturbed for file in files.find_rollout_files(folder)]
+    judged = files.with_perturbed(rollouts, files.read_rollouts(also, scratch=scratch, perturbed=True) if also else None)
     template = load_template(arguments.prompt_template)
-    files.refuse_other_template(template, pc.unique(rollouts["prompt_template"]).to_pylist(), "rollouts")
+    files.refuse_other_template(template, pc.unique(judged["prompt_template"]).to_pylist(), "rollouts")
     recipe.say_other_accuracy(arguments, found)
     policies = {item["values"]: item["counts"] for item in pc.value_counts(rollouts["policy"]).to_pylist()}
     tokenizer = recipe.load_tokenizer(arguments.tokenizer, found, policies)
@@ -67,29 +70,35 @@ def verify(arguments: VerifyArguments, options: PairOptions) -> None:
 
     with cache or contextlib.nullcontext():
         verdicts = verify_stream(
-            files.rows_of(rollouts),
+            files.rows_of(judged),
             judge=judge,
             tokenizer=tokenizer,
             cache=cache,
             reward=arguments.reward(),
         )
         verdicts = tqdm(
-            verdicts, total=len(rollouts), desc="verdicts", unit="rollout", smoothing=0.05
+            verdicts, total=len(judged), desc="verdicts", unit="rollout", smoothing=0.05
         )
         files.write_files(verdicts, folder / "verdicts", files.VERDICT_SCHEMA)
     verdicts = files.read_files(folder / "verdicts")
     questions = tqdm(
-        files.judged_questions(rollouts, verdicts, seed=options.seed), desc="pairs", unit="question"
+        files.judged_questions(judged, verdicts, seed=options.seed), desc="pairs", unit="question"
     )
     pairs = build_pairs(questions, options, template=template, dropped=(dropped := Counter()))
     files.write_files(pairs, folder / "pairs", files.PAIR_SCHEMA)
     pairs = files.read_files(folder / "pairs")
+    verdicts, of_perturbed = verdicts[: len(rollouts)], verdicts[len(rollouts) :]
     solved = recipe.solved_questions(
         rollouts, verdicts, share=arguments.drop_solved_share, seed=options.seed
     )
     write_json(folder / "solved.json", solved)
 
     counts = count(verdicts, pairs, dropped)
+    if also:
+        counts["perturbed"] = {
+            "rollouts": len(of_perturbed),
+            "accuracy": pc.mean(of_perturbed["accuracy"]).as_py(),
+        }
     print(f"\n{judge.summary()}")
     print_summary(counts, solved, pairs)
     results = {

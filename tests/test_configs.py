@@ -30,7 +30,8 @@ ALL = {str(file.relative_to(CONFIGS)): file for file in sorted(CONFIGS.rglob("*.
 ACCELERATE = [name for name in ALL if name.startswith("accelerate/")]
 LOOPS = [name for name in ALL if name.endswith("/veripo.yaml")]
 VERIFY = [name for name in ALL if name.endswith("verify.yaml")]
-TRAINING = [name for name in ALL if name not in {*ACCELERATE, *LOOPS, *VERIFY}]
+SAMPLE = ["tiny/perturbed.yaml"]
+TRAINING = [name for name in ALL if name not in {*ACCELERATE, *LOOPS, *VERIFY, *SAMPLE}]
 GRPO_7B = ["qwen2_5_vl_7b/1_activation.yaml", "qwen2_5_vl_7b/2_search.yaml"]
 SYSTEMS = sorted(file.parent.name for file in CONFIGS.glob("*/README.md"))
 SOURCES = ROOT / "src" / "veripo_trl" / "sources"
@@ -61,7 +62,7 @@ def header(name: str) -> dict[str, str]:
 def launch(name: str) -> tuple[str | None, Path, list[str]]:
     """(accelerate's config, the recipe, its arguments) of a file's launch command."""
     words = shlex.split(header(name)["Launch"])
-    if name in {*LOOPS, *VERIFY}:  # one process, whatever the machine has
+    if name in {*LOOPS, *VERIFY, *SAMPLE}:  # one process, whatever the machine has
         assert words[0] == "python"
         return None, ROOT / words[1], words[2:]
     assert words[:3] == ["accelerate", "launch", "-q"], name  # without the launcher's traceback behind a message
@@ -80,10 +81,9 @@ def recipe_module(path: Path):
 
 def parse(file: Path, recipe: Path) -> dict:
     """{attribute: value} of all argument objects that the recipe makes of a file. No GPU: bf16 is refused then."""
-    if recipe.name == "verify_rollouts.py":
+    if recipe.name in ("verify_rollouts.py", "sample_perturbed.py"):
         module = recipe_module(recipe)
-        kinds = (module.VerifyArguments, module.PairOptions)
-        parsed = parse_arguments(kinds, default_config=module.DEFAULT_CONFIG, argv=["--config", str(file)])
+        parsed = parse_arguments(module.ARGUMENTS, default_config=module.DEFAULT_CONFIG, argv=["--config", str(file)])
         return {key: value for item in parsed for key, value in vars(item).items()}
     own, training = PARSED_BY[recipe.name]
     module = recipe_module(recipe)
@@ -97,7 +97,7 @@ def parse(file: Path, recipe: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def parsed():
-    return {name: parse(ALL[name], launch(name)[1]) for name in [*TRAINING, *VERIFY]}
+    return {name: parse(ALL[name], launch(name)[1]) for name in [*TRAINING, *VERIFY, *SAMPLE]}
 
 
 def test_every_promised_file_is_there():

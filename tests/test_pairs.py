@@ -13,9 +13,10 @@ from veripo_trl.data.prompts import build_messages, load_template
 from veripo_trl.data.schema import RowError
 from veripo_trl.verifier import pairs as pairs_module
 from veripo_trl.verifier.judges import judge_by_rules
-from veripo_trl.verifier.pairs import KINDS, RECHECK, PairOptions, join_for_reflection
+from veripo_trl.verifier.pairs import RECHECK, PairOptions, join_for_reflection
 
 TEMPLATE = load_template("tiny")
+KINDS = PairOptions().kinds  # of rollouts on the true videos; the others are in test_perturb.py
 
 
 def build_pairs(*arguments, **options):
@@ -34,6 +35,7 @@ QUESTION = {
     "data_source": "test",
     "policy": "outputs/policy",
     "prompt_template": TEMPLATE.hash,
+    "perturbed": False,
 }
 
 

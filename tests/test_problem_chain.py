@@ -82,6 +82,7 @@ def test_a_type_through_the_chain(problem_type, tokenizer, tmp_path):
     other = "unknown" if problem_type == "free-form" else "inconsistent"
     assert [verdict["consistency"] for verdict in verdicts] == ["consistent", "consistent", other]
 
+    rollouts = [{**rollout, "perturbed": False} for rollout in rollouts]
     judged = [{**rollout, "verdict": verdict} for rollout, verdict in zip(rollouts, verdicts, strict=True)]
     pairs = build_pairs([judged], PairOptions(), template=template, dropped=Counter())
     found = {pair["kind"]: (pair["chosen_ids"], pair["rejected_id"]) for pair in pairs}

@@ -16,8 +16,10 @@ from veripo_trl.answers.score import SolutionError, check_solution
 from veripo_trl.data.fields import checked_row
 from veripo_trl.data.files import read_file, uncompressed
 from veripo_trl.data.official import make_rows, print_counts, read_official
-from veripo_trl.data.schema import FieldError, RowError, row_error, show
+from veripo_trl.data.schema import QUESTION, FieldError, RowError, row_error, show
+from veripo_trl.files.disk import read_parquet
 from veripo_trl.sources.record import ground_truths, kind_of, read_options
+from veripo_trl.verifier.files import find_rollout_files
 
 RELEASED_TAIL = "\nAnswer with the option's letter from the given choices directly."
 RELEASED_COLUMNS = ("question_id", "video_path", "answer", "processed_question")
@@ -26,7 +28,8 @@ RELEASED_COLUMNS = ("question_id", "video_path", "answer", "processed_question")
 def read_questions(
     path: str | Path, *, video_dir: str | Path | None = None, limit: int | None = None, benchmark: str | None = None
 ) -> list[dict]:
-    """The questions of a file that `rows` reads, released rows or our own, or of a benchmark's official file or folder.
+    """The questions of a file that `rows` reads, released rows or our own, of a folder of rollouts, or of a benchmark's
+    official file or folder.
 
     Args:
         benchmark: whose official records they are: one of `sources.BENCHMARKS`, or the user's own `module:function`.
@@ -43,7 +46,8 @@ def read_questions(
     root = Path(video_dir).expanduser() if video_dir else path if path.is_dir() else path.parent
     if not root.is_dir():
         raise RowError(f"video_dir {str(root)!r}: no such folder. Give the one that the rows' video paths start from.")
-    records = (_benchmark_rows(path, benchmark) if benchmark else read_records(path))[:limit]
+    own = rollout_questions if path.is_dir() else read_records
+    records = (_benchmark_rows(path, benchmark) if benchmark else own(path))[:limit]
     released = sum("processed_question" in record for record in records)
     if released not in (0, len(records)):
         raise RowError(f"{path}: {released} of {len(records)} rows are in the released form. Give one form a file.")
@@ -59,6 +63,15 @@ def read_questions(
 
     _each(records, path, read, "cannot be used")
     return questions
+
+
+def rollout_questions(folder: str | Path) -> list[dict]:
+    """The questions of a folder of rollouts, each once, by their ids."""
+    names, found = ["question_id", *QUESTION, "data_source"], {}
+    for file in find_rollout_files(folder):
+        for row in read_parquet(file, names).to_pylist():
+            found.setdefault(row["question_id"], row)
+    return [found[name] for name in sorted(found)]
 
 
 def _benchmark_rows(path: Path, benchmark: str) -> list[dict]:

@@ -27,6 +27,7 @@ class OutputFiles:
             )
         self.journal = self.output.with_suffix(".journal.jsonl")
         self.record = self.output.with_suffix(".record.json")
+        self.rollouts = self.output.with_suffix("")  # answers about perturbed videos
         self.merged = self.output.with_name(
             f".{self.output.name}.merged"
         )  # weights with their adapter, for vLLM

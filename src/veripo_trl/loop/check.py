@@ -87,7 +87,7 @@ def dry_run(loop: dict, *, first: str | None = None, last: str | None = None) ->
             print(f"    {key}: {json.dumps(value, ensure_ascii=False)}")
         if (
             stage["recipe"] in KINDS
-            and stage["kind"] != "verify"
+            and stage["kind"] not in ("verify", "sample")
             and state not in ("done", "skipped")
         ):
             try:

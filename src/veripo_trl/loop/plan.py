@@ -20,6 +20,7 @@ LAUNCH = "import sys; sys.path[:] = filter(None, sys.path); from accelerate.comm
 KINDS = {
     "sft_video.py": "sft",
     "grpo_video.py": "grpo",
+    "sample_perturbed.py": "sample",
     "verify_rollouts.py": "verify",
     "dpo_video.py": "dpo",
 }
@@ -138,13 +139,14 @@ def plan(loop: dict, skipped: set[str] = frozenset()) -> list[dict]:
     (where that is written) and `command`.
 
     What a stage reads of the stages before is filled in: the policy of the latest training that is not `skipped`, the
-    rollouts of the latest GRPO, the pairs of the latest verification, the solved questions of all. `overrides` win.
+    rollouts of the latest GRPO, what was sampled on perturbed videos after it, the pairs of the latest verification, the
+    solved questions of all. `overrides` win.
     """
     rounds = [(stage, stage["name"], 0) for stage in loop["stages"]]
     for number in range(1, loop["iterations"] + 1):
         rounds += [(stage, f"{stage['name']}-{number}", number) for stage in loop["iteration"]]
     run, stages, solved = Path(loop["output_dir"]), {}, []
-    policy = rollouts = pairs = None
+    policy = rollouts = perturbed = pairs = None
     for stage, name, iteration in rounds:
         kind, output = stage["kind"], str(run / name)
         settings = stage["contents"][iteration > 1] | {"output_dir": output}
@@ -152,8 +154,12 @@ def plan(loop: dict, skipped: set[str] = frozenset()) -> list[dict]:
             settings["seed"] = loop["seed"]
         if kind == "verify":
             settings |= {"rollouts": [rollouts], "verdict_cache": str(run / "verdict_cache.sqlite")}
+            if perturbed:
+                settings["perturbed"] = [perturbed]
         elif policy:
             settings["model_name_or_path"] = policy
+        if kind == "sample":
+            settings["rollouts"] = rollouts
         if kind == "grpo":
             settings["leave_out"] = list(solved) or None
         if kind == "dpo" and pairs:
@@ -162,14 +168,17 @@ def plan(loop: dict, skipped: set[str] = frozenset()) -> list[dict]:
             own = json.loads(own) if isinstance(own, str) else own
             own = {key: value for key, value in own.items() if key != "revision"} | {"path": pairs}
             settings["pairs"] = [own, *others]
-        if loop["push_to_hub"]:
+        if loop["push_to_hub"] and kind != "sample":
             repo_id = f"{loop['hub_prefix']}-{name}"
             ids = {"hub_pairs_id": f"{repo_id}-pairs", "hub_verdicts_id": f"{repo_id}-verdicts"}
             settings |= ids if kind == "verify" else {"hub_model_id": repo_id}
             settings["push_to_hub"] = True  # privately, unless its configuration says otherwise
         settings |= stage["overrides"]
         refuse_secrets(f"stage {name}", settings)
-        read = settings.get("rollouts") != [None]
+        if kind == "verify":
+            both = bool(settings.get("perturbed")) == ("video" in (settings.get("kinds") or []))
+            expect(both, name, "a stage of sample_perturbed.py before it, and `video` among its kinds, or neither")
+        read = kind not in ("verify", "sample") or settings["rollouts"] not in ([None], None)
         expect(read, name, "a GRPO stage before it, or `rollouts` in its overrides")
         expect(name not in stages, name, "stages of different names")
         own = {"name": name, "iteration": iteration, "output_dir": output, "settings": settings}
@@ -178,10 +187,12 @@ def plan(loop: dict, skipped: set[str] = frozenset()) -> list[dict]:
         if kind == "verify":
             pairs = f"{output}/pairs"
             solved.append(f"{output}/solved.json")
+        elif kind == "sample":
+            perturbed = f"{output}/rollouts"
         else:
             policy = output if name not in skipped else settings.get("model_name_or_path")
         if kind == "grpo":
-            rollouts = f"{output}/rollouts"
+            rollouts, perturbed = f"{output}/rollouts", None
     return list(stages.values())
 
 
@@ -196,7 +207,7 @@ def select(stages: list[dict], first: str | None, last: str | None) -> tuple[int
 def command_of(stage: dict, loop: dict) -> list[str]:
     """How a stage is started; a training stage behind the loop's `launcher`, like srun, which starts it on each node."""
     recipe = [stage["script"], "--config", str(stage["config"])]
-    if stage["kind"] == "verify":
+    if stage["kind"] in ("verify", "sample"):
         return [sys.executable, *recipe]
     launcher, options = (
         [os.path.expandvars(str(word)) for word in loop[part]] for part in ("launcher", "accelerate")

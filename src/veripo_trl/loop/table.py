@@ -9,7 +9,7 @@ def show(run: Run, stages: list[dict]) -> None:
     entries = [run.stages[stage["name"]] for stage in stages]
     settings = [stage["settings"] for stage in stages]
     reporting = {own["report_judge"] for own in settings if "report_judge" in own} or {"rules"}
-    curating = {own.get("judge", "rules") for own in settings if "rollouts" in own}
+    curating = {stage["settings"].get("judge", "rules") for stage in stages if stage["kind"] == "verify"}
     print_table(
         f"{run.folder}: held-out questions, sampled at temperature 1 unless it says greedy; consistency reported by "
         f"{', '.join(sorted(reporting))}",
@@ -26,7 +26,7 @@ def show(run: Run, stages: list[dict]) -> None:
     if not report.exists() or report.stat().st_mtime < run.file.stat().st_mtime:
         draw(run, entries)
     done = [stage for stage in stages if run.stages[stage["name"]]["status"] == "done"]
-    policies = [stage["output_dir"] for stage in done if stage["kind"] != "verify"]
+    policies = [stage["output_dir"] for stage in done if stage["kind"] not in ("verify", "sample")]
     print(f"\nreport.html (open it in a browser), loop.png, run.json and logs/ are in {run.folder}")
     print(f"policy: {(policies or ['none yet'])[-1]}", flush=True)
 

@@ -28,7 +28,7 @@ STAND_IN = "\ue000"  # for a row's text while the chat template is rendered
 
 @dataclass(frozen=True)
 class Shown:
-    """How a row is shown otherwise than it is: what a method sends with its index, as the mark `shown`.
+    """How a row is shown otherwise than it is, in its key `shown`: what a method sends with its index.
 
     Attributes:
         kind, level: what the rollout store says of it.
@@ -144,7 +144,7 @@ class PromptEncoder:
         """Encode one row's prompt.
 
         Args:
-            row: a row of `rows.load_rows`, with `shown` (a `Shown`) where a method shows it otherwise.
+            row: a row of `rows.load_rows`, with `shown` (a `Shown`) where it is shown otherwise.
             shuffle_seed: permute the frames of each video by this seed, see `shuffled_order`.
 
         Raises:
@@ -153,18 +153,18 @@ class PromptEncoder:
         """
         started = time.perf_counter()
         clips, images = self.read_media(row)
-        if (shown := row.get("shown")) is not None and shown.frames is not None:
-            for clip in clips:
-                clip.frames = shown.frames(clip)
         if shuffle_seed is not None:
             for clip in clips:
                 clip.frames = clip.frames[shuffled_order(len(clip.frames), shuffle_seed)]
         return self.encode_media(row, clips, images, load_s=time.perf_counter() - started)
 
     def read_media(self, row: dict) -> tuple[list[Clip], list]:
-        """The row's clips and images (PIL). Raises MediaError, RowError as `encode` does."""
+        """The row's clips, as they are shown, and images (PIL). Raises MediaError, RowError as `encode` does."""
         videos, images = resolve_media(row, allow_urls=self.allow_urls)
         clips = [self._read(self.loader.load, path, row, "video") for path in videos]
+        if (shown := row.get("shown")) is not None and shown.frames is not None:
+            for clip in clips:
+                clip.frames = shown.frames(clip)
         return clips, [self._read(load_image, path, row, "image") for path in images]
 
     def encode_media(self, row: dict, clips: list[Clip], images: list, *, load_s: float = 0.0) -> EncodedPrompt:

@@ -28,7 +28,7 @@ from veripo_trl.verifier import files
 from veripo_trl.verifier.curriculum import choose_solved
 from veripo_trl.verifier.judge_prompts import load_judge_prompt
 from veripo_trl.verifier.judges import Judge, RulesJudge, UserJudge
-from veripo_trl.verifier.pairs import check_setting
+from veripo_trl.verifier.pairs import PairOptions, check_setting
 from veripo_trl.verifier.reply_cache import VerdictCache
 from veripo_trl.verifier.server_judge import ServerJudge
 from veripo_trl.verifier.summary import card_facts
@@ -46,6 +46,12 @@ class VerifyArguments:
         metadata={"help": "Folders of rollout files, or a Hub dataset org/name."},
     )
     rollouts_revision: str | None = option("Revision of the Hub dataset.")
+    perturbed: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Folders of rollouts on perturbed videos (recipes/sample_perturbed.py), for kinds: [video]."
+        },
+    )
     limit: int | None = option("Read the first n rollouts only, to try things out.")
     prompt_template: str = option(
         "The one that the rollouts were made with: a name or a YAML file.", "default"
@@ -127,6 +133,15 @@ class VerifyArguments:
 
 
 # ------------------------------------------------------------------------------------------------- what is read
+
+
+def check_kinds(arguments: VerifyArguments, options: PairOptions) -> None:
+    """Raise a ConfigError unless there are pairs of kind video and what they are made of, or neither."""
+    if ("video" in options.kinds) != bool(arguments.perturbed):
+        raise ConfigError(
+            f"kinds and perturbed: expected both `video` and the folder of sample_perturbed.py, or neither; got "
+            f"{options.kinds!r} and {arguments.perturbed!r}."
+        )
 
 
 def find_rollouts(arguments: VerifyArguments) -> tuple[list[Path], dict[str, dict]]:

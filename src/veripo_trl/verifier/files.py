@@ -85,19 +85,24 @@ def find_rollout_files(folder: str | Path) -> list[Path]:
 
 
 def read_rollouts(
-    files: Iterable[Path], *, limit: int | None = None, scratch: str | Path | None = None
+    files: Iterable[Path],
+    *,
+    limit: int | None = None,
+    scratch: str | Path | None = None,
+    perturbed: bool = False,
 ) -> pa.Table:
     """The rollouts of files, in order, as a table of ROLLOUT_SCHEMA. It is mapped from a file without a name in the
     folder `scratch` (default: the system's), which is gone with the table, also where the process is killed.
 
     Args:
         limit: the first n only.
+        perturbed: also those that saw something else than their row, which the store calls `shown`.
 
     Raises:
         FileError: a file is damaged or holds something else, a rollout id is there twice, or there is no rollout.
         OSError: `scratch` has no room for them.
     """
-    table = _mapped(_batches(files, limit), ROLLOUT_SCHEMA, Path(scratch or tempfile.gettempdir()))
+    table = _mapped(_batches(files, limit, perturbed), ROLLOUT_SCHEMA, Path(scratch or tempfile.gettempdir()))
     counts = pc.value_counts(table["rollout_id"])
     twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
     if twice:
@@ -110,12 +115,12 @@ def read_rollouts(
     return table
 
 
-def _batches(files: Iterable[Path], limit: int | None) -> Iterator[pa.Table]:
+def _batches(files: Iterable[Path], limit: int | None, perturbed: bool) -> Iterator[pa.Table]:
     """Tables of BATCH rows or some more; a file that GRPO wrote has a handful."""
     rows, waiting, others = 0, [], 0
     for file in files:
         table = _read(file)
-        kept = _of_rows_themselves(table, file)
+        kept = table if perturbed else _of_rows_themselves(table, file)
         others += len(table) - len(kept)
         waiting.append(kept[: limit and limit - rows])
         rows += len(waiting[-1])
@@ -140,7 +145,7 @@ def _mapped(tables: Iterable[pa.Table], schema: pa.Schema, folder: Path) -> pa.T
 
 
 def _of_rows_themselves(table: pa.Table, file: Path) -> pa.Table:
-    """Without the rollouts of a file that saw something else than their row, which the store calls `shown`."""
+    """Without the rollouts of a file that saw something else than their row."""
     with open_parquet(file) as opened:
         if "shown" not in opened.schema_arrow.names:  # written before it was recorded
             return table
@@ -166,6 +171,13 @@ def _read(file: Path) -> pa.Table:
             column = pc.fill_null(column, pa.scalar([], wanted.type))
         columns.append(column)
     return pa.table(columns, schema=ROLLOUT_SCHEMA)
+
+
+def with_perturbed(rollouts: pa.Table, perturbed: pa.Table | None) -> pa.Table:
+    """Both, with a column `perturbed` that tells the ones sampled on perturbed videos, which come last."""
+    both = [rollouts] if perturbed is None else [rollouts, perturbed]
+    marks = [pa.repeat(place == 1, len(table)) for place, table in enumerate(both)]
+    return pa.concat_tables(both).append_column("perturbed", pa.chunked_array(marks, pa.bool_()))
 
 
 def rows_of(table: pa.Table) -> Iterator[dict]:

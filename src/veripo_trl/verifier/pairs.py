@@ -11,11 +11,15 @@ A group is a question's rollouts of a whole run. In it a rollout is
 | consistency | good                                                          | right, but inconsistent, well formed   |
 | reflection  | a wrong rollout's thinking + a turn to re-check + a good      | that wrong rollout                     |
 |             | one's thinking and answer                                     |                                        |
+| video       | good                                                          | wrong and well formed, sampled on a    |
+|             |                                                               | perturbed video                        |
 
 A group with every rollout right gives consistency pairs, and penalty pairs against a too short rollout only (its
 length pairs). A group with none right gives nothing. A verdict "unknown" is neither consistent nor inconsistent. No
 chosen is less accurate than its rejected. Of rollouts with one text the first by id stands for all. A first attempt
-of a reflection is consistent: thinking that concludes something else than the wrong answer is no wrong thinking.
+of a reflection is consistent: thinking that concludes something else than the wrong answer is no wrong thinking. Both
+sides of a video pair are conditioned on the true video; of its rejected only the answer counts, and a rollout on a
+perturbed video (column `perturbed`) has no other part in its group.
 """
 
 import hashlib
@@ -34,7 +38,7 @@ from veripo_trl.options import option
 from veripo_trl.verifier.checks import repetition_share
 from veripo_trl.verifier.judges import conclude_by_rules
 
-KINDS = ("consistency", "penalty", "reflection")
+KINDS = ("consistency", "penalty", "reflection", "video")
 # Between the two thoughts of a reflection.
 RECHECK = "Wait, let me go back and check this once more."
 MAX_TRIED = 64  # combinations looked at per group and kind: a run's group may hold thousands
@@ -51,7 +55,7 @@ class PairOptions:
     """Which pairs are built of judged rollouts."""
 
     kinds: list[str] = field(
-        default_factory=lambda: list(KINDS),
+        default_factory=lambda: list(KINDS[:3]),
         metadata={
             "help": f"Kinds of pairs, of {', '.join(KINDS)}. They take turns, in this order, up to the caps."
         },
@@ -111,10 +115,11 @@ def build_pairs(
         RowError: two rollouts of one question id differ in the question itself.
     """
     for rollouts in questions:
-        group = sorted(rollouts, key=lambda rollout: rollout["rollout_id"])
+        group = sorted(rollouts, key=lambda rollout: (rollout["perturbed"], rollout["rollout_id"]))
         _refuse_two_questions(group)
-        right = [r for r in group if r["verdict"]["accuracy"] >= options.correct_threshold]
-        roles, fates = _roles(group, right, options)
+        own = [rollout for rollout in group if not rollout["perturbed"]]
+        right = [r for r in own if r["verdict"]["accuracy"] >= options.correct_threshold]
+        roles, fates = _roles(group, right, len(right) == len(own), options)
         lacking = None
         if not right:
             lacking = "with none right"
@@ -154,7 +159,7 @@ def _refuse_two_questions(rollouts: list[dict]) -> None:
 
 
 def _roles(
-    group: list[dict], right: list[dict], options: PairOptions
+    group: list[dict], right: list[dict], all_right: bool, options: PairOptions
 ) -> tuple[dict[str, list], dict[str, str]]:
     """What the rollouts of a group may stand for, {"chosen" or a kind: [(why, rollout)]}; and of those that may stand
     for nothing, why: {rollout id: why}."""
@@ -166,9 +171,7 @@ def _roles(
             fates[rollout["rollout_id"]] = "same text as another"
             continue
         texts.add(text)
-        found, fates[rollout["rollout_id"]] = _roles_of(
-            rollout, shortest, len(right) == len(group), options
-        )
+        found, fates[rollout["rollout_id"]] = _roles_of(rollout, shortest, all_right, options)
         for role in found.keys() & {"chosen", *options.kinds}:
             roles[role].append((found[role], rollout))
             fates.pop(rollout["rollout_id"], None)
@@ -189,6 +192,9 @@ def _roles_of(
         verdict["think_tokens"] < shortest,
     )
     consistency, roles, fate = verdict["consistency"], {}, "of no use to the kinds asked for"
+    if rollout["perturbed"]:
+        wrong = whole and verdict["accuracy"] <= options.wrong_threshold
+        return {"video": "wrong"} if wrong else {}, "on a perturbed video, not wrong or not well formed"
     if rollout["finish_reason"] == "length" and not options.include_truncated:
         fate = "cut off at the length limit"
     elif verdict["accuracy"] <= options.wrong_threshold:

@@ -32,7 +32,7 @@ def count(verdicts: pa.Table, pairs: pa.Table, dropped: Counter) -> dict:
         ),
         "inconsistency": inconsistency(consistency),
         "unknown": consistency["unknown"] / len(verdicts),
-        "pairs": {kind: kinds.count(kind) for kind in KINDS},
+        "pairs": {kind: kinds.count(kind) for kind in KINDS if kind != "video" or kind in kinds},
         "faults": dict(Counter(map(": ".join, zip(kinds, faults, strict=True))).most_common()),
         "dropped": dict(sorted(dropped.items())),
     }
@@ -48,6 +48,8 @@ def print_summary(counts: dict, solved: dict, pairs: pa.Table) -> None:
         "unknown %": _percent(counts["unknown"]),
     }
     print_table("Rollouts and verdicts (inconsistent % of those with a known verdict)", [line])
+    if "perturbed" in counts:
+        print_table("Rollouts on perturbed videos", [counts["perturbed"]])
     faults = (
         counts["faults"]
         | {kind: 0 for kind, n in counts["pairs"].items() if not n}
