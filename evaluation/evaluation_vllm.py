@@ -135,7 +135,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name}: expected 1 or more, came {getattr(args, name)}")
     if min(args.num_workers or 0, args.max_memory_tokens) < 0 or not args.decode_timeout_s > 0:
-        parser.error("expected --num_workers and --max_memory_tokens 0 or more, and --decode_timeout_s above 0")
+        parser.error(
+            "expected --num_workers 0 or more, --max_memory_tokens 0 or more and --decode_timeout_s above 0"
+        )
     if not 0 < args.gpu_memory_utilization <= 1:
         parser.error("expected --gpu_memory_utilization above 0 and at most 1")
     try:
