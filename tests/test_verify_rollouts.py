@@ -604,7 +604,7 @@ def test_killed_and_started_again(recipe, tmp_path, policy):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"kinds": ["penalties"]}, r"`kinds`: expected a list of some of consistency, penalty, reflection; came"),
+        ({"kinds": ["penalties"]}, r"`kinds`: expected a list of some of consistency, penalty, reflection, video; came"),
         ({"kinds": "penalty"}, r"`kinds`: expected a list"),
         ({"kinds": []}, r"`kinds`: expected a list"),
         ({"path": "outputs/absent"}, r"outputs/absent: expected a folder of parquet files"),  # not asked of the Hub
