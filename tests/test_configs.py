@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from transformers import TrainingArguments
 from trl import ModelConfig
 
 from veripo_trl.data.prompts import load_template
@@ -65,6 +66,8 @@ def launch(name: str) -> tuple[str | None, Path, list[str]]:
     if name in {*LOOPS, *VERIFY, *SAMPLE}:  # one process, whatever the machine has
         assert words[0] == "python"
         return None, ROOT / words[1], words[2:]
+    if words[:2] == ["torchrun", "--nproc_per_node"]:  # on a machine without GPUs accelerate starts one process
+        return None, ROOT / words[3], words[4:]
     assert words[:3] == ["accelerate", "launch", "-q"], name  # without the launcher's traceback behind a message
     words, config_file = words[3:], None
     if words[0] == "--config_file":
@@ -89,9 +92,12 @@ def parse(file: Path, recipe: Path) -> dict:
     module = recipe_module(recipe)
     kinds = (DataArguments, ReportArguments, getattr(module, own), training, ModelConfig)
     argv = ["--config", str(file), "--bf16", "false", "--use_cpu", "true"]
-    values = {}
-    for item in parse_arguments(kinds, default_config=module.DEFAULT_CONFIG, argv=argv):
-        values |= vars(item)
+    values, processes = {}, re.search(r"^prompt_parallel: (\d+)", file.read_text() if file.exists() else "", re.M)
+    with pytest.MonkeyPatch.context() as patch:
+        if processes:  # a group's completions fill a batch of so many
+            patch.setattr(TrainingArguments, "world_size", int(processes[1]))
+        for item in parse_arguments(kinds, default_config=module.DEFAULT_CONFIG, argv=argv):
+            values |= vars(item)
     return values
 
 
@@ -143,7 +149,7 @@ def test_recipe_parses_it(name, parsed):
         assert key in written, f"{key} is left to a default that may change"
     for key in ("report_batch_size", "report_max_new_tokens"):
         assert key in written
-    if not re.match("tiny/|.*/tiny", name):
+    if not re.match("tiny/|.*/tiny|.*/two_processes", name):
         assert written["bf16"] is True and values["dtype"] == "bfloat16" and values["gradient_checkpointing"]
         assert "not run on a GPU yet" in header(name)["Expected"]
     # What no default may decide: TRL's differ from the papers' and are changed between its versions.

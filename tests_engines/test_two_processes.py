@@ -21,7 +21,7 @@ from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.data.rows import load_rows
 
 DRIVER = Path(__file__).with_name("two_process_driver.py")
-TIMEOUT_S = 180  # of one launch with all its runs
+TIMEOUT_S = 300  # of one launch with all its runs
 GUARD_ROWS = 3  # `guards.ROWS_SHOWN`: rows that the main process reads to show what their media became
 
 # Two processes average over (gradients of half a batch) / 2 what one process sums over the whole: the same numbers in
@@ -38,6 +38,8 @@ OPTIONS = {
     "min_frames": 2, "max_frames": 4, "min_pixels": 3136, "max_pixels": 3136, "report_batch_size": 2,
     "report_samples": 2, "report_max_new_tokens": 4,
 }  # fmt: skip
+
+SHARED_OUT = {"num_generations": 4, "prompt_parallel": 2, "steps_per_generation": 1}  # with one process it is off
 
 # Per scenario: names of rows, completions per process and micro-step with two processes (one process gets twice that),
 # other options.
@@ -91,12 +93,21 @@ SAME_BATCH = {
             "max_steps": 2,
         },
     ),
+    # a prompt computed by both processes, each with half of its completions
+    "prompt over both": ("two clips", 2, {**SHARED_OUT, "num_iterations": 2, "max_steps": 4, "beta": 0.1}),
+    "prompt over both, t_grpo": ("two clips", 2, {**SHARED_OUT, "max_steps": 2, "methods": "t_grpo"}),
 }  # fmt: skip
 # "whole groups" again, broken off by the death of one process in its second step, and resumed.
 BROKEN = ("clips", 4, {"max_steps": 2, "save_strategy": "steps", "save_steps": 1})
 # And again, with SIGTERM to one process in its first step.
 TERMINATED = ("clips", 4, {"max_steps": 2})
-TWO_PROCESS_RUNS = {**SAME_BATCH, "resumed": BROKEN, "terminated": TERMINATED}
+TWO_PROCESS_RUNS = {
+    **SAME_BATCH, "resumed": BROKEN, "terminated": TERMINATED,
+    "prompt over both, terminated": SAME_BATCH["prompt over both"],  # amid a generation batch
+}  # fmt: skip
+UNBROKEN = {
+    "resumed": "whole groups", "terminated": "whole groups", "prompt over both, terminated": "prompt over both",
+}  # fmt: skip
 
 pytestmark = pytest.mark.slow
 
@@ -184,13 +195,14 @@ def start(scenarios: list[dict], folder: Path, *, processes: int) -> subprocess.
 
 
 def build(names, clips, model, folder, *, processes: int) -> list[dict]:
-    return [
-        scenario(
-            name, TWO_PROCESS_RUNS[name][0], clips=clips, model=model, folder=folder,
-            per_device=TWO_PROCESS_RUNS[name][1] * 2 // processes, **TWO_PROCESS_RUNS[name][2],
-        )
-        for name in names
-    ]  # fmt: skip
+    found = []
+    for name in names:
+        rows, per_device, options = TWO_PROCESS_RUNS[name]
+        if processes == 1:
+            options = {key: value for key, value in options.items() if key != "prompt_parallel"}
+        per_device = per_device * 2 // processes
+        found.append(scenario(name, rows, clips=clips, model=model, folder=folder, per_device=per_device, **options))
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -213,10 +225,10 @@ def runs(clips, model_paths, tmp_path_factory):
     nodes = [tmp_path_factory.mktemp(f"node{rank}") for rank in (0, 1)]
     apart = build(["whole groups"], clips, model, Path(), processes=2)[0]
     apart |= {"name": "apart", "folders": [str(node) for node in nodes], "log": str(folders[2] / "apart.log")}
-    run, late = build(["resumed", "terminated"], clips, model, folders[2], processes=2)
+    run, *late = build(UNBROKEN, clips, model, folders[2], processes=2)
 
     broken = [
-        {**late, "log": late["log"] + ".broken", "terminate_at": 0},
+        *({**each, "log": each["log"] + ".broken", "terminate_at": 0} for each in late),
         {**run, "log": run["log"] + ".broken", "break_at": 1},
     ]
     two = start([apart, *plain, *broken], folders[2], processes=2)
@@ -225,15 +237,16 @@ def runs(clips, model_paths, tmp_path_factory):
     assert f"rank 1 on {socket.gethostname()} in {nodes[1]} (of 1) sees another" in two.stdout
     assert not any(nodes[1].iterdir())
     finished = [(folders[2] / item["name"] / "results.json").exists() for item in [*plain, *broken]]
-    assert finished == [True] * len(plain) + [False, False], two.stdout[-8000:]
+    assert finished == [True] * len(plain) + [False] * len(broken), two.stdout[-8000:]
     for rank in (0, 1):
-        assert f"scenario terminated rank {rank}, exit code 143" in two.stdout, two.stdout[-8000:]
+        for each in late:
+            assert f"scenario {each['name']} rank {rank}, exit code 143" in two.stdout, two.stdout[-8000:]
     assert two.returncode != 0 and "going on from" not in two.stdout, two.stdout[-8000:]
 
     one = start(build(SAME_BATCH, clips, model, folders[1], processes=1), folders[1], processes=1)
     assert one.returncode == 0, one.stdout[-8000:]
 
-    again = start([run, late], folders[2], processes=2)
+    again = start([run, *late], folders[2], processes=2)
     assert again.returncode == 0, again.stdout[-8000:]
     return {**folders, "resuming": again.stdout}
 
@@ -258,7 +271,7 @@ def rollouts(folder: Path, name: str) -> list[tuple]:
 
 @pytest.mark.parametrize("name", TWO_PROCESS_RUNS)
 def test_two_processes_take_the_step_of_one(name, runs, model_paths):
-    whole = "whole groups" if name in ("resumed", "terminated") else name
+    whole = UNBROKEN.get(name, name)
     first = load_file(model_paths["qwen2_5_vl"] / "model.safetensors")
     one, two = load_file(runs[1] / whole / "model.safetensors"), load_file(runs[2] / name / "model.safetensors")
     assert one.keys() == two.keys()

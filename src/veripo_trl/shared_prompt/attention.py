@@ -64,6 +64,15 @@ class PackedLayout:
         """Tokens of all prefixes: where the first segment starts."""
         return sum(self.prefixes)
 
+    def shared(self, key, value) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `crossings` refer to: keys and values of the prefixes, contiguous."""
+        return key[: self.prefix_tokens], value[: self.prefix_tokens]
+
+    def crossings(self, segments_only: bool) -> list[tuple[int, "Pieces"]]:
+        """The calls on shared keys: where their queries start, and the pieces; queries and keys without a gap, the keys
+        from the first shared one. With `segments_only` queries are counted from the first segment."""
+        return [(0 if segments_only else self.prefix_tokens, on_prefixes(self))]
+
 
 def cumulative(lengths: list[int]) -> list[int]:
     """Ends of consecutive pieces, with 0 in front."""
@@ -148,8 +157,16 @@ def attend(
     """
     kernel = kernel_for(query)
     if kernel is None:
+        if type(layout) is not PackedLayout:
+            raise RuntimeError(
+                f"prompt_parallel: expected half precision and a GPU with FlashAttention (compute capability 8 or more), "
+                f"whose kernel returns its log-sum-exp; got {query.dtype}, heads of {query.size(-1)}, {query.device}. "
+                f"Set bf16: true, or prompt_parallel: 1."
+            )
         return attend_by_gathering(query, key, value, layout, scale)
-    return MergedAttention.apply(query, key, value, layout, scale, segments_only, *kernel)
+    key, value = key.contiguous(), value.contiguous()
+    shared = layout.shared(key, value)
+    return MergedAttention.apply(query, key, value, *shared, layout, scale, segments_only, *kernel)
 
 
 def kernel_for(query: torch.Tensor):
@@ -196,51 +213,54 @@ def kernel_difference(*, heads: int, key_value_heads: int, size: int, dtype: tor
 
 
 class MergedAttention(torch.autograd.Function):
-    """The two attention calls of a packed sequence, merged. Formulas: at the top of this file."""
+    """The attention calls of a packed sequence, merged. Formulas: at the top of this file."""
 
     @staticmethod
-    def forward(ctx, query, key, value, layout, scale, segments_only, kernel_forward, kernel_backward):
-        # T tokens, of which S in prefixes; H heads of size D, K key-value heads.
-        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()  # (T, H or K, D)
-        start = layout.prefix_tokens  # S
-        left_out = start if segments_only else 0  # leading tokens without an output
+    def forward(
+        ctx, query, key, value, shared_key, shared_value, layout, scale, segments_only, kernel_forward, kernel_backward
+    ):
+        # T tokens, of which the first left_out get no output; S shared keys; H heads of size D, K key-value heads.
+        query = query.contiguous()  # (T, H, D); key, value: (T, K, D); shared_key, shared_value: (S, K, D)
+        left_out = layout.prefix_tokens if segments_only else 0
         # Call 1, every piece on itself: out (T - left_out, H, D), lse (H, T - left_out).
         own = (query[left_out:], key[left_out:], value[left_out:])
         out, lse = kernel_forward(*own, own_pieces(layout, segments_only), True, scale)
-        # Call 2, segments on their prefixes: (T - S, H, D) and (H, T - S).
-        crossed = (query[start:], key[:start], value[:start])
-        out_prefix, lse_prefix = kernel_forward(*crossed, on_prefixes(layout), False, scale)
-        first = start - left_out  # where the segments begin in `out` and `lse`
-        # Each result is a mean of values weighted by softmax over its own keys. Over all keys, a key's weight is
-        # exp(lse_own - merged) of that, and so is the whole result's share: (H, T - S) to (T - S, H, 1).
-        lse_own = lse[:, first:]
-        merged = torch.logaddexp(lse_own, lse_prefix)
-        share, share_prefix = (part.sub(merged).exp().T[..., None] for part in (lse_own, lse_prefix))
-        out[first:] = out[first:] * share + out_prefix * share_prefix
-        lse[:, first:] = merged  # the backward of both calls starts from the merged out and lse
-        ctx.save_for_backward(query, key, value, out, lse)
+        for start, pieces in layout.crossings(segments_only):
+            # Call 2, segments on their prefixes: N queries, (N, H, D) and (H, N).
+            rows, before = slice(start, start + sum(pieces.queries)), sum(pieces.keys)
+            crossed = (own[0][rows], shared_key[:before], shared_value[:before])
+            out_prefix, lse_prefix = kernel_forward(*crossed, pieces, False, scale)
+            # Each result is a mean of values weighted by softmax over its own keys. Over all keys, a key's weight is
+            # exp(lse_own - merged) of that, and so is the whole result's share: (H, N) to (N, H, 1).
+            lse_own = lse[:, rows]
+            merged = torch.logaddexp(lse_own, lse_prefix)
+            share, share_prefix = (part.sub(merged).exp().T[..., None] for part in (lse_own, lse_prefix))
+            out[rows] = out[rows] * share + out_prefix * share_prefix
+            lse[:, rows] = merged  # the backward of both calls starts from the merged out and lse
+        ctx.save_for_backward(query, key, value, shared_key, shared_value, out, lse)
         ctx.rest = layout, scale, segments_only, kernel_backward
         return zeros_before(out, left_out)
 
     @staticmethod
     def backward(ctx, grad):
-        query, key, value, out, lse = ctx.saved_tensors
+        query, key, value, shared_key, shared_value, out, lse = ctx.saved_tensors
         layout, scale, segments_only, kernel_backward = ctx.rest
-        start = layout.prefix_tokens
-        left_out = start if segments_only else 0
-        first = start - left_out
-        grad = grad.contiguous()  # (T, H, D)
+        left_out = layout.prefix_tokens if segments_only else 0
+        grad, query = grad.contiguous()[left_out:], query[left_out:]  # (T - left_out, H, D)
         # Call 1's keys: gradients of (T - left_out) queries, keys and values.
-        own = (grad[left_out:], query[left_out:], key[left_out:], value[left_out:], out, lse)
-        grads = kernel_backward(*own, own_pieces(layout, segments_only), True, scale)
-        # Call 2's keys: gradients of the T - S segment queries and the S prefix keys and values, summed over segments.
-        crossed = (grad[start:], query[start:], key[:start], value[:start], out[first:], lse[:, first:].contiguous())
-        d_segments, d_prefix_key, d_prefix_value = kernel_backward(*crossed, on_prefixes(layout), False, scale)
-        d_query, d_key, d_value = (zeros_before(tensor, left_out) for tensor in grads)
-        d_query[start:] += d_segments
-        d_key[:start] += d_prefix_key
-        d_value[:start] += d_prefix_value
-        return d_query, d_key, d_value, None, None, None, None, None
+        own = (grad, query, key[left_out:], value[left_out:], out, lse)
+        d_query, d_key, d_value = kernel_backward(*own, own_pieces(layout, segments_only), True, scale)
+        # Call 2's keys: gradients of its queries and of the shared keys and values, summed over what saw them.
+        d_shared_key, d_shared_value = torch.zeros_like(shared_key), torch.zeros_like(shared_value)
+        for start, pieces in layout.crossings(segments_only):
+            rows, before = slice(start, start + sum(pieces.queries)), sum(pieces.keys)
+            crossed = (grad[rows], query[rows], shared_key[:before], shared_value[:before], out[rows])
+            grads = kernel_backward(*crossed, lse[:, rows].contiguous(), pieces, False, scale)
+            d_query[rows] += grads[0]
+            d_shared_key[:before] += grads[1]
+            d_shared_value[:before] += grads[2]
+        own = (zeros_before(tensor, left_out) for tensor in (d_query, d_key, d_value))
+        return *own, d_shared_key, d_shared_value, None, None, None, None, None
 
 
 def zeros_before(tensor: torch.Tensor, count: int) -> torch.Tensor:

@@ -114,7 +114,14 @@ def prefill(model, base, prompts: list[EncodedPrompt], *, pad_token_id: int, con
 
 @torch.no_grad()
 def sample_completions(
-    model, prompts: list[EncodedPrompt], *, pad_token_id: int, config, rows_at_once: int | None = None, **options
+    model,
+    prompts: list[EncodedPrompt],
+    *,
+    pad_token_id: int,
+    config,
+    rows_at_once: int | None = None,
+    cache: Cache | None = None,
+    **options,
 ) -> torch.Tensor:
     """Sample one completion per entry of `prompts`.
 
@@ -126,6 +133,7 @@ def sample_completions(
             own generation_config.json only the end tokens count.
         rows_at_once: completions that are decoded together, each with a copy of its prompt's keys and values; default:
             all. The prompts are computed once all the same.
+        cache: what `prefill` would give for the distinct prompts, if it is there already.
 
     Returns:
         int64 (len(prompts), new tokens), padded on the right with `pad_token_id`.
@@ -135,7 +143,8 @@ def sample_completions(
     input_ids, attention_mask = (tensor.to(device) for tensor in left_pad(unique, pad_token_id))  # (U, P) each
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     positions = pad_positions(unique, prompt_width=input_ids.size(1), completion_width=0).to(device)  # (3, U, P)
-    whole = prefill(model, base, unique, pad_token_id=pad_token_id, config=config)
+    if cache is None:
+        cache = prefill(model, base, unique, pad_token_id=pad_token_id, config=config)
     pieces = torch.tensor(index, device=device).split(rows_at_once or len(prompts))
     # What `options` leave open, `generate` would take from the policy's own generation_config.json: another cache, beams.
     own, outputs = base.generation_config, []
@@ -146,7 +155,7 @@ def sample_completions(
                 input_ids=input_ids[rows],
                 attention_mask=attention_mask[rows],
                 position_ids=positions[:, rows],
-                past_key_values=repeated(whole, rows, keep=number < len(pieces) - 1),
+                past_key_values=repeated(cache, rows, keep=number < len(pieces) - 1),
                 pad_token_id=pad_token_id,
                 synced_gpus=False,  # weights are whole: processes may generate unequally often, and long
                 **options,

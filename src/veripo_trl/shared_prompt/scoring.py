@@ -16,6 +16,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from veripo_trl.model.encoding import EncodedPrompt
 from veripo_trl.model.inputs import model_inputs, vision_inputs
 from veripo_trl.shared_prompt.attention import PackedLayout, kernel_difference, use_shared_prefix
+from veripo_trl.shared_prompt.parallel import share_out
 from veripo_trl.shared_prompt.rollout import left_pad
 
 logger = logging.get_logger(__name__)
@@ -32,6 +33,7 @@ def score_completions(
     *,
     pad_token_id: int,
     shared: bool = True,
+    group=None,
 ) -> FusedCausalLMOutput:
     """Per-token log-probabilities and entropies of completions, with gradient where it is enabled.
 
@@ -41,6 +43,7 @@ def score_completions(
         prompts: one per row; rows with the same object share its computation.
         completion_ids, completion_mask: int64 (rows, C), padded on the right.
         shared: False computes whole padded rows, as stock trainers do. So do models that cannot share, and say so.
+        group: processes that share out the prompt, which has to be one, the same in all of them; entered by all.
 
     Returns:
         TRL's fused output; its per-token fields have shape (rows, C) and are zero where masked.
@@ -54,15 +57,17 @@ def score_completions(
     packed = Packed(prompts, completion_ids.cpu(), completion_mask.cpu())
     packed.check_segments(unwrapped.config)
     device = completion_ids.device
-    layout = PackedLayout(packed.prefixes, packed.segments, device)
-    output = model(
-        input_ids=packed.input_ids.to(device),
-        position_ids=packed.positions.to(device),
-        shared_prefix=layout,
-        shift_labels=packed.labels.to(device),
-        fused_lm_head=True,
-        **vision_inputs(unwrapped, packed.unique, device),
-    )
+    if group is None:
+        layout = PackedLayout(packed.prefixes, packed.segments, device)
+        inputs = {
+            "input_ids": packed.input_ids.to(device),
+            "position_ids": packed.positions.to(device),
+            **vision_inputs(unwrapped, packed.unique, device),
+        }
+    else:
+        layout, inputs = share_out(unwrapped, packed, group, device)
+    labels = packed.labels.to(device)
+    output = model(shared_prefix=layout, shift_labels=labels, fused_lm_head=True, **inputs)
     if len(layout.layers) != unwrapped.config.get_text_config().num_hidden_layers:
         raise RuntimeError(f"Only the layers {sorted(layout.layers)} attended as packed. Set shared_prefix: false.")
     flat_index = packed.flat_index.to(device)
@@ -180,17 +185,23 @@ SHORT = 16  # tokens of the longer completion
 
 
 @torch.no_grad()
-def prefix_can_be_shared(model, unwrapped, prompt: EncodedPrompt, *, pad_token_id: int, accelerator) -> bool:
+def prefix_can_be_shared(
+    model, unwrapped, prompt: EncodedPrompt, *, pad_token_id: int, accelerator, group=None
+) -> bool:
     """Compare two short completions of one prompt, packed, with plain rows. Every process takes part, all decide alike.
 
     Before that the attention kernel is tried alone, with its gradients. Rounding is measured on plain rows with all
     positions shifted, which changes nothing else.
 
     Args:
-        model, unwrapped, pad_token_id: as in `score_completions`. prompt: any; each process may have another.
+        model, unwrapped, pad_token_id, group: as in `score_completions`. prompt: any; each process may have another,
+            each group with one.
 
     Returns:
         Whether the difference is within the bound in every process. If not, says so.
+
+    Raises:
+        RuntimeError: it is not, with a `group`, whose processes could not compute their prompts whole.
     """
     if not can_share(unwrapped):
         return False
@@ -218,7 +229,9 @@ def prefix_can_be_shared(model, unwrapped, prompt: EncodedPrompt, *, pad_token_i
         dtype = torch.get_autocast_dtype(device.type) if autocast else unwrapped.dtype
         kernel, obstacle = try_kernel(config.get_text_config(), dtype, device)
         rows = log_probs()
-        packed = score_completions(model, unwrapped, [prompt] * 2, ids, mask, pad_token_id=pad_token_id)
+        packed = score_completions(
+            model, unwrapped, [prompt] * 2, ids, mask, pad_token_id=pad_token_id, group=group
+        )
         difference = (packed.log_probs[mask.bool()].float() - rows).abs()
         noise = torch.stack([(log_probs(shift=shift) - rows).abs().mean() for shift in (17, 1001)]).mean()
     model.train(training)
@@ -230,17 +243,20 @@ def prefix_can_be_shared(model, unwrapped, prompt: EncodedPrompt, *, pad_token_i
     equal = value <= bound and kernel <= 1  # False for NaN
     if equal:
         logger.info(f"Shared prompts: log-probabilities within {value:.1e} of plain rows (bound {bound:.1e}).")
-    elif accelerator.is_main_process:
-        if not kernel <= 1:
-            said = obstacle or f"the attention kernel's results or gradients are off by {kernel:.2g} times their bound"
-        else:
-            said = f"log-probabilities differ by {value:.2g} from those of plain rows, which is more than {bound:.2g}"
+        return True
+    if not kernel <= 1:
+        said = obstacle or f"the attention kernel's results or gradients are off by {kernel:.2g} times their bound"
+    else:
+        said = f"log-probabilities differ by {value:.2g} from those of plain rows, which is more than {bound:.2g}"
+    if group is not None:
+        raise RuntimeError(f"prompt_parallel: with the prompt shared out, {said}. Set prompt_parallel: 1.")
+    if accelerator.is_main_process:
         logger.warning(
             f"SHARED PROMPTS ARE OFF: with the prompt computed once, {said}. Every row computes its prompt for itself, "
             f"which is slower. Expected equal results: the attention kernel or the model's code is not what was tested. "
             f"Set shared_prefix: false to start without this check."
         )
-    return equal
+    return False
 
 
 def try_kernel(config, dtype: torch.dtype, device) -> tuple[float, str | None]:

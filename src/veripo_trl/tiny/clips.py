@@ -203,14 +203,18 @@ def write_clip(path: str | os.PathLike, frames: np.ndarray) -> None:
 
 
 def make_clip(
-    path: str | os.PathLike, kind: str, key: list[int], shown: list[int] | None = None
+    path: str | os.PathLike,
+    kind: str,
+    key: list[int],
+    shown: list[int] | None = None,
+    hold: int = 1,
 ) -> dict:
-    """Draw and write the clip of `key`, or the frames of these numbers: as a clip, or, as a PNG, side
-    by side; return its spec."""
+    """Draw and write the clip of `key`, or the frames of these numbers: as a clip, each `hold` times,
+    or, as a PNG, side by side; return its spec."""
     spec = clip_spec(kind, key)
     frames = draw_clip(spec)
     if os.fspath(path).endswith(".mp4"):
-        write_clip(path, frames if shown is None else frames[shown])
+        write_clip(path, (frames if shown is None else frames[shown]).repeat(hold, axis=0))
     else:
         Image.fromarray(np.concatenate(list(frames[shown]), axis=1)).save(path)
     return spec

@@ -3,6 +3,7 @@
     python -m veripo_trl.tiny.world --root outputs/tiny_world --seed 0
     python -m veripo_trl.tiny.world --root outputs/tiny_when --questions when       # a relative's,
     see relatives.py
+    python -m veripo_trl.tiny.world --root outputs/tiny_long --hold 32    # clips of 256 frames
 
     <root>/clips/*   train.jsonl  rl.jsonl  dev.jsonl  heldout.jsonl
     <root>/model/        untrained, with its processor
@@ -75,14 +76,15 @@ def make_world(
     planted_share: float = PLANTED_SHARE,
     workers: int | None = None,
     questions: list[str] | None = None,
+    hold: int = 1,
 ) -> World:
     """Return the world at `root`, making it first if the folder is missing or empty.
 
     `questions`: families of `relatives.FAMILIES` instead of the world's own questions; `shares` and
     `planted_share` do not apply then. `sizes` overrides splits by name (a number of questions each
-    where `questions` is given). Raises WorldError if the folder holds a world of other settings, a
-    damaged one or something else: it is never deleted. `workers` (threads, by default one per core)
-    does not change the result.
+    where `questions` is given). `hold`: each frame of a clip is shown so many times. Raises
+    WorldError if the folder holds a world of other settings, a damaged one or something else: it is
+    never deleted. `workers` (threads, by default one per core) does not change the result.
     """
     unknown = set(sizes or {}) - set(SPLITS)
     if unknown:
@@ -103,6 +105,8 @@ def make_world(
             "shares": shares or SHARES,
             "planted_share": planted_share,
         }
+    if hold > 1:
+        settings["hold"] = hold
     root.parent.mkdir(parents=True, exist_ok=True)
     with _lock(root.with_name(f".{root.name}.lock")):
         if not root.is_dir() or not any(root.iterdir()):
@@ -169,7 +173,7 @@ def _build(root: Path, settings: dict, workers: int) -> None:
         with ThreadPoolExecutor(workers) as pool:  # the encoder works outside Python's lock
 
             def make(item: tuple[str, tuple]) -> None:
-                make_clip(building / item[0], *item[1])
+                make_clip(building / item[0], *item[1], hold=settings.get("hold", 1))
 
             for _ in tqdm(
                 pool.map(make, clips.items()), total=len(clips), desc="tiny world", unit="clip"
@@ -197,6 +201,7 @@ def _split(
     seed: int,
     sizes: dict,
     questions: list[str] | None = None,
+    hold: int = 1,
     **planned,
 ) -> tuple:
     """(rows, media) of a split, by a world's settings."""
@@ -216,8 +221,9 @@ def main() -> None:
     parser.add_argument(
         "--questions", nargs="+", choices=relatives.FAMILIES, help="default: the world's own"
     )
-    arguments = parser.parse_args()
-    print(make_world(arguments.root, seed=arguments.seed, questions=arguments.questions).root)
+    parser.add_argument("--hold", type=int, default=1, help="how often each frame is shown")
+    options = vars(parser.parse_args())
+    print(make_world(options.pop("root"), **options).root)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,22 @@
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+from veripo_trl.errors import ConfigError
 from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder
-from veripo_trl.model.features import media_kinds
+from veripo_trl.model.features import media_kinds, tower_is_frozen
 from veripo_trl.model.inputs import check_vision_tokens, vision_inputs
 from veripo_trl.model.pieces import mlp_in_pieces
 from veripo_trl.model.policy import copy_adapter_to_reference
 from veripo_trl.options import option
-from veripo_trl.shared_prompt.scoring import prefix_can_be_shared, score_completions
+from veripo_trl.shared_prompt.scoring import prefix_can_be_shared, score_completions, why_not_shared
 from veripo_trl.trainers.checkpoints import CheckpointMixin, with_changes
 from veripo_trl.trainers.engines import check_engine, check_media_alike, shares_out_towers, whole_towers
 from veripo_trl.trainers.guards import check_frames_matter, show_resolved_media
@@ -53,6 +57,7 @@ class VideoMixin(CheckpointMixin):
         args: a copy of the settings that were given, with what was left open filled in.
         held_out_encoder: with which held-out rows are asked; a method may ask them otherwise.
         shares_prompts: whether a prompt is computed once for its completions; None until the first batch decides it.
+        prompt_group: in training, the processes that share out a prompt (`prompt_parallel`); None: each computes its own.
     """
 
     ref_model = None  # SFT has none
@@ -64,6 +69,7 @@ class VideoMixin(CheckpointMixin):
         check_engine(self.accelerator, self._unwrapped(self.model))
         self.encoder = self.held_out_encoder = encoder
         self.shares_prompts: bool | None = None
+        self.prompt_group, self._group_checked = None, False
         self._checked = False
         if isinstance(self.model, PeftModel):
             copy_adapter_to_reference(self.model)
@@ -71,6 +77,35 @@ class VideoMixin(CheckpointMixin):
             self.ref_model.requires_grad_(False)  # its vision tower is frozen: it takes the policy's features
             mlp_in_pieces(self._unwrapped(self.ref_model))
         mlp_in_pieces(self._unwrapped(self.model))
+
+    def _share_out_prompts(self, **layout) -> None:
+        """Make `prompt_group` of `args.prompt_parallel` neighbours. Entered by every process.
+
+        Args:
+            layout: settings, and what they have to be for the processes of a group to hold the same prompt.
+
+        Raises:
+            ConfigError: what keeps prompts from being shared out, and what to set instead.
+        """
+        count, processes, model = self.args.prompt_parallel, self.args.world_size, self._unwrapped(self.model)
+        if count == 1:
+            return
+        problems = []
+        if count < 1 or processes % count:
+            problems.append(f"expected a number of processes that divides those of the run, {processes}")
+        if is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
+            problems.append("weights are sharded, which was not tried; use accelerate/ddp.yaml or accelerate/zero2.yaml")
+        if not tower_is_frozen(model.model.visual):
+            problems.append("features are shared out once, by a frozen vision tower; set train_vision_tower: false")
+        if obstacle := why_not_shared(model):
+            problems.append(obstacle)
+        for name, value in {"shared_prefix": True, **layout}.items():
+            if getattr(self.args, name) != value:
+                problems.append(f"set {name}: {value} (now {getattr(self.args, name)})")
+        if problems:
+            raise ConfigError(f"prompt_parallel: {count}: {'; '.join(problems)}.")
+        timeout = timedelta(seconds=self.args.ddp_timeout)
+        self.prompt_group, _ = dist.new_subgroups(group_size=count, timeout=timeout)
 
     # The first batch
 
@@ -95,7 +130,9 @@ class VideoMixin(CheckpointMixin):
 
     def _decide_sharing(self, model, prompt: EncodedPrompt) -> None:
         """Before the first scoring: does a prompt computed once give what plain rows give? Entered by every process."""
-        if self.shares_prompts is None:
+        group = self._group()
+        if self.shares_prompts is None or (group is not None and not self._group_checked):
+            self._group_checked = group is not None
             check_media_alike(self.accelerator, self._unwrapped(model), media_kinds([prompt]))
             self.shares_prompts = self.args.shared_prefix and prefix_can_be_shared(
                 model,
@@ -103,6 +140,7 @@ class VideoMixin(CheckpointMixin):
                 prompt,
                 pad_token_id=self._tokenizer.pad_token_id,
                 accelerator=self.accelerator,
+                group=group,
             )
 
     # Vision features
@@ -125,6 +163,10 @@ class VideoMixin(CheckpointMixin):
 
     # Scoring
 
+    def _group(self):
+        """`prompt_group` in training. An evaluation may deal out its rows otherwise: there, every process for itself."""
+        return self.prompt_group if self.model.training else None
+
     def _score(self, model, prompts: list[EncodedPrompt], input_ids, attention_mask, width: int):
         """TRL's fused output for the last `width` tokens of each row, see `score_completions`.
 
@@ -142,6 +184,7 @@ class VideoMixin(CheckpointMixin):
                 attention_mask[:, -width:],
                 pad_token_id=self._tokenizer.pad_token_id,
                 shared=self.shares_prompts,
+                group=self._group(),
             )
 
     def _unwrapped(self, model) -> torch.nn.Module:

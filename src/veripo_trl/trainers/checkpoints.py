@@ -108,7 +108,7 @@ class CheckpointMixin:
         super()._load_callback_state()
         self._earlier = record = self.state.stateful_callbacks[RECORD]
         then, now = record["rows"], self._rows_of_steps
-        if changed := [f"{key}: {then.get(key)} → {value}" for key, value in now.items() if then.get(key) != value]:
+        if changed := [f"{k}: {then.get(k)} → {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]:
             raise VeripoError(
                 f"{self.args.output_dir} cannot go on from step {self.state.global_step}: its steps would see other rows "
                 f"than before ({', '.join(changed)}). Start it as it was; or give another output_dir, and the "
@@ -121,6 +121,8 @@ class CheckpointMixin:
     def _rows_of_steps(self) -> dict:
         """What decides which rows each step sees."""
         order = {name: value for name, value in vars(self.args).items() if name in ORDER}
+        if self.prompt_group is not None:
+            order["prompt_parallel"] = self.args.prompt_parallel
         rows = {"rows": len(self.train_dataset), "content of rows": content_hash(self.train_dataset)}
         return {**rows, "processes": self.args.world_size, **order}
 

@@ -17,7 +17,7 @@ from veripo_trl.errors import settings_checked
 from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder, encode_unique
 from veripo_trl.options import option
 from veripo_trl.trainers.base import VideoConfig, VideoMixin
-from veripo_trl.trainers.loading import with_answers
+from veripo_trl.trainers.loading import RowsForGroups, with_answers
 
 
 @dataclass
@@ -26,6 +26,7 @@ class VideoDPOConfig(VideoConfig, DPOConfig):
 
     max_length: int | None = option("Longest prompt with answer; a longer pair is refused, never cut.")
     shared_prefix: bool = option("Compute the prompt that a question's answers share once.", True)
+    prompt_parallel: int = option("Neighbouring processes that compute one pair's prompt together; 1: each its own.", 1)
 
     UNUSED = {
         **dict.fromkeys(("precompute_ref_log_probs", "sync_ref_model", "padding_free"), (False,)),
@@ -86,7 +87,14 @@ class VideoDPOTrainer(VideoMixin, DPOTrainer):
             )
         kwargs["data_collator"] = DPOCollator(encoder, max_length=kwargs["args"].max_length)
         super().__init__(*args, encoder=encoder, **kwargs)
+        self._share_out_prompts(per_device_train_batch_size=1)
         self.precompute_ref_logps = True  # `_compute_loss` hands them over, computed from the same encoded prompts
+
+    def _get_train_sampler(self, train_dataset=None):
+        """Pairs for groups of processes, each of which computes the answers of its pair, and its share of the prompt."""
+        if self.prompt_group is None:
+            return super()._get_train_sampler(train_dataset)
+        return RowsForGroups(self.train_dataset, self.args.prompt_parallel, seed=self.args.seed)
 
     def _compute_loss(self, model, inputs, return_outputs):
         inputs = dict(inputs)

@@ -33,6 +33,7 @@ from veripo_trl.model.features import drop_pixels
 from veripo_trl.model.inputs import vision_inputs
 from veripo_trl.model.pieces import layer_inputs_on_host
 from veripo_trl.options import option
+from veripo_trl.shared_prompt.parallel import prefill_in_parts, share_features
 from veripo_trl.shared_prompt.rollout import cut_at_end, sample_completions, whole_groups
 from veripo_trl.trainers.base import VideoConfig, VideoMixin
 from veripo_trl.trainers.checkpoints import with_changes
@@ -74,6 +75,9 @@ class VideoGRPOConfig(VideoConfig, GRPOConfig):
         "prompt's completions, at which a run starts. Default: 1e-3 in float32, 0.1 in half precision."
     )
     shared_prefix: bool = option("Compute a group's prompt once wherever it is scored.", True)
+    prompt_parallel: int = option(
+        "Neighbouring processes that compute one prompt together and hold a group's completions; 1: each its own.", 1
+    )
 
     UNUSED = {
         "chat_template_kwargs": (None, {}),
@@ -143,6 +147,12 @@ class VideoGRPOTrainer(VideoMixin, GRPOTrainer):
         else:
             banned = sorted({*banned, *self.generation_config.suppress_tokens})
             self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = banned
+        share = max(1, self.num_generations // max(1, self.args.prompt_parallel))
+        self._share_out_prompts(  # so that TRL deals each group to as many neighbours
+            num_generations=share * self.args.prompt_parallel,
+            per_device_train_batch_size=share,
+            steps_per_generation=1,
+        )
         self.data_collator = RolloutCollator(encoder)
         self.rollout_store = rollout_store
         self.policy_name = policy_name or self.model.config._name_or_path
@@ -181,7 +191,9 @@ class VideoGRPOTrainer(VideoMixin, GRPOTrainer):
 
     def _load_rng_state(self, checkpoint: str) -> None:
         super()._load_rng_state(checkpoint)
-        saved = torch.load(self._generation_file(checkpoint), map_location=self.accelerator.device, weights_only=True)
+        device = self.accelerator.device
+        device = "cpu" if device.type == "cpu" else device  # one of several processes has cpu:0, which torch cannot load
+        saved = torch.load(self._generation_file(checkpoint), map_location=device, weights_only=True)
         self._step, self._buffered_inputs = saved["micro_step"], saved["inputs"]
         self._resumed_questions = saved["questions"]
 
@@ -197,6 +209,8 @@ class VideoGRPOTrainer(VideoMixin, GRPOTrainer):
         self._active = encode_unique(self.encoder, rows)
         self._encoded["train"] = (self._generation, self._active)
         self._make_features(self._rollout_chunks())
+        if self.prompt_group is not None:
+            share_features(self._unwrapped(self.model), self._active, self.prompt_group, self.accelerator.device)
         for chunk in self._rollout_chunks():  # features in the rollout's batches, to the last bit
             vision_inputs(self._unwrapped(self.model), chunk, self.accelerator.device)
 
@@ -229,6 +243,8 @@ class VideoGRPOTrainer(VideoMixin, GRPOTrainer):
         self._encoded[mode] = (self._generation, prompts)
         self._active = prompts
         self._make_features(self._rollout_chunks())
+        if (group := self._group()) is not None:
+            share_features(self._unwrapped(self.model), prompts, group, self.accelerator.device)
         # TRL processes an `images` column itself; ours travel in `self._active`.
         hidden = ("videos", "images", "encoded", "repeated", "epoch", "epochs", "shown", "media_root", "process")
         output = super()._generate_and_score_completions(
@@ -273,8 +289,11 @@ class VideoGRPOTrainer(VideoMixin, GRPOTrainer):
 
     def _sample(self) -> list[list[int]]:
         """A completion for each row of `self._active`, by transformers."""
-        completions = []
+        completions, group, cache = [], self._group(), None
         with whole_policy(self, self.generation_kwargs) as model:
+            if group is not None:  # its own prompt comes first; a method's further ones are each process's own
+                base = self._unwrapped(model)
+                cache = prefill_in_parts(base, self._active[0], group, self.accelerator.device)
             for chunk in self._rollout_chunks():
                 tokens = sample_completions(
                     model,
@@ -282,13 +301,16 @@ class VideoGRPOTrainer(VideoMixin, GRPOTrainer):
                     pad_token_id=self._tokenizer.pad_token_id,
                     config=self.encoder.config,
                     rows_at_once=self.args.rollout_batch_size,
+                    cache=cache,
                     generation_config=self.generation_config,
                 )
+                cache = None
                 completions += cut_at_end(tokens.cpu(), self.eos_token_ids)
         return completions
 
     def _rollout_chunks(self) -> list[list[EncodedPrompt]]:
-        return whole_groups(self._active, self.args.rollout_batch_size or self.args.per_device_train_batch_size)
+        size = self.args.rollout_batch_size or self.args.per_device_train_batch_size
+        return whole_groups(self._active, 1 if self._group() is not None else size)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         with self._timed("score"):

@@ -91,6 +91,13 @@ class WithMarks(Sampler):
             yield index, {**marks, **self.added(index, marks)}
 
 
+class RowsForGroups(RepeatSampler):
+    """Each row `count` times in a row, for as many processes, in an order that depends on the epoch's number alone."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
+
+
 class RolloutCollator:
     """Rows with their chat messages and, unless the loader only repeats them, their encoded prompts.
 
