@@ -96,7 +96,7 @@ def serve(connection, name: str, args, folder: Path) -> None:
         max_completion_length=completion, generation_kwargs={"min_new_tokens": completion},
         max_steps=args.steps * settings.get("num_iterations", 1), learning_rate=1e-6,
         output_dir=str(folder / name), save_strategy="no", report_to="none", logging_steps=1,
-        disable_tqdm=True, use_cpu=True, bf16=False, gradient_checkpointing=False, **settings,
+        disable_tqdm=True, use_cpu=True, bf16=False, activation_checkpointing=False, **settings,
     )  # fmt: skip
     options, turns = [mixin.OPTIONS(**given) for mixin in load_methods(methods)], Turns(connection)
     trainer = with_methods(VideoGRPOTrainer, methods, options)(
