@@ -7,7 +7,7 @@ import torch
 from helpers import make_grpo_trainer, make_tiny_policy, plain_log_probs, state, video_rows
 
 from veripo_trl.data.rollouts import RolloutStore
-from veripo_trl.errors import ConfigError
+from veripo_trl.errors import ConfigError, VeripoError
 from veripo_trl.methods import with_methods
 from veripo_trl.methods.care import FILE, CAREOptions, answer_tokens, care_bonus, thinking_of
 from veripo_trl.methods.t_grpo import TGRPOOptions, advantages
@@ -169,6 +169,8 @@ def test_likelihoods_are_the_slow_copys(kind, shared, make_trainer, model_paths,
     assert trainer._scored["rewards"][:, 1].tolist() == earned[0].tolist()
     logged = {name: trainer._metrics["train"][f"care/{name}"] for name in ("think_is_answer", "bonus_rate")}
     assert logged == {"think_is_answer": [0.25], "bonus_rate": [0.25]}
+    trainer._care = CAREOptions(care_likelihood_cap=(cap := expected[0] / 2))
+    assert max(trainer._measured(completions)[:, 0].tolist()) == pytest.approx(cap)
 
 
 def test_the_copy_moves_every_so_many_steps(make_trainer):
@@ -218,9 +220,12 @@ def test_a_resumed_run_ends_like_an_unbroken_one(make_trainer, tmp_path):
     checkpoint = tmp_path / "whole" / "checkpoint-1"
     found = trained(again, resume_from_checkpoint=str(checkpoint))
     assert same(found, expected) and same(again._slow, whole._slow)
-    assert (checkpoint / FILE).exists() and not same(again._slow, expected)
+    assert not same(again._slow, expected)
     last, likelihood = again.state.log_history[2], whole.state.log_history[2]["care/likelihood"]
     assert last["care/likelihood"] == likelihood != whole.state.log_history[0]["care/likelihood"]
+    (checkpoint / FILE).unlink()
+    with pytest.raises(VeripoError, match="of a run without it"):
+        again._load_rng_state(str(checkpoint))
 
 
 def test_evaluation_has_no_bonus(make_trainer):

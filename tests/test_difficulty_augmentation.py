@@ -71,7 +71,7 @@ FIVE = "The camera turns. Someone comes in. It gets dark. A dog barks. The door 
         ("The camera turns. It is blue. It gets dark. A dog barks.", 1.0, "The camera turns."),  # one tells
         ("So B. It is blue. The door shuts.", 1.0, ""),
         ("<planning>Look for the door.</planning> <b>Then wait.</b>", 1.0, "Look for the door."),
-        ("<think>Look. Wait. Then.</think><answer>B</answer>", 0.3, "Look."),
+        ("<think>Look. Wait. Then.</think><answer>B</answer>", 0.6, "Look."),  # 1 of 0.9
         (None, 1.0, ""),
     ],
 )
@@ -238,6 +238,19 @@ def test_the_next_visit_is_augmented_and_the_first_is_plain_grpos(load, rows, tm
     assert np.array_equal(prompts["row3"].input_ids, unhinted.input_ids)
 
 
+def test_a_question_that_an_epoch_leaves_out_keeps_its_level(load, rows, tmp_path):
+    trainer = make_trainer(load, rows, tmp_path)
+    added = trainer._get_train_sampler().added
+    trainer._levels, trainer._measured = {"row0": -0.5, "row1": -0.5}, {"row1": 0.0, "row2": -1.0}
+
+    def levels(epoch) -> list:
+        shown = [added(index, {"epoch": epoch}).get("shown") for index in range(4)]
+        return [each and each.level for each in shown]
+
+    assert levels(0) == [0.5, 0.5, None, None]
+    assert levels(1) == [0.5, None, 1.0, None] and trainer._measured == {}
+
+
 class _StoppedError(RuntimeError):
     pass
 
@@ -275,6 +288,7 @@ def test_resume_and_workers_show_the_same(load, rows, tmp_path, seen):
         assert [row[key] for row in stored] == [row[key] for row in expected], key
     weights = state(whole.model)
     assert all(torch.equal(value, weights[name]) for name, value in state(resumed.model).items())
+    assert (resumed._window, resumed._measured) == (whole._window, whole._measured)  # of the third epoch's levels
 
     plain = make_trainer(load, rows, tmp_path / "plain" / "run", methods=(), given=(), **{**options, "max_steps": 1})
     plain.train()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from veripo_trl.evaluate.generate import Decoding, TransformersEngine
 from veripo_trl.evaluate.questions import read_questions
 from veripo_trl.evaluate.run import OutputFiles, answer_questions
 from veripo_trl.files.journal import Journal
+from veripo_trl.model.encoding import PromptTooLongError, Shown
 from veripo_trl.model.streaming import StreamEncoder
 from veripo_trl.tiny.model import build_tokenizer
 from veripo_trl.tiny.world import make_world
@@ -145,6 +147,38 @@ def test_prompts_of_turns(kind, load, media_root, counted):
     assert record["prompt_tokens"] == len(prompt) and len(record["thoughts"]) == len(expected) - 1
     stream.memory.entries.clear()  # the control: an emptied memory is another prompt
     assert len(stream.prompt(encoder)) < len(prompt)
+
+
+def test_a_row_shown_otherwise_in_turns(load, media_root):
+    """Other frames in every turn; another text with the question alone, whatever the memory."""
+    _, encoder = load()
+    row = make_row("q", media_root, videos=["long.mp4"])
+    hinted = {**row, "problem": f"{row['problem']}\nHint: look closely."}
+    shown = Shown("hint", 0.5, problem=hinted["problem"], frames=lambda clip: 255 - clip.frames)
+    streams = StreamEncoder(encoder, clip_tokens=16, max_memory_tokens=60)
+    stream, expected, plain = (streams.encode(each) for each in ({**row, "shown": shown}, hinted, row))
+    for *_, own in plain.turns:
+        prompt, same, unhinted = (each.prompt(encoder) for each in (stream, expected, plain))
+        assert np.array_equal(prompt.input_ids, same.input_ids) and np.array_equal(prompt.positions, same.positions)
+        assert np.array_equal(prompt.input_ids, unhinted.input_ids) != stream.is_last
+        assert not torch.equal(prompt.pixel_values_videos, own.pixel_values_videos)
+        if not stream.is_last:
+            for each in (stream, expected, plain):
+                each.add({"completion": "I see red."}, encoder.processor.tokenizer)
+    assert len(stream.thoughts) == 2
+
+
+def test_a_full_memory_has_to_fit(load, media_root):
+    _, encoder = load()
+    row = make_row("q", media_root, videos=["long.mp4"])
+    longest = len(StreamEncoder(encoder, clip_tokens=16, max_memory_tokens=60).encode(row))
+    for limit in (longest, longest - 1):
+        streams = StreamEncoder(replace(encoder, max_prompt_tokens=limit), clip_tokens=16, max_memory_tokens=60)
+        if limit == longest:
+            assert len(streams.encode(row)) == limit
+        else:
+            with pytest.raises(PromptTooLongError, match=f"with a full memory a turn has {longest} tokens"):
+                streams.encode(row)
 
 
 def test_what_is_not_shown_in_turns(load, media_root):

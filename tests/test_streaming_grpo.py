@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import make_grpo_trainer, plain_positions
+from helpers import make_grpo_trainer, plain_positions, state
 from trl import GRPOTrainer
 
 from conftest import make_row
@@ -21,9 +21,9 @@ OWNERS, TOKENS, REWARDS = [0, 1, 0, 0, 1, 2, 3, 3], [3, 2, 1, 2, 4, 5, 1, 2], [1
 def make_trainer(load, media_root, tmp_path):
     """On a question of three turns and one of two, three rollouts each."""
 
-    def make(*, rewards=(1.0, 0.0, 0.0, 0.0, 1.0, 1.0), clip_tokens=16, **changes):
+    def make(*, rewards=(1.0, 0.0, 0.0, 0.0, 1.0, 1.0), clip_tokens=16, extra=(), **changes):
         model, encoder = load()
-        rows = [make_row(name, media_root, videos=[f"{name}.mp4"]) for name in ("long", "wide")]
+        rows = [make_row(name, media_root, videos=[f"{name}.mp4", *extra]) for name in ("long", "wide")]
         options = {"num_generations": 3, "per_device_train_batch_size": 3, "steps_per_generation": 2,
                    "gradient_accumulation_steps": 2, "loss_type": "dapo", "scale_rewards": "none",
                    "max_completion_length": 6, "generation_kwargs": {"top_k": 1}, **changes}  # fmt: skip
@@ -124,6 +124,28 @@ def test_videos_of_one_turn_are_plain_grpo(make_trainer):
     assert trainer._buffered_inputs[0]["tool_mask"].all()
 
 
+def test_a_resumed_run_ends_like_an_unbroken_one(make_trainer, tmp_path):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "generation_kwargs": {},
+               "learning_rate": 1e-3, "num_generations": 2, "per_device_train_batch_size": 2}  # fmt: skip
+    weights = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-1")):
+        trainer = make_trainer(**options)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        weights.append(state(trainer.model))
+    assert trainer.state.log_history[-1]["step"] == 2 and trainer._owners
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_an_evaluation_amid_training_is_in_turns_too(make_trainer):
+    trainer = make_trainer(per_device_eval_batch_size=3)
+    first = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    loss = float(trainer._compute_loss(trainer.model, first).detach())
+    metrics = trainer.evaluate(eval_dataset=trainer.train_dataset)
+    assert metrics["eval_streaming/turns"] == 2.5 and metrics["eval_reward"] == pytest.approx(1 / 3)
+    trainer.model.train()
+    assert float(trainer._compute_loss(trainer.model, first).detach()) == pytest.approx(loss)
+
+
 def test_held_out_rows_are_asked_in_turns(make_trainer):
     trainer = make_trainer()
     assert isinstance(trainer.held_out_encoder, StreamEncoder)
@@ -141,6 +163,8 @@ def test_held_out_rows_are_asked_in_turns(make_trainer):
     [
         ({"loss_type": "grpo"}, "expected dapo or cispo"),
         ({"gradient_accumulation_steps": 1}, "one optimizer step per generation batch.*= 2 with"),
+        ({"extra": ["fast.mp4"]}, "expected rows of one video; 2 training rows have several"),
+        ({"prompt_parallel": 2}, "Set prompt_parallel 1"),
         ({"num_iterations": 2}, "one optimizer step per generation batch.*= 4 with"),
     ],
 )

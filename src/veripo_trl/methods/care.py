@@ -40,7 +40,7 @@ from transformers import TrainerCallback
 
 from veripo_trl.answers.plain import words_of
 from veripo_trl.answers.score import extract_answer
-from veripo_trl.errors import ConfigError
+from veripo_trl.errors import ConfigError, VeripoError
 from veripo_trl.methods import Method
 from veripo_trl.options import option
 from veripo_trl.shared_prompt.rollout import left_pad
@@ -55,14 +55,14 @@ class CAREOptions:
     """Released values, but for the floor, which is ours."""
 
     care_bonus: float = option("GRPO-CARE's b, the weight of its bonus.", 0.5)
-    care_margin: float = option("How far below the right answers' mean one's c may be.", 0.0)
+    care_margin: float = option("How far an answer's likelihood may be below the mean of the right ones.", 0.0)
     care_likelihood_cap: float = option("Likelihoods over it count as it.", 0.95)
     care_decay: float = option("What the slow copy keeps of itself when it is moved.", 0.995)
     care_every_steps: int = option("Optimizer steps between two moves of the slow copy.", 10)
     care_min_think_tokens: int = option(
         "Shorter thinking earns no bonus: without a floor, thinking shrinks to the answer.", 32
     )
-    care_accuracy: str | None = option("Which of `rewards` is a. Default: the first accuracy….")
+    care_accuracy: str | None = option("Which of `rewards` tells right answers. Default: its first accuracy.")
 
 
 def care_bonus(accuracy, likelihood, *, margin: float, counted=None) -> torch.Tensor:
@@ -177,7 +177,9 @@ class CARE(Method):
 
     def _load_rng_state(self, checkpoint: str) -> None:
         super()._load_rng_state(checkpoint)
-        self._slow = load_file(Path(checkpoint) / FILE)
+        if not (file := Path(checkpoint) / FILE).exists():
+            raise VeripoError(f"care: {file}: no such file. The checkpoint is of a run without it. Start anew.")
+        self._slow = load_file(file)
 
     # The bonus
 

@@ -139,9 +139,9 @@ class DifficultyAugmentation(Method):
         """Of the groups of all processes' generation batch, in order: question, and as what it was shown."""
         totals = total_rewards(self._scored["rewards"], self.reward_weights)
         means = totals.view(-1, self.num_generations).nanmean(1).tolist()
-        before, scale = self._window.copy(), self._augmentation.difficulty_scale
         for (question, _), mean in zip(questions, means, strict=True):
-            self._measured[question] = signed_level(mean, before, scale)
+            level = signed_level(mean, self._window, self._augmentation.difficulty_scale)
+            self._measured[question] = level
         self._window.extend(mean for mean in means if not math.isnan(mean))
         for kind in ("hint", "noise"):
             share = sum(shown == kind for _, shown in questions) / len(questions)

@@ -53,6 +53,8 @@ class Streaming(Method):
 
     def __init__(self, *args, streaming: StreamingOptions, **kwargs):
         check_settings(kwargs["args"])
+        if several := sum(len(videos) > 1 for videos in kwargs["train_dataset"]["videos"]):
+            raise ConfigError(f"streaming: expected rows of one video; {several} training rows have several.")
         self._streams: list[Stream] = []
         self._owners: list[int] = []  # of each sequence, the rollout that it is a turn of
         super().__init__(*args, **kwargs)
@@ -134,5 +136,7 @@ def check_settings(config) -> None:
         )
     elif config.use_vllm:
         problem = "rollouts of several turns are by transformers. Set use_vllm false."
+    elif config.prompt_parallel > 1:
+        problem = "the prompts of a group have memories of their own. Set prompt_parallel 1."
     if problem:
         raise ConfigError(f"streaming: {problem}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from veripo_trl.data.prompts import PromptError
 from veripo_trl.data.streaming import NOTES, Memory, turn_row, window_time, windows
-from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder
+from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder, PromptTooLongError, as_shown
 
 CLIP_TOKENS, MAX_MEMORY_TOKENS = 5000, 4096  # the defaults; the first is VST's
 
@@ -90,12 +90,14 @@ class StreamEncoder:
         return self.encoder.template
 
     def encode(self, row: dict) -> Stream:
-        """Raises PromptError for a row of several videos, and what `PromptEncoder.encode` does. Images come with the
-        question; a row without a video is asked in one turn, as it is."""
+        """Raises PromptError for a row of several videos, and what `PromptEncoder.encode` does: for a prompt that is too
+        long with a full memory, too. Images come with the question; a row without a video is asked in one turn, as it
+        is."""
         encoder, memory = self.encoder, Memory(self.max_memory_tokens)
         started = time.perf_counter()
         clips, images = encoder.read_media(row)
         load_s = time.perf_counter() - started
+        row = {**as_shown(row), "shown": None}  # its frames are the clip's now, its text the last turn's
         if len(clips) > 1:
             raise PromptError(
                 f"row {row['question_id']!r}: expected one video, came {len(clips)}: streaming shows one clip by clip."
@@ -114,4 +116,10 @@ class StreamEncoder:
             shown = clip.part(first, end)
             turns.append((window, asked, encoder.encode_media(asked, [shown], images if last else [])))
         turns[0][2].load_s, turns[0][2].encode_s = load_s, sum(prompt.encode_s for *_, prompt in turns)
-        return Stream(row, turns, memory)
+        stream, limit = Stream(row, turns, memory), encoder.max_prompt_tokens
+        if limit is not None and len(stream) > limit:
+            raise PromptTooLongError(
+                f"Row {row['question_id']!r}: with a full memory a turn has {len(stream)} tokens, the limit is "
+                f"max_prompt_tokens={limit}. Raise it, or lower clip_tokens or max_memory_tokens."
+            )
+        return stream
