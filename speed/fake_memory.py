@@ -1,5 +1,5 @@
 """Peak memory of a packed GRPO update by fake tensors: the real code path of a model of any size, without its weights,
-its time or a GPU. What `recipes/check_rows.py --gpu_memory` computes with is compared with it in tests_speed/.
+its time or a GPU. `recipes/check_rows.py --gpu_memory` computes with what it found.
 
     python speed/fake_memory.py 7b 65536                # bytes per prompt token of today's path and of each technique
 """

@@ -143,7 +143,7 @@ def check_equal(case, ours, stock, plain=None) -> None:
     """Equal within 1e-5, and not the loss without the case's options."""
     (loss, gradient), (expected, whole) = ours, stock
     # These multiply what rounding does to a whole answer's log-probability, by exp and by 1 / tau. (In float64 the
-    # first is equal to 1e-9; of the second, TRL keeps the reference in float32.)
+    # first passes with 1e-5; of the second, TRL keeps the reference in float32.)
     bound = 1e-4 if "vespo" in case or case == "discopop" else 1e-5
     assert loss == pytest.approx(expected, rel=bound, abs=bound)
     assert gradient.shape == whole.shape and whole.norm() > 1e-4

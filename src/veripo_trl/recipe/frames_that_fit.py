@@ -1,7 +1,7 @@
 """How many frames of one video a GPU has memory for in a GRPO step, by what the step holds at its highest.
 
 Bytes of a token follow from the model's sizes; how many times each is held was counted with fake tensors on the real
-code path (`speed/fake_memory.py`), and agrees for Qwen2.5-VL 3B and 7B with LoRA within 3%. Nothing is run here.
+code path (`speed/fake_memory.py`), and agrees for Qwen2.5-VL-7B with LoRA within 3%. Nothing is run here.
 """
 
 from bisect import bisect
