@@ -68,6 +68,7 @@ SEAMS = {
     (VLLMClient, "reset_prefix_cache"): "self",
     (VLLMClient, "get_server_info"): "self",
     (SFTTrainer, "compute_loss"): "self model inputs return_outputs num_items_in_batch",
+    (DPOTrainer, "_get_train_sampler"): "self train_dataset",
     (DPOTrainer, "_compute_loss"): "self model inputs return_outputs",
     (DPOTrainer, "compute_ref_log_probs"): "self model inputs",
     (DPOTrainer, "_save"): "self output_dir state_dict",

@@ -142,7 +142,9 @@ def test_weights_are_those_of_plain_rows(block, shared, make_trainer, monkeypatc
     ids, mask = left_pad(prompts, trainer._tokenizer.pad_token_id)
     ids = torch.cat([ids, inputs["completion_ids"]], 1)
     width = alive.size(1)
-    fields = model_inputs(prompts, ids, completion_width=width, config=trainer.encoder.config)
+    # pixels were let go of after the update; their features are there
+    kept = {"config": trainer.encoder.config, "frozen_model": trainer._unwrapped(trainer.model)}
+    fields = model_inputs(prompts, ids, completion_width=width, **kept)
     with torch.no_grad():
         logits = trainer.model(
             input_ids=ids, attention_mask=torch.cat([mask, alive], 1), **fields

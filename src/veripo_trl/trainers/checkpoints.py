@@ -108,7 +108,7 @@ class CheckpointMixin:
         super()._load_callback_state()
         self._earlier = record = self.state.stateful_callbacks[RECORD]
         then, now = record["rows"], self._rows_of_steps
-        if changed := [f"{k}: {then.get(k)} → {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]:
+        if changed := [f"{k}: {then.get(k)} → {now.get(k)}" for k in {**now, **then} if then.get(k) != now.get(k)]:
             raise VeripoError(
                 f"{self.args.output_dir} cannot go on from step {self.state.global_step}: its steps would see other rows "
                 f"than before ({', '.join(changed)}). Start it as it was; or give another output_dir, and the "
