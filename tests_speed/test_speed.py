@@ -38,16 +38,14 @@ SMALL = {
         ["--cases", "grpo:128:8:2", "--repeats", "1", "--threads", "1"],
         {"cases": {"part", "P", "C", "G", "limit", "everything", "features given"}},
     ),
-<<<<<<< HEAD
     "bench_methods": (
         ["--steps", "2", "--sizes", "104:4:2", "--threads", "1",
          "--only", "T-GRPO", "TW-GRPO", "GRPO, twice", "Reg-GRPO, twice"],
         {"table": {"step", "seconds", "over GRPO", "memory, MB", "first gradient differs"}},
-=======
+    ),
     "long_video": (
         ["--shape", "tiny", "--frames", "600", "--group", "2", "--completion", "8", "--threads", "1"],
         {"table": {"frames", "way", "processes", "tokens", "seconds", "memory MB", "log-prob", "gradient"}},
->>>>>>> 2633e7f (Long video: how many frames fit a GPU (check_rows.py --gpu_memory), LongVILA-R1's rows and settings, vLLM's limits as errors, benchmarks of memory)
     ),
     "bench_verifier": (["--only", "rules", "--rollouts", "200", "--repeats", "1"], {}),
     "bench_evaluation": (["--world", "{tmp}/world", "--questions", "6", "--batch_size", "3", "--num_workers", "1"], {}),
