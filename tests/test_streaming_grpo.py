@@ -106,6 +106,7 @@ def test_every_turn_is_a_sequence_scored_as_it_was_sampled(make_trainer):
         assert torch.equal(logits.argmax(-1), completion), row  # top_k 1: what sampling saw is what is scored
     for owner, stream in enumerate(trainer._streams):
         assert stream.memory.text and stream.memory.text.rstrip("\n") in texts[owner]
+        assert len(stream.memory.entries) + stream.memory.evicted == len(stream.turns) - 1  # each rollout has its own
     stored = trainer.rollout_store.read()
     assert [row["question_id"] for row in stored] == ["long"] * 3 + ["wide"] * 3
     assert [row["completion_tokens"] for row in stored] == counts[:6].tolist()
