@@ -238,7 +238,7 @@ def test_the_next_visit_is_augmented_and_the_first_is_plain_grpos(load, rows, tm
     assert np.array_equal(prompts["row3"].input_ids, unhinted.input_ids)
 
 
-def test_a_question_that_an_epoch_leaves_out_keeps_its_level(load, rows, tmp_path):
+def test_levels_of_what_an_epoch_leaves_out_or_cannot_score(load, rows, tmp_path):
     trainer = make_trainer(load, rows, tmp_path)
     added = trainer._get_train_sampler().added
     trainer._levels, trainer._measured = {"row0": -0.5, "row1": -0.5}, {"row1": 0.0, "row2": -1.0}
@@ -249,6 +249,13 @@ def test_a_question_that_an_epoch_leaves_out_keeps_its_level(load, rows, tmp_pat
 
     assert levels(0) == [0.5, 0.5, None, None]
     assert levels(1) == [0.5, None, 1.0, None] and trainer._measured == {}
+
+    # of a group, what could be scored
+    nan = float("nan")
+    trainer._window.extend([0.5, 0.5])
+    trainer._scored = {"rewards": torch.tensor([[0.75], [nan], [nan], [nan]])}
+    trainer._measure([("row0", None), ("row1", None)])
+    assert trainer._measured == {"row0": -0.5, "row1": 0.0} and list(trainer._window) == [0.5, 0.75]
 
 
 class _StoppedError(RuntimeError):

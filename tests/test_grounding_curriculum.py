@@ -184,14 +184,17 @@ def test_masks_ease_over_the_steps(load, rows, tmp_path, evaluated, sampled):
     assert all(torch.equal(prompt.pixel_values_videos, whole) for prompt in sampled)
 
 
-def test_an_epoch_of_less_than_a_step_is_a_step(load, rows, tmp_path, evaluated):
-    """Of two batches where a step takes three: four steps are four epochs, and half of them have masks."""
-    given = GroundingCurriculumOptions([evaluated(ANSWERS)])
+def test_shares_are_of_the_chosen_rows_and_their_steps(load, rows, tmp_path, evaluated):
+    """row1 and row2 are chosen, and of these row2 is hard. One batch an epoch, where a step takes three: four steps are
+    four epochs, and half of them have masks."""
+    file = evaluated({**ANSWERS, "row0": "no idea"})
+    given = GroundingCurriculumOptions([file], row_choice="spaced", chosen_rows=2)
     settings = {"gradient_accumulation_steps": 3, "steps_per_generation": 1}
     trainer = make_trainer(load, rows, tmp_path / "run", given=given, **settings)
     added = trainer._get_train_sampler().added
-    shares = [added(0, {"epochs": epochs}).get("shown") for epochs in (0.0, 1.0, 1.5, 2.0)]
-    assert [shown and shown.level for shown in shares] == [0.75, 0.5, 0.25, None]
+    shares = [[added(index, {"epochs": epochs}).get("shown") for epochs in (0.0, 1.0, 1.5, 2.0)] for index in (0, 1)]
+    assert shares[0] == [None] * 4
+    assert [shown and shown.level for shown in shares[1]] == [0.75, 0.5, 0.25, None]
 
 
 def test_without_masks_the_steps_are_plain_grpos(load, rows, tmp_path, evaluated):
