@@ -211,9 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=ARMS, metavar="LINE", help=", ".join(ARMS))
     parser.add_argument("--steps", type=int, default=80, help="generations of 64 rollouts")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/methods_study"))
-    parser.add_argument(
-        "--json", type=Path, default=ROOT / "evaluation" / "studies" / "methods.json"
-    )
+    parser.add_argument("--json", type=Path, help="default: methods.json in the output folder")
     arguments, further = parser.parse_known_args(argv)
     steps, lines, before = arguments.steps, [], {}
     for name in arguments.only or ARMS:
@@ -232,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
         shown = [{key: value for key, value in row.items() if key != "own"} for row in table]
         tables.print_table(f"Means over the seeds, {steps} generations of 64 rollouts", shown)
         found = {"steps": steps, "lines": lines, "means": table, "cold starts": before}
-        tables.write_json(arguments.json, found)
+        tables.write_json(arguments.json or arguments.output_dir / "methods.json", found)
 
 
 if __name__ == "__main__":
