@@ -103,7 +103,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--perturb",
         nargs="+",
         choices=PERTURBATIONS,
-        help="ask about perturbed videos, each question once for each kind; the answers are written as rollouts too",
+        help="ask about perturbed videos, each question once for each kind; without --streaming the answers are "
+        "written as rollouts too",
     )
     add("--prompt_template", help=f"default, veripo, video_r1, …, or a YAML file of yours; {trained} default")
     add("--video_min_pixels", type=int, help=f"per frame; {trained} {DEFAULTS['min_pixels']}")
@@ -114,16 +115,22 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"of an image; {trained} {DEFAULTS['max_image_pixels']}",
     )
     add("--streaming", action="store_true", help="a video clip by clip, the question with the last one")
-    add("--clip_tokens", type=int, default=CLIP_TOKENS, help="visual tokens of a clip (default: %(default)s)")
+    add("--clip_tokens", type=int, help=f"visual tokens of a clip (default: {CLIP_TOKENS})")
     add(
         "--max_memory_tokens",
         type=int,
-        default=MAX_MEMORY_TOKENS,
-        help="of the thoughts that are kept; 0: none (default: %(default)s)",
+        help=f"of the thoughts that are kept; 0: none (default: {MAX_MEMORY_TOKENS})",
     )
     add("--decode_timeout_s", type=float, default=60.0)
     add("--frame_cache", help="folder for sampled frames, shared by runs")
     args = parser.parse_args(argv)
+    if not args.streaming and (args.clip_tokens, args.max_memory_tokens) != (None, None):
+        parser.error("--clip_tokens and --max_memory_tokens are of --streaming, which is not given")
+    args.clip_tokens = CLIP_TOKENS if args.clip_tokens is None else args.clip_tokens
+    if args.max_memory_tokens is None:
+        args.max_memory_tokens = MAX_MEMORY_TOKENS
+    if args.perturb and len(set(args.perturb)) < len(args.perturb):
+        parser.error(f"--perturb: expected each kind once, came {' '.join(args.perturb)}")
     for name in (
         "batch_size",
         "data_parallel_size",
@@ -337,6 +344,11 @@ def evaluate(args, argv: list[str], files: OutputFiles, rank: int | None) -> int
             f"None of the {len(videos)} videos is in {root}, such as {min(videos)!r}. Correct --video_dir.{cut}{named}"
         )
     if args.perturb:
+        if rank is None and files.rollouts.exists() and not files.journal.exists():
+            raise ConfigError(
+                f"--perturb writes rollouts into {files.rollouts}, which is there and not this evaluation's. Give "
+                f"another --output_path."
+            )
         questions = perturb(questions, args.perturb, seed=args.seed)
     if rank is None:
         shutil.rmtree(files.merged, ignore_errors=True)  # of a run that was killed
@@ -394,7 +406,7 @@ def evaluate(args, argv: list[str], files: OutputFiles, rank: int | None) -> int
         return 0
     errors = write_outputs(files, questions, journal, settings)
     print(f"{files.output}: {len(questions)} rows; {files.record} says what each was made with")
-    if args.perturb:
+    if args.perturb and not args.streaming:  # a pair's prompt shows the whole video at once
         written = write_rollouts(files.rollouts, questions, journal, policy=args.model_path, seed=args.seed)
         print(f"{files.rollouts}: {written} rollouts on perturbed videos, for verify_rollouts.py --perturbed")
     if not errors:

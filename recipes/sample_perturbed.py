@@ -13,6 +13,7 @@ from veripo_trl.start import start
 start()  # before torch is imported
 
 import runpy
+import shlex
 import sys
 import time
 from dataclasses import dataclass, field
@@ -47,8 +48,9 @@ class SampleArguments:
 
     def __post_init__(self):
         self.engine_options = read_mapping("engine_options", self.engine_options)
-        if not self.perturb or not set(self.perturb) <= set(PERTURBATIONS):
-            raise ConfigError(f"perturb: expected some of {', '.join(PERTURBATIONS)}; got {self.perturb!r}.")
+        known = set(self.perturb) <= set(PERTURBATIONS)
+        if not self.perturb or not known or len(set(self.perturb)) < len(self.perturb):
+            raise ConfigError(f"perturb: expected some of {', '.join(PERTURBATIONS)}, each once; got {self.perturb!r}.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -67,8 +69,10 @@ def main(argv: list[str] | None = None) -> None:
         **(arguments.engine_options or {}),
     }
     words = [[f"--{name}", *(value if isinstance(value, list) else [value])] for name, value in options.items()]
+    words = [str(word) for option in words for word in option]
+    print(shlex.join(["evaluation_vllm.py", *words]), flush=True)  # its errors name its options
     script = RECIPES.parent / "evaluation" / "evaluation_vllm.py"
-    if runpy.run_path(str(script))["main"]([str(word) for option in words for word in option]):
+    if runpy.run_path(str(script))["main"](words):
         raise VeripoError(f"{folder}: not every question was answered, see above.")
     counts = {"rollouts": len(read_rollouts(find_rollout_files(folder), perturbed=True))}
     write_results(folder, {"counts": counts, "minutes": (time.time() - started) / 60})

@@ -164,6 +164,7 @@ def test_from_rollouts_to_pairs(rows, load, model_paths, tmp_path, capsys):
     (tmp_path / "sample.yaml").write_text(yaml.safe_dump(config))
     sample.main(["--config", str(tmp_path / "sample.yaml")])
     first = RolloutStore(out / "rollouts").read()
+    assert "evaluation_vllm.py --model_path" in capsys.readouterr().out
     assert [one["rollout_id"] for one in first] == [
         f"perturbed-1/{kind}-{n}" for n, kind in enumerate(["shuffle", "another_clip"] * 3)
     ]
@@ -181,6 +182,14 @@ def test_from_rollouts_to_pairs(rows, load, model_paths, tmp_path, capsys):
     assert [one["completion"] for one in again[:2]] == [said("A"), said("B", "another")]
     assert [one["completion"] for one in again[2:]] == [one["completion"] for one in first[2:]]
     assert [one["videos"] for one in again[:2]] == [["long.mp4"]] * 2 and again[0]["rewards"] == {"accuracy_reward": 0.0}
+
+    # a folder that is no evaluation's own is not written into
+    (out / "results.json").unlink()
+    (out / "rollouts.journal.jsonl").unlink()
+    with pytest.raises(ConfigError, match="which is there and not this evaluation's"):
+        sample.main(["--config", str(tmp_path / "sample.yaml")])
+    with pytest.raises(ConfigError, match="each once"):
+        sample.main(["--config", str(tmp_path / "sample.yaml"), "--perturb", "drop", "drop"])
 
     verify = recipe("verify_rollouts")
     settings = {"rollouts": [str(store.folder)], "prompt_template": "tiny", "output_dir": str(tmp_path / "verify")}

@@ -265,12 +265,19 @@ def test_as_a_command(script, model_paths, media_root, prompts, tmp_path, capsys
     script.main([*command(model_paths, media_root, prompts, alone, batch_size=1, num_workers=0, **more), "--streaming"])
     assert contents(alone)["output"] == contents(output)["output"]
     plain = tmp_path / "plain.json"
-    script.main(command(model_paths, media_root, prompts, plain))
+    plain_options = command(model_paths, media_root, prompts, plain)
+    script.main(plain_options)
     assert "streaming" not in json.loads(OutputFiles(plain).record.read_text())["settings"]
     for word in ("--clip_tokens", "--max_memory_tokens"):
-        with pytest.raises(SystemExit):
-            script.parse_arguments([*options, word, "-1"])
-        assert word in capsys.readouterr().err
+        for given, value in ((options, "-1"), (plain_options, "7")):  # out of range; of no streaming
+            with pytest.raises(SystemExit):
+                script.parse_arguments([*given, word, value])
+            assert word in capsys.readouterr().err
+    # the limit of the memory counts as part of a prompt, and is what an error names
+    long, more = tmp_path / "long.json", {"clip_tokens": 16, "max_memory_tokens": 10**6}
+    assert script.main([*command(model_paths, media_root, prompts, long, **more), "--streaming"]) == 3
+    errors = [row.get("error", "") for row in json.loads(OutputFiles(long).record.read_text())["rows"]]
+    assert any("Lower clip_tokens, max_memory_tokens" in error for error in errors)
 
 
 def test_chat_thinks_clip_by_clip(model_paths, media_root, monkeypatch, capsys):
@@ -284,6 +291,9 @@ def test_chat_thinks_clip_by_clip(model_paths, media_root, monkeypatch, capsys):
     assert [line.split()[1] for line in lines[:3]] == ["Time=0.0-4.0s", "Time=4.0-8.0s", "Time=8.0-12.0s"]
     assert [line.split(", ")[1] for line in lines[:3]] == ["0 notes", "1 notes", "2 notes"]
     assert len(lines) == 4 and lines[3].startswith("# 6 tokens in")
+    with pytest.raises(SystemExit):
+        chat.main(["?", "--model", "none", "--clip_tokens", "16"])
+    assert "are of --streaming" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows

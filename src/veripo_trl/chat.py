@@ -131,7 +131,7 @@ class Chat:
         while True:
             prompt = stream.prompt(self.encoder)
             gone = f", {stream.memory.evicted} left" if stream.memory.evicted else ""
-            before(f"{stream.time} prompt: {len(prompt)} tokens, {len(stream.memory.entries)} notes{gone}")
+            before(f"{stream.time or 'no video,'} prompt: {len(prompt)} tokens, {len(stream.memory.entries)} notes{gone}")
             reply = self.complete(prompt, seed=seed + len(stream.thoughts), **decoding)
             if stream.is_last:
                 return reply
@@ -259,8 +259,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict, d
     streaming = parser.add_argument_group("streaming")
     add = streaming.add_argument
     add("--streaming", action="store_true", help="The video clip by clip, the question with the last one.")
-    add("--clip_tokens", type=int, default=CLIP_TOKENS, help="Visual tokens of a clip (default: %(default)s)")
-    add("--max_memory_tokens", type=int, default=MAX_MEMORY_TOKENS, help="Of the thoughts (default: %(default)s)")
+    add("--clip_tokens", type=int, help=f"Visual tokens of a clip (default: {CLIP_TOKENS})")
+    add("--max_memory_tokens", type=int, help=f"Of the thoughts (default: {MAX_MEMORY_TOKENS})")
+    streaming_options = ("clip_tokens", "max_memory_tokens")
     decoding = parser.add_argument_group("decoding")
     add = decoding.add_argument
     add("--max_new_tokens", type=int, default=4096, help="(default: 4096)")
@@ -269,6 +270,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict, d
     add("--repetition_penalty", type=float, default=1.0)
     add("--seed", type=int, help="Of the sampling; another one each time by default.")
     given = parser.parse_args(argv)
+    if not given.streaming and any(getattr(given, name) is not None for name in streaming_options):
+        parser.error("--clip_tokens and --max_memory_tokens are of --streaming, which is not given")
     groups = (
         {action.dest: getattr(given, action.dest) for action in g._group_actions}
         for g in (loading, decoding)
@@ -286,6 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     printer = Printer(chat.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     if given.streaming:
         limits = {"clip_tokens": given.clip_tokens, "max_memory_tokens": given.max_memory_tokens}
+        limits = {name: value for name, value in limits.items() if value is not None}
         stream = chat.watch(given.question, **limits, **content)
         reply = chat.think(stream, before=lambda line: print(f"# {line}", flush=True), streamer=printer, **decoding)
     else:

@@ -102,9 +102,12 @@ def _fitting(prompt: EncodedPrompt | Stream | str, engine) -> EncodedPrompt | St
     longest = engine.decoding.max_new_tokens
     if isinstance(prompt, str) or len(prompt) + longest <= engine.context:
         return prompt
+    lower = "the frames, their pixels or max_new_tokens"
+    if isinstance(prompt, Stream):
+        lower = "clip_tokens, max_memory_tokens or max_new_tokens"
     return (
         f"PromptTooLongError: its prompt has {len(prompt)} tokens; with {longest} new ones (max_new_tokens) that is "
-        f"over the model's context of {engine.context}. Lower the frames, their pixels or max_new_tokens."
+        f"over the model's context of {engine.context}. Lower {lower}."
     )
 
 
