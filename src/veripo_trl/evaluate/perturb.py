@@ -8,7 +8,8 @@ what it is asked about, the rejected side of DPO's `video` pairs.
 | another_clip | the videos of other questions |
 | no_video | none |
 
-Each is seeded by the question, and never leaves the video as it was, but for frames where there is only one; times and number of frames stay.
+Each is seeded by the question, and never leaves the video as it was, but for frames where there is only one; times and
+number of frames stay.
 """
 
 import os
