@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,6 +112,10 @@ def test_difficulty_is_the_mean_over_evaluations(evaluated):
     expected = {"row0": 0.1, "row1": 0.6, "row2": 0.2, "row3": 0.9, "held-out": 0.0}
     assert read_difficulty([one]) == pytest.approx(expected)
     assert read_difficulty([one, two]) == pytest.approx({**expected, "row0": 0.55, "row3": 0.45})
+    failed = json.loads(Path(two).read_text())
+    failed[0]["model_output"] = ""  # its video could not be read
+    Path(two).write_text(json.dumps(failed))
+    assert read_difficulty([two]) == pytest.approx({"row1": 0.6, "row2": 0.2, "row3": 0.0, "held-out": 0.0})
 
 
 @pytest.fixture
@@ -258,7 +263,7 @@ def test_what_it_cannot_do_is_refused(load, rows, tmp_path, evaluated):
         with pytest.raises(ConfigError, match=message):
             make_trainer(load, rows, tmp_path, given=GroundingCurriculumOptions(**options))
     others = [*rows, {**rows[0], "question_id": "new"}]
-    with pytest.raises(ConfigError, match="1 of 5 training rows are not in them .'new' first"):
+    with pytest.raises(ConfigError, match="1 of 5 training rows are not answered in them .'new' first"):
         make_trainer(load, others, tmp_path, given=GroundingCurriculumOptions([file]))
     with pytest.raises(ConfigError, match="cannot go together: each decides how a row is shown"):
         load_methods(["difficulty_augmentation", "grounding_curriculum"])

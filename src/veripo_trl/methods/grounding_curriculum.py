@@ -63,10 +63,11 @@ class GroundingCurriculumOptions:
 
 
 def read_difficulty(files: list[str]) -> dict[str, float]:
-    """{question_id: mean score of its answers} of evaluations' output files."""
+    """{question_id: mean score of its answers} of evaluations' output files. A row that failed there has none."""
     scores = defaultdict(list)
     for prediction in (prediction for file in files for prediction in read_predictions(file)):
-        scores[str(prediction["question"]["question_id"])].append(our_score(prediction))
+        if prediction["model_output"]:
+            scores[str(prediction["question"].get("question_id"))].append(our_score(prediction))
     return {name: float(np.mean(own)) for name, own in scores.items()}
 
 
@@ -118,8 +119,8 @@ class GroundingCurriculum(Method):
         found, names = read_difficulty(given.difficulty_files), list(dataset["question_id"])
         if unknown := [name for name in names if name not in found]:
             raise ConfigError(
-                f"difficulty_files: {len(unknown)} of {len(names)} training rows are not in them ({unknown[0]!r} first). "
-                f"Evaluate the rows that are trained on."
+                f"difficulty_files: {len(unknown)} of {len(names)} training rows are not answered in them "
+                f"({unknown[0]!r} first). Evaluate the rows that are trained on; the same command asks failed ones again."
             )
         difficulty = [found[name] for name in names]
         if (how := given.row_choice) != "all":
