@@ -156,6 +156,12 @@ def run(scenario: dict) -> str:
             del os.environ[name]
 
 
+def say(line: str) -> None:
+    """In one write: unbuffered, `print` writes a line's end apart, and another process's line may come between."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     if ENGINE != "ddp":
         run_on_cpu()
@@ -167,11 +173,11 @@ def main() -> None:
             said = run(scenario)
         except BaseException:
             traceback.print_exc()
-            print(f"cell {name} rank {RANK} failed", flush=True)
+            say(f"cell {name} rank {RANK} failed")
             os._exit(3)
         faulthandler.cancel_dump_traceback_later()
         gc.collect()
-        print(f"cell {name} rank {RANK} {time.monotonic() - started:.1f} s: {said}", flush=True)
+        say(f"cell {name} rank {RANK} {time.monotonic() - started:.1f} s: {said}")
 
 
 if __name__ == "__main__":

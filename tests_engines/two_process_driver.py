@@ -139,6 +139,12 @@ def refusal(recipe, scenario: dict) -> str:
     return "not refused"
 
 
+def say(line: str) -> None:
+    """In one write: unbuffered, `print` writes a line's end apart, and another process's line may come between."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     recipe = load_recipe()
     kept = {
@@ -166,11 +172,11 @@ def main() -> None:
             world.make_world = make_world_slowly(record, scenario["make_world"])
         started = time.monotonic()
         if "folders" in scenario:
-            print(f"scenario {scenario['name']} rank {RANK}: {refusal(recipe, scenario)}", flush=True)
+            say(f"scenario {scenario['name']} rank {RANK}: {refusal(recipe, scenario)}")
             continue
         code = recipe.main(scenario["argv"])
         took_s = time.monotonic() - started
-        print(f"scenario {scenario['name']} rank {RANK}, exit code {code}: {took_s:.1f} s", flush=True)
+        say(f"scenario {scenario['name']} rank {RANK}, exit code {code}: {took_s:.1f} s")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class VideoMixin(CheckpointMixin):
     def __init__(self, *args, encoder: PromptEncoder, **kwargs):
         kwargs["args"] = with_changes(kwargs["args"], remove_unused_columns=False)
         super().__init__(*args, **kwargs)
-        check_engine(self.accelerator, self._unwrapped(self.model))
+        check_engine(self.accelerator, self._unwrapped(self.model), self.ref_model)
         self.encoder = self.held_out_encoder = encoder
         self.shares_prompts: bool | None = None
         self.prompt_group, self._group_checked = None, False

@@ -19,11 +19,11 @@ from veripo_trl.errors import VeripoError
 from veripo_trl.model.features import tower_is_frozen
 
 
-def check_engine(accelerator, model) -> None:
+def check_engine(accelerator, model, reference=None) -> None:
     """Refuse what would hang, or be wrong without a word; under FSDP2 make accelerate see the model's final norm.
 
     Args:
-        model: the policy without wrappers, not yet prepared.
+        model: the policy without wrappers, not yet prepared. reference: likewise, if it is a model of its own.
 
     Raises:
         ValueError: accelerate's settings, wherever they come from (a YAML's reach no argument of the trainer).
@@ -37,6 +37,11 @@ def check_engine(accelerator, model) -> None:
         )
     if accelerator.distributed_type == DistributedType.FSDP:
         check_fsdp(accelerator.state.fsdp_plugin, model)
+        if reference is not None and not tower_is_frozen(model.model.visual):
+            raise ValueError(
+                "FSDP with train_vision_tower: expected no reference model beside the policy: its tower, frozen and "
+                "sharded, would be asked outside of its forward. Use accelerate/zero3.yaml, or an adapter, or beta: 0."
+            )
         fsdp_utils._find_final_norm = final_norm
 
 
