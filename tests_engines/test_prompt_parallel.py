@@ -54,7 +54,8 @@ def launch(processes: int, *command) -> str:
         port = probe.getsockname()[1]
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", port]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env = {**os.environ, **own}
     process = subprocess.Popen(
         [*map(str, (*start, *command))], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,

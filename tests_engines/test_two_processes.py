@@ -130,7 +130,8 @@ def clips(tmp_path_factory):
     answers = [{"question": row, "ground_truth": row["solution"], "model_output": ""} for row in grounded]
     (folder / "evaluated.json").write_text(json.dumps(answers))
     groups = {
-        "grounded clips": grounded, "clips": rows, "two clips": rows[:2], "three clips": rows[:3], "text and clip": [text, rows[0]],
+        "grounded clips": grounded, "clips": rows, "two clips": rows[:2], "three clips": rows[:3],
+        "text and clip": [text, rows[0]],
         "mixed": [text, image, rows[0], both],
     }  # fmt: skip
     for name, members in groups.items():

@@ -3,8 +3,8 @@
     python tests_engines/two_process_driver.py SCENARIOS.json
 
 SCENARIOS.json is a list of {name, argv, log, and optionally completions, break_at, terminate_at,
-make_world, folders: the working directory of each process, which then has to be refused}. They run one after the other, so that their processes pay for their imports once. Used by
-test_two_processes.py only.
+make_world, folders: the working directory of each process, which then has to be refused}. They run
+one after the other, so that their processes pay for their imports once. Used by test_two_processes.py only.
 """
 
 import importlib.util
