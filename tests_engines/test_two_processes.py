@@ -127,7 +127,7 @@ def clips(tmp_path_factory):
     both = make_row("both", folder, videos=["clip1.mp4", "clip2.mp4"], images=["noise.png"])
     spans = {"problem_type": "temporal grounding", "options": [], "solution": "0.5 to 1.0"}
     grounded = [row | spans for row in rows[:2]]
-    answers = [{"question": row, "ground_truth": row["solution"], "model_output": ""} for row in grounded]
+    answers = [{"question": row, "ground_truth": row["solution"], "model_output": "?"} for row in grounded]
     (folder / "evaluated.json").write_text(json.dumps(answers))
     groups = {
         "grounded clips": grounded, "clips": rows, "two clips": rows[:2], "three clips": rows[:3],
