@@ -5,6 +5,7 @@ import os
 import resource
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -83,7 +84,7 @@ class Part:
 
     def load(self, prompt, *, completion: int, group: int) -> None:
         """Take a prompt with `group` made-up completions, all of them `completion` tokens long."""
-        self.prompt = prompt
+        self.given, self.prompt = prompt, replace(prompt)
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(100, 250, (group, completion), generator=generator).to(self.device)
         self.mask = torch.ones_like(self.ids)
@@ -123,7 +124,7 @@ class Part:
         self.trainer.current_gradient_accumulation_steps = group // rows_at_once
         self.model.zero_grad()
         if pair == EVERYTHING:
-            self.prompt.features = None
+            self.prompt = replace(self.given)  # without features; and an update lets go of its prompt's pixels
         else:
             self.hold_features()
         self.tokens = self.patches = self.loss = 0
