@@ -159,6 +159,22 @@ def make_grpo_trainer(model, encoder, rows, tmp_path, *, make=VideoGRPOTrainer, 
     return trainer
 
 
+class StoppedError(RuntimeError):
+    """Ends a training, see `stop_at`."""
+
+
+def stop_at(trainer, step: int | None) -> None:
+    """Have a GRPO trainer end in `step`, when its rollouts are written; None: not at all."""
+    store = trainer._store_rollouts
+
+    def store_or_stop(*args):
+        store(*args)
+        if trainer.state.global_step == step:
+            raise StoppedError
+
+    trainer._store_rollouts = store_or_stop
+
+
 def plain_positions(ids, batch, config) -> torch.Tensor:
     """The trained rule a second time: token by token, as transformers up to 5.2 states it."""
     merge = config.vision_config.spatial_merge_size

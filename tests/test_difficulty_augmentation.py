@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import make_grpo_trainer, state, video_rows
+from helpers import StoppedError, make_grpo_trainer, state, stop_at, video_rows
 from transformers import set_seed
 
 from conftest import make_row
@@ -258,10 +258,6 @@ def test_levels_of_what_an_epoch_leaves_out_or_cannot_score(load, rows, tmp_path
     assert trainer._measured == {"row0": -0.5, "row1": 0.0} and list(trainer._window) == [0.5, 0.75]
 
 
-class _StoppedError(RuntimeError):
-    pass
-
-
 def test_resume_and_workers_show_the_same(load, rows, tmp_path, seen):
     """In the second epoch, amid a generation batch, and with workers in the loader, a run goes on as if unbroken."""
     chunks, _ = seen
@@ -270,19 +266,12 @@ def test_resume_and_workers_show_the_same(load, rows, tmp_path, seen):
     def run(folder, *, workers=0, stop=None, resume=None):
         chunks.clear()
         trainer = make_trainer(load, rows, folder, dataloader_num_workers=workers, **options)
-        store = trainer._store_rollouts
-
-        def store_or_stop(*args):
-            store(*args)
-            if trainer.state.global_step == stop:
-                raise _StoppedError
-
-        trainer._store_rollouts = store_or_stop
+        stop_at(trainer, stop)
         trainer.train(resume_from_checkpoint=resume and str(resume))
         return trainer, [(p.question_id, p.input_ids.tolist(), p.pixel_values_videos) for c in chunks for p in c[:1]]
 
     whole, prompts = run(tmp_path / "whole" / "run")
-    with pytest.raises(_StoppedError):
+    with pytest.raises(StoppedError):
         run(tmp_path / "broken" / "run", workers=1, stop=6)
     resumed, again = run(tmp_path / "broken" / "run", workers=1, resume=tmp_path / "broken" / "run" / "checkpoint-5")
     assert len(again) == 2 and all(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import make_grpo_trainer, state
+from helpers import StoppedError, make_grpo_trainer, state, stop_at
 from transformers import set_seed
 
 from conftest import make_row
@@ -211,10 +211,6 @@ def test_without_masks_the_steps_are_plain_grpos(load, rows, tmp_path, evaluated
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-class _StoppedError(RuntimeError):
-    pass
-
-
 def test_resume_and_workers_show_the_same(load, rows, tmp_path, evaluated, sampled):
     """Of three chosen rows, amid a generation batch and with workers in the loader."""
     file = evaluated({**ANSWERS, "row3": "5 to 6"})  # nothing of it is right: it is not chosen
@@ -228,19 +224,12 @@ def test_resume_and_workers_show_the_same(load, rows, tmp_path, evaluated, sampl
         sampled.clear()
         trainer = make_trainer(load, rows, folder, given=given, dataloader_num_workers=workers, **options)
         assert list(trainer.train_dataset["question_id"]) == ["row0", "row1", "row2"]
-        store = trainer._store_rollouts
-
-        def store_or_stop(*args):
-            store(*args)
-            if trainer.state.global_step == stop:
-                raise _StoppedError
-
-        trainer._store_rollouts = store_or_stop
+        stop_at(trainer, stop)
         trainer.train(resume_from_checkpoint=resume and str(resume))
         return trainer
 
     whole = run(tmp_path / "whole" / "run")
-    with pytest.raises(_StoppedError):
+    with pytest.raises(StoppedError):
         run(tmp_path / "broken" / "run", workers=1, stop=6)
     resumed = run(tmp_path / "broken" / "run", workers=1, resume=tmp_path / "broken" / "run" / "checkpoint-5")
     stored, expected = resumed.rollout_store.read(), whole.rollout_store.read()

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import changed, make_grpo_trainer, state, video_rows
+from helpers import StoppedError, changed, make_grpo_trainer, state, stop_at, video_rows
 from transformers import set_seed
 
 from conftest import make_row
@@ -199,10 +199,6 @@ def test_without_weight_the_first_step_is_plain_grpos(load, rows, tmp_path, samp
     assert not all(torch.equal(value, weights[0][name]) for name, value in before.items())
 
 
-class _StoppedError(RuntimeError):
-    pass
-
-
 def test_resume_repeats_the_shuffles(load, media_root, tmp_path, sampled):
     """In the second epoch, amid a generation batch, and with workers in the loader, a run goes on as if unbroken."""
     rows = video_rows(media_root, 4)
@@ -214,14 +210,7 @@ def test_resume_repeats_the_shuffles(load, media_root, tmp_path, sampled):
     def run(folder, *, workers=0, stop=None, resume=None):
         sampled.clear()
         trainer = make_trainer(load, rows, folder, dataloader_num_workers=workers, **options)
-        store = trainer._store_rollouts
-
-        def store_or_stop(*args):
-            store(*args)
-            if trainer.state.global_step == stop:
-                raise _StoppedError
-
-        trainer._store_rollouts = store_or_stop
+        stop_at(trainer, stop)
         trainer.train(resume_from_checkpoint=resume and str(resume))
         # a generation batch is two chunks, of a question each, and one of the extra rollouts of both
         extra = [prompt for chunk in sampled[2::3] for prompt in chunk[::2]]
@@ -230,7 +219,7 @@ def test_resume_repeats_the_shuffles(load, media_root, tmp_path, sampled):
     whole, shuffles = run(tmp_path / "whole" / "run")
     seen = {name: [pixels for other, pixels in shuffles if other == name] for name, _ in shuffles}
     assert len(seen) == 4 and any(not torch.equal(pixels[0], pixels[-1]) for pixels in seen.values())  # by epoch
-    with pytest.raises(_StoppedError):
+    with pytest.raises(StoppedError):
         run(tmp_path / "broken" / "run", stop=6)
     resumed, again = run(tmp_path / "broken" / "run", workers=1, resume=tmp_path / "broken" / "run" / "checkpoint-5")
     assert len(again) == 2 and all(
