@@ -145,7 +145,7 @@ def as_it_fits(run):
 
 def row_by_row(made: Part, pair: str) -> dict:
     """The plain way with one row in a forward, and the memory that all rows at once would take, calculated."""
-    prompt, (group, completion) = made.prompt, made.ids.shape
+    prompt, (group, completion) = made.given, made.ids.shape
     gb = []
     for rows in (1, 2):
         made.load(prompt, completion=completion, group=rows)
