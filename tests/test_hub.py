@@ -1,12 +1,16 @@
 """Pushing, verifying, fetching and cards, against a Hub on a socket with the real clients."""
 
 import json
+import math
+import re
+import shutil
 from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import trl
 import yaml
 from helpers import make_rollouts, push_rollouts
 from hub_server import HubServer, Repo
@@ -19,7 +23,7 @@ from veripo_trl.hub.cards import dataset_card, rollout_counts, shown_name
 from veripo_trl.hub.locate import fetch, is_local, locate
 from veripo_trl.hub.push import prepare_repo, push_folder
 from veripo_trl.hub.runs import push_model, run_card
-from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR, load_policy
+from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR, load_policy, save_settings
 
 SOURCE = {"repo_id": "tester/questions", "revision": "a" * 40}
 
@@ -290,9 +294,65 @@ def test_model_cards_name_adapter_and_base(adapter, library, base_on_hub, tmp_pa
     assert "/data/secret" not in card
 
 
+def test_a_policy_s_card_tells_what_it_reached_and_how_to_ask_it(load, model_paths, media_root, tmp_path, monkeypatch):
+    """On a policy in a folder, and by its own snippet; shares that cannot be told are no numbers."""
+    model, encoder = load()
+    folder = tmp_path / "policy"
+    shutil.copytree(model_paths["qwen2_5_vl"], folder)
+    save_settings(folder, encoder, model)
+    (folder / "curves.png").touch()
+    groups = {
+        "ReportArguments": {"report_judge": "tiny"}, "ModelConfig": {"use_peft": False, "lora_r": 16},
+        "VideoGRPOConfig": {"learning_rate": 1e-4, "loss_type": "dapo", "beta": 0.0},
+        "GRPOArguments": {"rewards": ["accuracy", "mine|my_rewards:brevity"], "methods": []},
+        "DataArguments": {"train_vision_tower": True},
+    }  # fmt: skip
+    (folder / "_arguments.json").write_text(json.dumps(groups))
+    told = {
+        "questions": 1450, "accuracy": 0.5, "accuracy_low": 0.4321, "accuracy_high": 0.5678, "inconsistency": math.nan,
+        "inconsistency_low": math.nan, "inconsistency_high": math.nan, "unknown": 1.0, "accurate_and_consistent": 0.0,
+        "accuracy: numerical": 0.25, "mIoU: temporal grounding": 0.61,
+    }  # fmt: skip
+    results = {"stage": "GRPO", "steps": 7, "model": "some/base", "before": None, "after": {"sampled": told}}
+    card = run_card(folder, results, repo_id="policy", license="mit")
+    for line in (
+        "| after | sampled | 1,450 | 50.0% (43.2%–56.8%) | – | 100.0% | 0.0% | "
+        "numerical 0.25, mIoU: temporal grounding 0.61 |",
+        "![Curves of the training](curves.png)",
+        f"| prompt template | tiny (hash {encoder.template.hash}) |",
+        "| fps | 2 |",
+        "| max_frames | 24 |",
+        "| learning_rate | 0.0001 |",
+        "| loss_type | dapo |",
+        "| rewards | accuracy, mine\\|my_rewards:brevity |",
+        "| train_vision_tower | True |",
+        f"trl {trl.__version__}",
+        "(`tiny`)",
+        "## Limits",
+    ):
+        assert line in card, line
+    assert "lora_r" not in card and "methods" not in card and "base_weights" not in card
+    (snippet,) = re.findall(r"```python\n(.+?)```", card, re.S)
+    (tmp_path / "clip.mp4").symlink_to(media_root / "fast.mp4")
+    names = {}
+    monkeypatch.chdir(tmp_path)
+    exec(snippet.replace('"right"]', '"right"], decoding={"max_new_tokens": 8}'), names)
+    assert names["reply"].completion_tokens == 8  # of an untrained model
+    seen = names["chat"].encoder
+    assert seen.template.hash == encoder.template.hash and seen.loader.settings == encoder.loader.settings
+
+
+def test_cards_without_facts_have_no_empty_parts(tmp_path):
+    card = run_card(tmp_path, {"stage": "SFT", "steps": 1, "model": "some/base"}, repo_id="me/x", license="mit")
+    for part in ("## Results", "curves.png", "veripo_trl.json", "| setting |", "| origin |"):
+        assert part not in card
+    assert "It was not evaluated on held-out questions" in card and 'Chat("me/x")' in card
+
+
 def test_rollout_counts(tmp_path):
     counts, policy = rollout_counts(make_rollouts(tmp_path).files())
     assert counts == {
-        "rollouts": 8, "questions": 4, "steps": 2, "cut off at the limit": 1, "rollouts on multiple choice": 8
+        "rollouts": 8, "questions": 4, "steps": 2, "cut off at the limit": 1, "rollouts on multiple choice": 8,
+        "mean accuracy_reward": 1.0,
     }  # fmt: skip
     assert policy == "outputs/sft"

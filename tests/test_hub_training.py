@@ -95,7 +95,7 @@ def test_cold_start_then_search_each_pushed_once(place, run, monkeypatch):
     assert hub.commits("models/tester/sft") == 1 and hub.repos["models/tester/sft"].private
     assert sft["revision"] == hub.repos["models/tester/sft"].branches["main"]
     held = hub.files("models/tester/sft")
-    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(held)
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", "curves.png"} <= set(held)
     assert held["model.safetensors"] == (folder / "outputs" / "sft" / "model.safetensors").read_bytes()
     assert "library_name: transformers" in held["README.md"].decode() and "cold start" in held["README.md"].decode()
 
@@ -125,7 +125,8 @@ def test_cold_start_then_search_each_pushed_once(place, run, monkeypatch):
     assert (seen["prompt_template"]["name"], seen["max_frames"], seen["max_pixels"]) == ("tiny", 8, 3136)
     rollouts = hub.files("datasets/tester/grpo-rollouts")
     assert len([name for name in rollouts if name.endswith(".parquet")]) == 2
-    assert "| rollouts | 8 |" in rollouts["README.md"].decode()
+    told = rollouts["README.md"].decode()
+    assert "| rollouts | 8 |" in told and "| mean accuracy_reward |" in told and "| prompt template | tiny (hash " in told
     leftovers = {path.name for path in (folder / "outputs" / "grpo").iterdir() if path.name.startswith("_")}
     assert leftovers == {"_arguments.json"}
 

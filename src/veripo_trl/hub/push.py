@@ -19,7 +19,7 @@ PATTERNS = {
     "model": [
         "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json",
         "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-        "processor_config.json", "*preprocessor_config.json", "chat_template*", "veripo_trl.json",
+        "processor_config.json", "*preprocessor_config.json", "chat_template*", "veripo_trl.json", "curves.png",
     ],
 }  # fmt: skip
 # Ours that may hold paths of this machine; pickles, one of which (training_args.bin) may hold the token.

@@ -1,14 +1,35 @@
 """What a training run pushes: its model or adapter with processor and card, and a GRPO run's rollouts."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 from veripo_trl.files.disk import read_json
-from veripo_trl.hub.cards import TAG, dataset_card, fill_card, local_name, origins, rollout_counts, shown_name
+from veripo_trl.files.tables import finite
+from veripo_trl.hub.cards import (
+    TAG,
+    dataset_card,
+    fill_card,
+    local_name,
+    origins,
+    rollout_counts,
+    seen_by,
+    shown_name,
+)
 from veripo_trl.hub.locate import is_local
 from veripo_trl.hub.push import find_files, push_folder
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ARGUMENTS = "adapter_config.json", "_arguments.json"
+SETTINGS = (  # of a run's arguments, those that a card names
+    "learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps", "lora_r",
+    "train_vision_tower", "rewards", "methods", "num_generations", "temperature", "max_completion_length", "loss_type",
+    "beta", "seed",
+)  # fmt: skip
+SCORES = {
+    "accuracy": "accuracy (95%)",
+    "inconsistency": "inconsistent (95%)",
+    "accurate_and_consistent": "accurate and consistent",
+}
 STAGES = {
     "SFT": "supervised fine-tuning on questions with thinking (cold start)",
     "GRPO": "GRPO on verifiable rewards",
@@ -36,7 +57,7 @@ def push_run(folder: str | Path, args, results: dict, *, license: str) -> dict[s
         trained = {"trained into": {key: model[key] for key in ("repo_id", "revision")}}
         card = dataset_card(
             "rollouts", repo_id=rollouts_id, counts=counts, policy=policy, data_files="rollouts/*.parquet",
-            inputs={**(results.get("inputs") or {}), **trained}, license=license,
+            inputs={**(results.get("inputs") or {}), **trained}, license=license, seen=seen_by(folder),
         )  # fmt: skip
         pushed["rollouts"] = push_folder(
             rollouts, rollouts_id, repo_type="dataset", card=card, path_in_repo="rollouts",
@@ -79,8 +100,17 @@ def run_card(folder: Path, results: dict, *, repo_id: str, license: str) -> str:
     else:
         base["name"] = local_name(base["name"])
     made_from = origins({**(results.get("inputs") or {}), **local_pairs(folder)})
-    stage = STAGES.get(stage, stage)
-    return fill_card(header, repo_id, _run_counts(results), made_from, kind="model", stage=stage, base=base)
+    stage, arguments = STAGES.get(stage, stage), _arguments(folder)
+    if not arguments.get("use_peft"):
+        arguments.pop("lora_r", None)
+    settings = {name: arguments[name] for name in SETTINGS if arguments.get(name) not in (None, [])}
+    shown = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in settings.items()}
+    tables = {"counts": _run_counts(results), "origins": made_from, "seen": seen_by(folder), "settings": shown}
+    return fill_card(
+        header, repo_id, tables, kind="model", stage=stage, base=base, scores=_scores(results),
+        judge=arguments.get("report_judge"), curves=(folder / "curves.png").is_file(),
+        versions=", ".join(f"{name} {version(name)}" for name in ("veripo_trl", "trl", "transformers", "torch")),
+    )  # fmt: skip
 
 
 def model_repo(args) -> str:
@@ -108,10 +138,7 @@ def base_of(folder: Path, results: dict) -> dict:
 def local_pairs(folder: Path) -> dict[str, dict | str]:
     """The preference pairs that a DPO run read from folders here, for its card: {role: what the Hub holds of them by
     the stage that made them, {"repo_id", "revision"}; or the folder's name}."""
-    arguments = folder / "_arguments.json"
-    if not arguments.exists():
-        return {}
-    sources = _read(arguments).get("PairArguments", {}).get("pairs") or []
+    sources = _arguments(folder).get("pairs") or []
     found = {}
     for path in (Path(source["path"]).expanduser() for source in sources if is_local(source["path"])):
         name = shown_name(str(path))
@@ -127,6 +154,13 @@ def _pushed(run: Path) -> dict:
     return (_read(results).get("hub") or {}) if results.is_file() else {}
 
 
+def _arguments(folder: Path) -> dict:
+    """A run's arguments by their names, whatever the group."""
+    file = folder / ARGUMENTS
+    groups = _read(file).values() if file.exists() else ()
+    return {name: value for group in groups if isinstance(group, dict) for name, value in group.items()}
+
+
 def _read(file: Path) -> dict:
     return read_json(file, remedy="Take it from a copy, or remove it: cards then do not name what it was pushed to.")
 
@@ -136,8 +170,22 @@ def _run_counts(results: dict) -> dict[str, object]:
     if results.get("rollouts") is not None:
         counts["rollouts"] = results["rollouts"]
     counts |= {f"{kind} pairs": number for kind, number in (results.get("pairs") or {}).items()}
-    for decoding, summary in (results.get("after") or {}).items():
-        counts[f"held-out questions, {decoding}"] = summary["questions"]
-        for key in ("accuracy", "inconsistency", "unknown"):
-            counts[f"held-out {key}, {decoding}"] = "–" if summary[key] is None else float(summary[key])
     return counts
+
+
+def _scores(results: dict) -> list[dict[str, str]]:
+    """The lines of a card's table of results: the policy on held-out questions, before and after the run."""
+    lines = []
+    for when in ("before", "after"):
+        for decoding, found in finite(results.get(when) or {}).items():
+            line = {"policy": when, "decoding": decoding, "questions": f"{found['questions']:,}"}
+            for key in ("accuracy", "inconsistency", "unknown", "accurate_and_consistent"):
+                line[SCORES.get(key, key)] = _share(*(found.get(f"{key}{end}") for end in ("", "_low", "_high")))
+            kinds = {name: value for name, value in found.items() if ": " in name and value is not None}
+            line["by type"] = ", ".join(f"{name.removeprefix('accuracy: ')} {value:.3g}" for name, value in kinds.items())
+            lines.append(line)
+    return lines
+
+
+def _share(value: float | None, low: float | None, high: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}" if low is None else f"{value:.1%} ({low:.1%}–{high:.1%})"

@@ -109,4 +109,5 @@ def card_facts(kind: str, results: dict) -> dict:
         "policy": ", ".join(map(shown_name, results["policies"])),
         "judge": results["judge"]["name"],
         "prompt_version": results["judge"]["prompt_version"] or None,
+        "prompt_template": results["prompt_template"],
     }
