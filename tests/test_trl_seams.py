@@ -59,6 +59,8 @@ SEAMS = {
     (Trainer, "create_model_card"): (
         "self language license tags model_name finetuned_from tasks dataset_tags dataset dataset_args"
     ),
+    (VLLMGeneration, "_init_vllm"): "self",
+    (VLLMGeneration, "sync_weights"): "self",
     (VLLMGeneration, "generate"): "self prompts images num_generations profiler",
     (VLLMClient, "image_features"): "self images max_concurrent_requests",
     (VLLMClient, "generate"): (
@@ -67,6 +69,7 @@ SEAMS = {
     ),
     (VLLMClient, "reset_prefix_cache"): "self",
     (VLLMClient, "get_server_info"): "self",
+    (VLLMClient, "_post"): "self url kwargs",
     (SFTTrainer, "compute_loss"): "self model inputs return_outputs num_items_in_batch",
     (DPOTrainer, "_get_train_sampler"): "self train_dataset",
     (DPOTrainer, "_compute_loss"): "self model inputs return_outputs",
@@ -106,6 +109,10 @@ def test_what_trl_asks_of_vllm():
         'row["multi_modal_data"] = {"image": img_list if len(img_list) > 1 else img_list[0]}',
         "self.vllm_client.image_features(all_images[::num_generations])",
         'expected = len(features["mm_placeholders"]["image"])', "self.vllm_client.reset_prefix_cache()",
+        # what a process answers itself, as if it were alone
+        "all_prompts = gather_object(prompts)", "all_images = gather_object(", "if accelerator.is_main_process:",
+        "broadcast_object_list(obj_list, from_process=0)", "accelerator.process_index * len(prompts),",
+        "group=self.tp_group",
     ):  # fmt: skip
         assert line in source, f"VLLMGeneration no longer has {line}"
 

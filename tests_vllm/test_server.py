@@ -3,6 +3,7 @@
 Not run: the weight sync, which goes over NCCL between GPUs. The policy stays as the server loaded it.
 """
 
+import json
 import os
 import socket
 import subprocess
@@ -11,9 +12,14 @@ import time
 import urllib.request
 
 import pytest
+import two_process_driver as driver
+from conftest import make_row
 from test_trainer import GAP, gaps, make_trainer
+from test_two_processes import launch
 from trl.generation.vllm_client import VLLMClient
+from urllib3.util.retry import Retry
 
+from veripo_trl.errors import VeripoError
 from veripo_trl.vllm.inputs import EngineMismatchError
 from veripo_trl.vllm.training import check_server
 
@@ -110,3 +116,63 @@ def test_a_server_with_other_settings_is_refused(server):
     for name, change in wrong.items():
         with pytest.raises(EngineMismatchError, match=f"runs with {name} "):
             check_server({**info, "model_config": {**info["model_config"], **change}}, options, url)
+
+
+def test_a_server_that_refuses_or_is_gone_ends_the_run(server, load, mixed_rows, tmp_path, no_weight_sync):
+    kind, url, _ = server
+    model, encoder = load(kind)
+    options = {"vllm_mode": "server", "vllm_server_base_url": url}
+    trainer = make_trainer(model, encoder, mixed_rows[1:3], tmp_path, **options)
+    client = trainer.vllm_generation.vllm_client
+    client.model = "another"
+    with pytest.raises(VeripoError, match=f"vLLM server at {url}, asked for /inference.*404.*`another` does not exist"):
+        trainer.train()
+    with socket.socket() as probe:  # nothing listens there
+        probe.bind(("127.0.0.1", 0))
+        client.base_url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    client.session.get_adapter(url).max_retries = Retry(0)  # not a minute of waiting for it
+    with pytest.raises(VeripoError, match="Connection refused.*goes on from the last checkpoint"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("server", ["qwen2_5_vl"], indirect=True)
+def test_each_of_two_processes_posts_its_own_prompts(server, model_paths, media_root, tmp_path, no_weight_sync):
+    kind, url, _ = server
+    code, output = launch(model_paths[kind], media_root, tmp_path, url)
+    files = [tmp_path / f"rank{rank}.json" for rank in range(2)]
+    assert all(file.exists() for file in files), output[-8000:]
+    processes = [json.loads(file.read_text()) for file in files]
+    divided, together = ([own[way] for own in processes] for way in ("divided", "together"))
+    for own in (*divided, *together):
+        assert len(own["gaps"]) == 2 and max(own["gaps"]) < 1e-4, own["gaps"]
+    # Each prompt once, with as many samples as the process has of it; shuffled frames in the first one alone.
+    posted = [[request for request in own["requests"] if request["samples"]] for own in divided]
+    assert [sorted(request["samples"] for request in own) for own in posted] == [[2, 2, 2, 2, 4, 4], [2, 2, 4, 4]]
+    # None before the first process has sent the weights.
+    synced = [request["at"] for request in divided[0]["requests"] if request["path"] == "/reset_prefix_cache"]
+    for own in posted:
+        steps = [own[: len(own) // 2], own[len(own) // 2 :]]
+        assert all(at < request["at"] for at, step in zip(synced, steps, strict=True) for request in step)
+    exchanged = [size for own in (*divided, *together) for size in own["exchanged"]]
+    assert exchanged and max(exchanged) < processes[0]["pixels"] / 4, (max(exchanged), processes[0]["pixels"])
+    # One process has the same rollouts: a request's samples depend on its prompt and its seed.
+    model, encoder = driver.load(str(model_paths[kind]), tower=False)
+    rows = [
+        make_row("image", media_root, images=["square.png"]), make_row("video", media_root, videos=["long.mp4"]),
+        make_row("text", media_root, problem="Which colour is last?"),
+    ]  # fmt: skip
+    options = {"vllm_mode": "server", "vllm_server_base_url": url, "learning_rate": 0.0, "max_steps": 2}
+    options |= {"num_generations": 4, "per_device_train_batch_size": 12}
+    alone = make_trainer(model, encoder, rows, tmp_path / "one", **options)
+    alone.vllm_generation.generation_kwargs["seed"] = driver.SEED
+    for step, (image, video, text) in enumerate(
+        (batch[:4], batch[4:8], batch[8:]) for batch in driver.train(alone)["sampled"]
+    ):
+        first, second = (own["sampled"][step] for own in divided)
+        assert first[:6] == [*image, *video[:2]] and second == [*video[:2], *text] and len(first) == 8
+        assert len({tuple(completion) for completion in (*image, *video, *text)}) == 12
+    # A group over both processes, its prompt computed by them together: no completion twice.
+    for step in zip(*(own["sampled"] for own in together), strict=True):
+        assert len({tuple(completion) for own in step for completion in own}) == 4
+    # Then the server refuses one of them, and both end.
+    assert code != 0 and "The model `another` does not exist" in output, output[-8000:]

@@ -24,15 +24,15 @@ def varied_reward(completions, **kwargs):
     return [float(len(completion[0]["content"]) % 7) for completion in completions]
 
 
-def make_trainer(model, encoder, rows, folder, **changes):
+def make_trainer(model, encoder, rows, folder, *, make=VideoGRPOTrainer, reward=varied_reward, **changes):
     options = {
         "output_dir": str(folder), "per_device_train_batch_size": 2 * len(rows), "num_generations": 2,
         "max_completion_length": 12, "gradient_checkpointing": False, "bf16": False, "use_cpu": True,
         "report_to": "none", "save_strategy": "no", "shuffle_dataset": False, "max_steps": 3, "logging_steps": 1,
         "learning_rate": 1e-2, "disable_tqdm": True, "use_vllm": True, **changes,
     }  # fmt: skip
-    return VideoGRPOTrainer(
-        model=model, reward_funcs=[varied_reward], args=VideoGRPOConfig(**options), encoder=encoder,
+    return make(
+        model=model, reward_funcs=[reward], args=VideoGRPOConfig(**options), encoder=encoder,
         train_dataset=rows_to_dataset(rows), processing_class=encoder.processor,
     )  # fmt: skip
 

@@ -269,10 +269,10 @@ def check_settings(config, options: TGRPOOptions, names: list[str], compared: st
         problem = f"length_range: expected fewest and most tokens, like [320, 512]; got {between}."
     elif config.multi_objective_aggregation != "sum_then_normalize":
         problem = "multi_objective_aggregation standardises each column, so that no bonus has its size."
-    elif extra and config.use_vllm and (config.vllm_mode == "server" or config.vllm_tensor_parallel_size > 1):
+    elif extra and config.use_vllm and config.vllm_mode == "colocate" and config.vllm_tensor_parallel_size > 1:
         problem = (
-            "vLLM's server and tensor parallelism take as many rollouts from every process, but only questions with a "
-            "video have more. Use vllm_mode colocate and vllm_tensor_parallel_size 1."
+            "vLLM's tensor parallelism takes as many rollouts from every process, but only questions with a video have "
+            "more. Set vllm_tensor_parallel_size 1."
         )
     if problem:
         raise ConfigError(f"t_grpo: {problem}")

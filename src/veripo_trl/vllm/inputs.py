@@ -175,8 +175,8 @@ def engine_input(prompt: EncodedPrompt, config):
 def server_features(prompt: EncodedPrompt, config) -> dict:
     """A prompt's media as TRL's `VLLMGeneration` passes them from `image_features` to `generate` of its client.
 
-    `veripo_trl` has the features for the server, None for text. TRL itself reads and replaces
-    `mm_placeholders["image"]`, one entry for each run of image tokens.
+    `veripo_trl` is an object of this prompt's alone, its `features` what the server is sent, None for text. TRL itself
+    reads and replaces `mm_placeholders["image"]`, one entry for each run of image tokens.
     """
     check_size(prompt)
     from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import encode_mm_kwargs_item
@@ -188,7 +188,7 @@ def server_features(prompt: EncodedPrompt, config) -> dict:
         "kwargs_data": by_kind(media, lambda item, fields, key: encode_mm_kwargs_item(fields)),
     }
     images = 0 if prompt.image_grid_thw is None else len(prompt.image_grid_thw)
-    return {"mm_placeholders": {"image": [None] * images}, "veripo_trl": own if media else None}
+    return {"mm_placeholders": {"image": [None] * images}, "veripo_trl": {"features": own if media else None}}
 
 
 def vllm_inputs(llm, prompts: list[EncodedPrompt]) -> list:

@@ -1,17 +1,21 @@
 """TRL's vLLM backend with encoded prompts: what `VideoGRPOTrainer` adds to it.
 
-TRL is changed where it looks up `LLM` and `VLLMClient`, nowhere else: its weight sync, sleep mode, gathering over
-tensor-parallel groups and server protocol stay its own. Encoded prompts travel through it as "images".
+TRL is changed where it looks up `LLM`, `VLLMClient` and `VLLMGeneration`, nowhere else: its weight sync, sleep mode,
+gathering over tensor-parallel groups and server protocol stay its own. Encoded prompts travel through it as "images".
 """
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from veripo_trl.errors import VeripoError
 from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder
 from veripo_trl.shared_prompt.rollout import distinct_neighbours
 from veripo_trl.vllm.inputs import (
@@ -26,6 +30,8 @@ from veripo_trl.vllm.inputs import (
 )
 
 logger = logging.getLogger(__name__)
+
+MOST_REQUESTS = 64  # of a process to a server at a time, as TRL's client has it
 
 # What vLLM's log-probabilities contain.
 DRAWN_BY = ("top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs")
@@ -82,7 +88,7 @@ def bias_logits(model, bias: dict[int, float]) -> None:
 
 @contextmanager
 def trl_engine(config, encoder: PromptEncoder, *, model, datasets: list):
-    """While this is entered, TRL's vLLM backend makes engines and clients that take encoded prompts as "images".
+    """While this is entered, TRL's vLLM backend is ours, with engines and clients that take encoded prompts as "images".
 
     Args:
         config: with what `engine_config` changes. model: the policy.
@@ -92,13 +98,61 @@ def trl_engine(config, encoder: PromptEncoder, *, model, datasets: list):
     if not is_vllm_available():
         raise ImportError("use_vllm=true needs vLLM, which is not installed: pip install 'veripo_trl[vllm]'")
     from trl.generation import vllm_generation
+    from trl.trainer import grpo_trainer
 
     options = engine_options(encoder, dtype=engine_dtype(config, model), datasets=datasets)
     # What the policy was loaded from on the Hub (`load_policy` says it); TRL passes no revision.
     engine = engine_class(vllm_generation.LLM, {**options, "revision": getattr(encoder.config, "_commit_hash", None)})
     client = client_class(vllm_generation.VLLMClient, encoder.config, options)
-    with patch.object(vllm_generation, "LLM", engine), patch.object(vllm_generation, "VLLMClient", client):
+    backend = backend_class(grpo_trainer.VLLMGeneration, vllm_generation)
+    with (
+        patch.object(vllm_generation, "LLM", engine),
+        patch.object(vllm_generation, "VLLMClient", client),
+        patch.object(grpo_trainer, "VLLMGeneration", backend),
+    ):
         yield
+
+
+def backend_class(base: type, module) -> type:
+    """TRL's `VLLMGeneration`, in whose server mode each process posts its own prompts.
+
+    TRL's would gather the prompts of all processes on each of them, with their pixels in the GPU's memory, for the first
+    one to post. Weights still go through the first one's client, the only one with a communicator.
+
+    Args:
+        module: where `base` looks up what it exchanges objects with.
+    """
+    alone = SimpleNamespace(is_main_process=True, process_index=0)
+    exchange = {"gather_object": lambda own: own, "broadcast_object_list": lambda own, from_process: own}
+
+    class OwnPrompts(base):
+        def _init_vllm(self):
+            super()._init_vllm()
+            if self.mode == "server" and not self.accelerator.is_main_process:
+                self.vllm_client = module.VLLMClient(
+                    base_url=self.server_base_url,
+                    host=self.server_host,
+                    server_port=self.server_port,
+                    connection_timeout=self.server_timeout,
+                )
+            elif self.mode == "colocate" and self.tensor_parallel_size > 1:
+                # Only prompts go through it: each process needs all of them, but not on its GPU.
+                self.tp_group, _ = dist.new_subgroups(self.tensor_parallel_size, backend="gloo")
+
+        def sync_weights(self):
+            super().sync_weights()
+            if self.mode == "server":  # none samples before the server has the weights
+                self.accelerator.wait_for_everyone()
+
+        def generate(self, prompts, images, num_generations, profiler=None):
+            """TRL's; in server mode as if this process were the only one, with a prompt for each completion, since groups
+            may be divided between processes, and these have unequally many rollouts."""
+            if self.mode != "server":
+                return super().generate(prompts, images, num_generations, profiler)
+            with patch.object(self, "accelerator", alone), patch.multiple(module, **exchange):
+                return super().generate(prompts, images, 1, profiler)
+
+    return OwnPrompts
 
 
 def engine_class(base: type, options: dict) -> type:
@@ -131,22 +185,48 @@ def engine_class(base: type, options: dict) -> type:
 
 def client_class(base: type, config, options: dict) -> type:
     """TRL's `VLLMClient`, for its server mode."""
+    from requests import RequestException
 
     class VideoVLLMClient(base):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.max_model_len = check_server(self.get_server_info(), options, self.base_url)
 
+        def _post(self, url, **kwargs):
+            try:
+                return super()._post(url, **kwargs)
+            except Exception as error:
+                # An answer other than 200 is for TRL an exception of no narrower type.
+                if type(error) is not Exception and not isinstance(error, RequestException):
+                    raise
+                raise VeripoError(
+                    f"The vLLM server at {self.base_url}, asked for {url.removeprefix(self.base_url)}: {error}. Its log "
+                    f"says why. Once a server runs there as before, the same command goes on from the last checkpoint."
+                ) from error
+
         def image_features(self, images):
-            """TRL's call, with `[encoded prompt]` for each prompt."""
-            return [server_features(prompt, config) for (prompt,) in images]
+            """TRL's call, with `[encoded prompt]` for each completion. Neighbours that share it share its features."""
+            unique, index = distinct_neighbours([prompt for (prompt,) in images])
+            found = [server_features(prompt, config) for prompt in unique]
+            return [found[place] for place in index]
 
         def generate(self, prompts, features, **kwargs):
+            """TRL's call, with one entry per completion. Neighbours that share a prompt become one request for as many
+            samples. In the order of the completions."""
+            # Without the placeholders that TRL gave to the images: it looks for no videos.
+            unique, index = distinct_neighbours([item["veripo_trl"] for item in features])
             for ids in prompts:
                 check_length(len(ids), kwargs["max_tokens"], self.max_model_len)
-            # Without the placeholders that TRL gave to the images: it looks for no videos.
-            own = [item["veripo_trl"] for item in features]
-            return super().generate(prompts=prompts, features=own, **kwargs)
+            generate = super().generate
+
+            def post(place: int) -> dict:
+                ids, own = prompts[index.index(place)], unique[place]["features"]
+                return generate(prompts=[ids], features=[own], **{**kwargs, "n": index.count(place)})
+
+            with ThreadPoolExecutor(min(MOST_REQUESTS, len(unique))) as pool:
+                answers = list(pool.map(post, range(len(unique))))
+            found = {key: sum((answer[key] for answer in answers), []) for key in answers[0]}
+            return {**found, "prompt_ids": prompts}
 
         def reset_prefix_cache(self):
             super().reset_prefix_cache()
