@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from veripo_trl.answers.rewards import accuracy_reward
+from veripo_trl.answers.score import split_completion
 from veripo_trl.verifier.checks import check_rollouts
 from veripo_trl.verifier.judge_prompts import (
     MAX_ANSWER_CHARS,
@@ -34,9 +35,7 @@ def verify_stream(
 
     Args:
         rollouts: dicts as `RolloutStore` reads them.
-        judge: see `judges.Judge`.
-        tokenizer, ngram, reward: of `check_rollouts`.
-        cache: of the judge's replies; not used by a judge that does not cache. Equal texts in the stream are judged once.
+        judge, cache: of `judge_stream`. tokenizer, ngram, reward: of `check_rollouts`.
 
     Yields:
         One verdict per rollout, in input order: `rollout_id, question_id, format_ok, accuracy, concluded_answer,
@@ -46,7 +45,46 @@ def verify_stream(
     Raises:
         JudgeError: the judge cannot go on; what it had said is in the cache. SolutionError: an unreadable truth.
     """
-    loop, rollouts = asyncio.new_event_loop(), iter(rollouts)
+    rollouts, checked = iter(rollouts), deque()  # those whose verdict was not yielded yet
+
+    def items() -> Iterator[dict]:
+        while batch := list(itertools.islice(rollouts, BATCH)):
+            checks = check_rollouts(batch, tokenizer=tokenizer, ngram=ngram, reward=reward)
+            for rollout, check in zip(batch, checks, strict=True):
+                task = {key: rollout[key] for key in ("problem_type", "options")}
+                spans = {key: check.pop(key) for key in ("think", "answer")}
+                checked.append((rollout, check))
+                yield spans | task
+
+    for said in judge_stream(items(), judge=judge, cache=cache):
+        rollout, check = checked.popleft()
+        yield {
+            "rollout_id": rollout["rollout_id"],
+            "question_id": rollout["question_id"],
+            **check,
+            **{key: said[key] for key in ("consistency", "concluded_answer", "reason")},
+            "judge": judge.name,
+            "prompt_version": judge.prompt_version,
+        }
+
+
+def judged_item(completion: str, *, problem_type: str, options=None) -> dict:
+    """What a judge is shown of a completion; its spans are None where they cannot be read."""
+    think, answer = split_completion(completion)
+    return {"think": think, "answer": answer, "problem_type": problem_type, "options": options}
+
+
+def judge_stream(items: Iterable[dict], *, judge, cache: VerdictCache | None = None) -> Iterator[dict]:
+    """A judge's verdicts on items, lazily and in their order. Not from within a coroutine, as `verify_stream`.
+
+    Args:
+        items: see `judges.Judge`. One without thinking or answer is shown to no judge, and unknown.
+        cache: of the judge's replies; not used by a judge that does not cache. Equal texts in the stream are judged once.
+
+    Raises:
+        JudgeError: the judge cannot go on; what it had said is in the cache.
+    """
+    loop, items = asyncio.new_event_loop(), iter(items)
     slots = asyncio.Semaphore(judge.concurrency)
     asked: dict[bytes, asyncio.Task] = {}  # what is being asked, for others with the same text
     # In input order, from the first whose verdict was not yielded.
@@ -61,7 +99,11 @@ def verify_stream(
         return judged
 
     async def judged(item: dict) -> dict:
-        """`ask`, unless the cache knows, or the same text is being asked."""
+        """`ask`, unless there is nothing to compare, the cache knows, or the same text is being asked."""
+        if not item["think"] or not item["answer"]:
+            return verdict("unknown", None, "no spans: not one readable think and answer span")
+        if len(item["answer"]) > MAX_ANSWER_CHARS:
+            return verdict("unknown", None, f"long answer: {len(item['answer'])} characters")
         if not judge.caches:
             return await ask(item)
         key = VerdictCache.key(judge.name, judge.prompt_version, judged_text(item))
@@ -79,25 +121,6 @@ def verify_stream(
                 return said
         return settle(reply, item)  # two rows may ask the same text under different problem types
 
-    async def verify(rollout: dict, check: dict) -> dict:
-        think, answer = check.pop("think"), check.pop("answer")
-        if not think or not answer:
-            # Never shown to a judge: there is nothing that it could compare.
-            said = verdict("unknown", None, "no spans: not one readable think and answer span")
-        elif len(answer) > MAX_ANSWER_CHARS:
-            said = verdict("unknown", None, f"long answer: {len(answer)} characters")
-        else:
-            task = {key: rollout[key] for key in ("problem_type", "options")}
-            said = await judged({"think": think, "answer": answer, **task})
-        return {
-            "rollout_id": rollout["rollout_id"],
-            "question_id": rollout["question_id"],
-            **check,
-            **{key: said[key] for key in ("consistency", "concluded_answer", "reason")},
-            "judge": judge.name,
-            "prompt_version": judge.prompt_version,
-        }
-
     async def wait(at_most: int) -> None:
         # Not for all: requests are to be sent while rollouts are checked.
         while len(unfinished) > at_most or (len(tasks) > MAX_OPEN and not tasks[0].done()):
@@ -113,12 +136,11 @@ def verify_stream(
         await asyncio.gather(*tasks, return_exceptions=True)
         await judge.close()
 
-    batches = iter(lambda: list(itertools.islice(rollouts, BATCH)), [])
+    batches = iter(lambda: list(itertools.islice(items, BATCH)), [])
     try:
         for batch in itertools.chain(batches, [[]]):  # the empty one: no more to read
-            checks = check_rollouts(batch, tokenizer=tokenizer, ngram=ngram, reward=reward)
-            for rollout, check in zip(batch, checks, strict=True):
-                tasks.append(loop.create_task(verify(rollout, check)))
+            for item in batch:
+                tasks.append(loop.create_task(judged(item)))
                 unfinished.add(tasks[-1])
             loop.run_until_complete(wait(2 * judge.concurrency if batch else 0))
             while tasks and tasks[0].done():
