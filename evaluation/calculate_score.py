@@ -2,6 +2,7 @@
 
     python evaluation/calculate_score.py --pred_path outputs/vsi_bench.json
     python evaluation/calculate_score.py --compare outputs/before.json outputs/after.json
+    python evaluation/calculate_score.py --controls outputs/vsi_bench.json   # of evaluation_vllm.py --controls
 
 Writes <name>.scores.json beside the predictions; a comparison, by our rules, .compare.json beside the second file.
 Predictions of VerIPO's own script are read too; what only our record holds (truncation, rows that were never answered,
@@ -10,17 +11,15 @@ thinking length in tokens) is then missing or told in words.
 
 import argparse
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from veripo_trl.answers.math_process import MATH_LIMIT_S, math_timeouts
+from veripo_trl.answers.math_process import math_timeouts
 from veripo_trl.data.official import find_source
-from veripo_trl.data.schema import RowError
 from veripo_trl.errors import run
-from veripo_trl.evaluate.questions import content_hash
+from veripo_trl.evaluate.compare import described, pair_runs, show_controls, timeout_notes
 from veripo_trl.evaluate.scores import (
     BOXES,
     by_category,
@@ -36,6 +35,7 @@ from veripo_trl.evaluate.scores import (
 from veripo_trl.files.tables import print_table, printable, write_json
 from veripo_trl.report.read import table_of
 from veripo_trl.sources import BENCHMARKS
+from veripo_trl.verifier.judges import RulesJudge
 
 RELEASED_TYPES = ("multiple choice", "numerical", "regression", "math")
 BY_NAME = {module.NAME: module for module in map(find_source, BENCHMARKS)}
@@ -110,11 +110,6 @@ def notes_on(scored: list[dict], predictions: list[dict], pred_path: str) -> lis
     return notes + timeout_notes(sum(row["timeouts"] for row in scored)) + totals_of(scored)
 
 
-def timeout_notes(count: int) -> list[str]:
-    note = f"ours: maths comparisons that took over {MATH_LIMIT_S:g} s and count as not equal: {count}."
-    return [note] if count else []
-
-
 def score(pred_path: str, boxes: str | None) -> None:
     path = Path(pred_path)
     predictions = read_with_record(path)
@@ -134,41 +129,6 @@ def score(pred_path: str, boxes: str | None) -> None:
     print(f"released: {overall['released'] * 100:.2f}%")
 
 
-def by_question(predictions: list[dict]) -> dict[tuple, dict]:
-    """{question: its prediction}. A question is its content, and which of equal ones it is."""
-    seen, found = Counter(), {}
-    for prediction in predictions:
-        key = content_hash(prediction["question"])
-        found[key, seen[key]] = prediction
-        seen[key] += 1
-    return found
-
-
-def pair_runs(names: list[str]) -> tuple[list[tuple[dict, dict]], list[str]]:
-    """(a question's two predictions each, notes on what is left out). Rows without an answer say nothing of a model."""
-    first, second = (by_question(read_with_record(Path(name))) for name in names)
-    both = [(prediction, second[key]) for key, prediction in first.items() if key in second]
-    pairs = [pair for pair in both if not any("error" in (item["made"] or {}) for item in pair)]
-    left = [len(side) - len(both) for side in (first, second)]
-    notes = [
-        f"{len(both)} questions in both; left out: {left[0]} of the first, {left[1]} of the second."
-    ]
-    if len(pairs) < len(both):
-        notes.append(
-            f"Never answered by one of them and left out: {len(both) - len(pairs)}; compared: {len(pairs)}."
-        )
-    for name, side in zip(names, (first, second), strict=True):
-        if next(iter(side.values()))["made"] is None:
-            notes.append(
-                f"There is no .record.json beside {name}: rows that were never answered count as wrong there."
-            )
-    if not pairs:
-        raise RowError(
-            f"{names[0]} and {names[1]} have no answered question in common. {' '.join(notes)}"
-        )
-    return pairs, notes
-
-
 def compare(names: list[str]) -> None:
     """Two runs on the same questions, by our rules: the difference, its interval, and whether it may be chance."""
     timeouts = math_timeouts()
@@ -179,11 +139,7 @@ def compare(names: list[str]) -> None:
     found = compare_scores(*scores.T)
     notes += timeout_notes(math_timeouts() - timeouts)
     print(*map(printable, notes), sep="\n")
-    print(
-        f"ours: {100 * found['first']:.2f}% → {100 * found['second']:.2f}%, difference {100 * found['difference']:+.2f} "
-        f"points (95% {100 * found['low']:+.2f} to {100 * found['high']:+.2f}), p = {found['p']:.3g} ({found['test']}; "
-        f"better on {found['better']}, worse on {found['worse']})"
-    )
+    print(f"ours: {100 * found['first']:.2f}% → {100 * found['second']:.2f}%, difference {described(found)}")
     rows = [
         {"positions": [item["position"] for item in pair], "ours": both}
         for pair, both in zip(pairs, scores.tolist(), strict=True)
@@ -207,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         metavar=("A", "B"),
         help="two files of predictions on the same questions",
     )
+    what.add_argument("--controls", help="a file of predictions beside which its controls lie")
     parser.add_argument(
         "--boxes",
         metavar="FILE",
@@ -214,9 +171,12 @@ def main(argv: list[str] | None = None) -> None:
         f"question: JSON, {BOXES}; frame n is at n / fps seconds",
     )
     args = parser.parse_args(argv)
-    if args.compare and args.boxes:
+    if args.boxes and not args.pred_path:
         parser.error("--boxes goes with --pred_path")
-    compare(args.compare) if args.compare else score(args.pred_path, args.boxes)
+    if args.controls:
+        show_controls(Path(args.controls), RulesJudge())
+    else:
+        compare(args.compare) if args.compare else score(args.pred_path, args.boxes)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
         --prompt_path vsi_bench.json --video_dir videos
 
 Reads VerIPO's JSON files as they are, and with --benchmark a benchmark's official ones. May be
-broken off and started again with the same command. Exits with 3 if rows could not be answered (they
+broken off and started again with the same command. With --controls it asks the questions five times
+and prints a table: thinking, direct, frames shuffled, no video, voted. Exits with 3 if rows could not be answered (they
 are listed), with 1 if it broke off: what was answered is kept.
 """
 
@@ -30,9 +31,11 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor
 
 from veripo_trl.data.official import find_source
+from veripo_trl.data.prompts import without_thinking
 from veripo_trl.data.schema import RowError
 from veripo_trl.errors import ConfigError, VeripoError, run, settings_checked
-from veripo_trl.evaluate.generate import Decoding, TransformersEngine
+from veripo_trl.evaluate.compare import control_files, show_controls
+from veripo_trl.evaluate.generate import GREEDY_BELOW, Decoding, TransformersEngine
 from veripo_trl.evaluate.perturb import PERTURBATIONS, perturb, write_rollouts
 from veripo_trl.evaluate.questions import read_questions
 from veripo_trl.evaluate.run import OutputFiles, answer_questions, answered, write_outputs
@@ -46,10 +49,11 @@ from veripo_trl.model.streaming import CLIP_TOKENS, MAX_MEMORY_TOKENS, StreamEnc
 from veripo_trl.recipe.arguments import DataArguments
 from veripo_trl.recipe.build import encoder_from_config, see_as_trained
 from veripo_trl.sources import BENCHMARKS
+from veripo_trl.verifier.judges import RulesJudge
 
 RANK = "VERIPO_EVALUATION_RANK"  # set for the processes of a data-parallel run
 BATCH_SIZES = {"transformers": 8, "vllm": 64}
-SHOWN = 10
+SHOWN, VOTES = 10, 8
 DEFAULTS = {**SEEING, "max_pixels": 256 * 28 * 28}  # VerIPO's, where they have one
 MODEL_FILES = [*PATTERNS["model"], "*model*.bin", "*.jinja"]
 
@@ -103,8 +107,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--perturb",
         nargs="+",
         choices=PERTURBATIONS,
-        help="ask about perturbed videos, each question once for each kind; without --streaming the answers are "
-        "written as rollouts too",
+        help="ask about perturbed videos, each question once for each kind: shuffle the frames, show no_video, …; "
+        "without --streaming the answers are written as rollouts too",
+    )
+    add("--direct", action="store_true", help="answer without thinking: it is closed empty before the model begins")
+    add("--votes", type=int, default=0, help="candidates per question; the majority's answer counts (default: none)")
+    add("--vote_temperature", type=float, default=0.7, help="of --votes, in place of --temperature")
+    add(
+        "--controls",
+        action=argparse.BooleanOptionalAction,
+        help="thinking, --direct, --perturb shuffle, --perturb no_video and --votes "
+        f"({VOTES}), each into a file of its own beside output_path, then the table of `calculate_score.py --controls`",
     )
     add("--prompt_template", help=f"default, veripo, video_r1, …, or a YAML file of yours; {trained} default")
     add("--video_min_pixels", type=int, help=f"per frame; {trained} {DEFAULTS['min_pixels']}")
@@ -129,6 +142,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.clip_tokens = CLIP_TOKENS if args.clip_tokens is None else args.clip_tokens
     if args.max_memory_tokens is None:
         args.max_memory_tokens = MAX_MEMORY_TOKENS
+    if args.streaming and (args.direct or args.votes or args.controls):
+        parser.error("--direct, --votes and --controls: not with --streaming, whose control is --max_memory_tokens 0")
+    if args.controls and (args.direct or args.perturb):
+        parser.error("--controls asks directly and perturbs by itself: leave out --direct and --perturb")
+    if args.votes and not args.controls:
+        args.temperature = args.vote_temperature
+    if args.votes and (args.votes < 2 or args.vote_temperature < GREEDY_BELOW):
+        parser.error(f"--votes: expected 2 or more, at a --vote_temperature of {GREEDY_BELOW} or more")
     if args.perturb and len(set(args.perturb)) < len(args.perturb):
         parser.error(f"--perturb: expected each kind once, came {' '.join(args.perturb)}")
     for name in (
@@ -251,6 +272,8 @@ def settings_of(args, questions: list[dict], encoder) -> dict:
         "prompt_template": encoder.template.hash,
         **({"streaming": streaming} if args.streaming else {}),
         **({"perturb": args.perturb} if args.perturb else {}),
+        **({"direct": True} if args.direct else {}),
+        **({"votes": args.votes} if args.votes else {}),
         "rows": len(questions),
         "rows_sha256": hashlib.sha256(keys.encode()).hexdigest(),
     }
@@ -265,12 +288,13 @@ def make_vllm_engine(args, encoder, questions: list[dict], folder: Path):
         load_weights(args).merge_and_unload().save_pretrained(folder)
         encoder.processor.save_pretrained(folder)
         weights = {"model_path": str(folder)}
+    begun = len(without_thinking(encoder.template)) if args.direct else 0  # characters: as many tokens or more
     return VLLMEngine(
         encoder=encoder,
         decoding=args.decoding,
         dtype=getattr(torch, args.dtype),
         rows=[question["row"] for question in questions],
-        more_tokens=args.max_memory_tokens if args.streaming else 0,
+        more_tokens=args.max_memory_tokens if args.streaming else begun,
         tensor_parallel_size=args.tensor_parallel_size,
         gpu_memory_utilization=args.gpu_memory_utilization,
         **weights,
@@ -313,6 +337,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args, rank = parse_arguments(argv), int(os.environ[RANK]) if RANK in os.environ else None
     files = OutputFiles(args.output_path)
+    if args.controls:
+        return evaluate_controls(args, argv)
     # an engine of its own name: one that outlives a killed run keeps the next one's from starting
     name = (
         files.output
@@ -326,6 +352,21 @@ def main(argv: list[str] | None = None) -> int:
             )
     with only_process(name):
         return evaluate(args, argv, files, rank)
+
+
+def evaluate_controls(args, argv: list[str]) -> int:
+    """Each control by a process of its own, whose engine so has the whole device; then the table."""
+    failed = 0
+    for name, (path, options) in control_files(args.output_path).items():
+        votes = (args.votes or VOTES) if name == "voted" else 0
+        own = ["--no-controls", "--output_path", str(path), "--votes", str(votes)]
+        print(f"{name}: {path}", flush=True)
+        code = subprocess.call([sys.executable, __file__, *argv, *own, *options])
+        if code not in (0, 3):
+            raise VeripoError(f"{name} ended with an error, see above. The same command goes on from there.")
+        failed = failed or code
+    show_controls(Path(args.output_path), RulesJudge())
+    return failed
 
 
 def evaluate(args, argv: list[str], files: OutputFiles, rank: int | None) -> int:
@@ -358,6 +399,8 @@ def evaluate(args, argv: list[str], files: OutputFiles, rank: int | None) -> int
             args.model_path, args.model_revision
         )  # all that is read is of one state
         encoder = make_encoder(args)
+        for question in questions if args.direct else []:
+            question["row"] = {**question["row"], "begun": without_thinking(encoder.template)}
         model = load_weights(args) if args.engine == "transformers" and not several else None
         settings = settings_of(args, questions, encoder)
     journal = Journal(files.journal, settings, repair=rank is None)
@@ -394,6 +437,7 @@ def evaluate(args, argv: list[str], files: OutputFiles, rank: int | None) -> int
                 journal,
                 batch_size=args.batch_size,
                 num_workers=args.num_workers,
+                samples=args.votes or 1,
                 rank=rank or 0,
                 processes=args.data_parallel_size,
                 progress=bar,

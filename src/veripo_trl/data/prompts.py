@@ -166,6 +166,11 @@ def build_target(row: dict[str, Any], template: PromptTemplate) -> str:
     return f"<think>{process}</think>{template.target_joiner}<answer>{solution}</answer>"
 
 
+def without_thinking(template: PromptTemplate) -> str:
+    """How a completion begins whose thinking is closed empty. The answer's own tags are the model's to write."""
+    return f"<think></think>{template.target_joiner}" if template.target == "thinking" else "<answer>"
+
+
 def check_targets(rows: Iterable[dict[str, Any]], template: PromptTemplate) -> None:
     """Raise PromptError, with the row's id, for the first that the template can make no SFT target of."""
     for row in rows:

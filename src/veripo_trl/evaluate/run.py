@@ -6,10 +6,12 @@ whole or not at all.
 """
 
 import os
+from itertools import islice
 from pathlib import Path
 
 from veripo_trl.errors import ConfigError
 from veripo_trl.evaluate.generate import batches_of, describe_completion, encoded_batches, think_through
+from veripo_trl.evaluate.votes import majority
 from veripo_trl.files.journal import Journal, JournalError
 from veripo_trl.files.tables import write_json
 from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder
@@ -46,6 +48,7 @@ def answer_questions(
     *,
     batch_size: int,
     num_workers: int,
+    samples: int = 1,
     rank: int = 0,
     processes: int = 1,
     progress=None,
@@ -57,8 +60,9 @@ def answer_questions(
     engine, is left out of its batch and written as an error.
 
     Args:
-        engine: `complete(prompts, indices) -> token ids`, `tokenizer`, `decoding` and the attributes that
+        engine: `complete(prompts, indices, samples=) -> token ids`, `tokenizer`, `decoding` and the attributes that
             `evaluate.TransformersEngine` names.
+        samples: candidates per question, of which the `majority` elects the answer.
         encoder: a `StreamEncoder` for questions about videos that are shown clip by clip.
         rank, processes: this process takes every `processes`-th batch. progress: a tqdm bar.
     """
@@ -86,10 +90,10 @@ def answer_questions(
             prompts = list(good.values())
             if isinstance(encoder, StreamEncoder):
                 prompts = think_through(prompts, list(good), engine, encoder.encoder)
-            completions = engine.complete(prompts, list(good))
+            completions = iter(engine.complete(prompts, list(good), samples=samples))
             lines += [
-                _answer(questions[index], good[index], ids, engine, encoder)
-                for index, ids in zip(good, completions, strict=True)
+                _answer(questions[index], prompt, list(islice(completions, samples)), engine, encoder)
+                for index, prompt in good.items()
             ]
         lines = [line for line in lines if line["key"] not in done]
         journal.append(lines)
@@ -117,9 +121,21 @@ def _name(question: dict) -> dict:
 
 
 def _answer(
-    question: dict, prompt: EncodedPrompt | Stream, ids: list[int], engine, encoder: PromptEncoder | StreamEncoder
+    question: dict,
+    prompt: EncodedPrompt | Stream,
+    candidates: list[list[int]],
+    engine,
+    encoder: PromptEncoder | StreamEncoder,
 ) -> dict:
-    described = describe_completion(ids, tokenizer=engine.tokenizer, ends=engine.ends)
+    """The line of a question; where there are several candidates, the elected one's with all of them."""
+    row = question["row"]
+    found = [describe_completion(ids, tokenizer=engine.tokenizer, ends=engine.ends) for ids in candidates]
+    found = [{**each, "completion": row.get("begun", "") + each["completion"]} for each in found]
+    described, several = dict(found[0]), {}
+    if len(found) > 1:
+        texts = [each["completion"] for each in found]
+        several = {"candidates": found}
+        described = dict(found[majority(texts, problem_type=row["problem_type"], options=row["options"])])
     if isinstance(prompt, Stream):
         made = prompt.record(encoder.encoder)
     else:
@@ -128,6 +144,7 @@ def _answer(
         **_name(question),
         "model_output": described.pop("completion"),
         **described,
+        **several,
         **made,
         "prompt_template": encoder.template.hash,
     }

@@ -144,7 +144,8 @@ class PromptEncoder:
         """Encode one row's prompt.
 
         Args:
-            row: a row of `rows.load_rows`, with `shown` (a `Shown`) where it is shown otherwise.
+            row: a row of `rows.load_rows`, with `shown` (a `Shown`) where it is shown otherwise, and `begun` (text) where
+                its answer is begun already.
             shuffle_seed: permute the frames of each video by this seed, see `shuffled_order`.
 
         Raises:
@@ -223,6 +224,7 @@ class PromptEncoder:
         (text,) = text_ids(self.processor.tokenizer, [part["text"]])
         part["text"] = STAND_IN
         rendered = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        rendered += row.get("begun", "")
         before, after = rendered.split(STAND_IN)
         return before + after, text, len(self.processor.tokenizer(after)["input_ids"])
 
