@@ -165,7 +165,7 @@ def test_readme_of_a_system(system):
     text = (CONFIGS / system / "README.md").read_text()
     for name in (name for name in TRAINING if name.startswith(f"{system}/")):
         assert f"`{Path(name).name}`" in text, name
-    for part in ("**Needs**", "**Published**", "**Known to be wrong**", "**Here**"):
+    for part in ("**Needs**", "**Published**", "**Known to be wrong**", "**Here**", "**Measured here**"):
         assert part in text, part
     assert "not run on a GPU" in text
 
