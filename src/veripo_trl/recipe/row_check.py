@@ -172,8 +172,11 @@ def report(lines: list[dict], output: str) -> int:
         shares = {"min": 0, "median": 50, "p90": 90, "p99": 99, "max": 100}
         table |= {f"tokens {name}": int(np.percentile(good, share)) for name, share in shares.items()}
     print_table("Rows, and tokens of the good rows' prompts", [table])
-    if reasons := Counter(line["reason"] for line in lines if not line["ok"]):
-        print_table("Bad rows", [{"reason": reason, "rows": n} for reason, n in reasons.most_common()])
+    if bad := [line for line in lines if not line["ok"]]:
+        first = {line["reason"]: line for line in reversed(bad)}
+        reasons = Counter(line["reason"] for line in bad).most_common()
+        print_table("Bad rows", [{"reason": why, "rows": n, "such as": first[why]["question_id"]} for why, n in reasons])
+        print(f"\n{printable(first[reasons[0][0]]['detail'])}\n(each in the manifest, as `detail`)")
     remedy = f"Train on the {len(good)} good rows with: --manifest {output}" if good else "No good rows are left."
     print(f"\nmanifest: {output}. {remedy}", flush=True)
     return 0 if good else 1
