@@ -50,7 +50,8 @@ def test_the_loop_learns_and_its_report_is_shown(run):
     assert (folder / "outputs/quickstart/report.html").exists()
     sample = (folder / "outputs/quickstart/sample.html").stat().st_size
     assert sample < 2e6
-    assert len(shown(run, "iframe", "text/html")) > sample and "Content-Security-Policy" in shown(run, "iframe", "text/html")
+    inline = shown(run, "iframe", "text/html")
+    assert len(inline) > sample and "Content-Security-Policy" in inline
     assert shown(run, "loop.png", "image/png")
 
 
