@@ -1,5 +1,7 @@
-"""Peak memory of a packed GRPO update by fake tensors: the real code path of a model of any size, without its weights,
-its time or a GPU. `recipes/check_rows.py --gpu_memory` computes with what it found.
+"""Peak memory of a packed GRPO update, and of a rollout's prefill, by fake tensors: the real code path of a model of any
+size, without its weights, its time or a GPU. `recipes/check_rows.py --gpu_memory` computes with what it found.
+
+Embeddings are given: what the model holds while it puts vision features into them is not counted.
 
     python speed/fake_memory.py 7b 65536                # bytes per prompt token of today's path and of each technique
 """
@@ -17,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
 
 from veripo_trl.files.tables import print_table
@@ -75,23 +78,42 @@ def meta_policy(shape: str, layers: int):
         return get_peft_model(model, lora()), model
 
 
+@contextlib.contextmanager
+def fake_tensors():
+    """FakeTensorMode, with the output head as on a GPU: there kernels of Triton's work on its tiles in place."""
+
+    def nothing(*args, **kwargs):
+        pass
+
+    in_place = dict.fromkeys(("_forward_tile", "_backward_tile", "_addmm_fp32"), nothing)
+    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.multiple(chunked_logprob, **in_place):
+        yield
+
+
 def become_fake(policy) -> None:
-    """Replace the weights of a model on "meta" by fake ones of the CPU; in FakeTensorMode."""
+    """Replace the weights of a model on "meta" by fake ones of the CPU, those that are trained with gradients."""
     for module in policy.modules():
         for name, value in module._parameters.items():
             if value is not None:
-                module._parameters[name] = torch.nn.Parameter(torch.empty_like(value, device="cpu"), value.requires_grad)
+                fake = torch.nn.Parameter(torch.empty_like(value, device="cpu"), value.requires_grad)
+                fake.grad = torch.empty_like(fake) if value.requires_grad else None
+                module._parameters[name] = fake
         for name, value in module._buffers.items():
             if value is not None:
                 module._buffers[name] = torch.empty_like(value, device="cpu")
 
 
+def held(policy) -> list[torch.Tensor]:
+    gradients = [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]
+    return [*policy.parameters(), *policy.buffers(), *gradients]
+
+
 def update_bytes(shape: str, prompt: int, *, layers: int, group: int = 8, completion: int = 512,
                  mlp: bool = False, offload: bool = False) -> dict:  # fmt: skip
-    """Bytes at the end of the forward pass and at the peak, without weights and optimizer."""
+    """Bytes at the end of the forward pass and at the peak, without weights, gradients and optimizer."""
     hidden_size, tokens = SHAPES[shape]["text"]["hidden_size"], prompt + group * completion
     policy, base = meta_policy(shape, layers)
-    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(pieces, "WHOLE", pieces.WHOLE if mlp else 1 << 40):
+    with fake_tensors(), mock.patch.object(pieces, "WHOLE", pieces.WHOLE if mlp else 1 << 40):
         become_fake(policy)
         policy.train()
         policy.gradient_checkpointing_enable({"use_reentrant": False})
@@ -103,7 +125,7 @@ def update_bytes(shape: str, prompt: int, *, layers: int, group: int = 8, comple
             "shared_prefix": PackedLayout([prompt], [[completion] * group], "cpu"),
             "shift_labels": torch.ones(1, group * completion, dtype=torch.long),
         }
-        tracked = Tracked(before=[*policy.parameters(), *policy.buffers()])
+        tracked = Tracked(before=held(policy))
         # The device is a CPU here, and so is the host that layer inputs wait on.
         host = mock.patch.object(pieces.torch, "empty", partial(tracked.elsewhere, torch.empty))
         with tracked, torch.autocast("cpu", dtype=torch.bfloat16):
@@ -115,6 +137,26 @@ def update_bytes(shape: str, prompt: int, *, layers: int, group: int = 8, comple
             kept = tracked.live
             output.log_probs.sum().backward()
     return {"tokens": tokens, "kept": kept, "peak": tracked.peak}
+
+
+@torch.no_grad()
+def prefill_bytes(shape: str, prompt: int, *, layers: int) -> dict:
+    """Bytes at the peak of a prompt's forward pass that keeps its keys and values."""
+    policy, base = meta_policy(shape, layers)
+    with fake_tensors():
+        become_fake(policy)
+        pieces.mlp_in_pieces(base.eval())
+        embeddings = torch.empty(1, prompt, SHAPES[shape]["text"]["hidden_size"], dtype=torch.bfloat16)
+        positions = torch.zeros(3, 1, prompt, dtype=torch.long)
+        with Tracked(before=held(policy)) as tracked, torch.autocast("cpu", dtype=torch.bfloat16):
+            policy(inputs_embeds=embeddings, position_ids=positions, use_cache=True, logits_to_keep=1)
+    return {"tokens": prompt, "peak": tracked.peak}
+
+
+def of_all_layers(measure, shape: str, *args, **options) -> float:
+    """Bytes at the peak with all of a shape's layers: of two, and what each further one adds."""
+    few, more = (measure(shape, *args, layers=layers, **options)["peak"] for layers in (2, 3))
+    return few + (SHAPES[shape]["text"]["num_hidden_layers"] - 2) * (more - few)
 
 
 def per_token(shape: str, prompt: int, layers: int, **options) -> dict:

@@ -224,9 +224,9 @@ def test_frames_that_fit():
     assert found["rollout_batch_size"] == {"update": 2412, "rollout": 5284}
     assert found["use_vllm"]["vLLM"] == 1984  # (128,000 - 512 - 512) / 64, even
     text, memory = config.get_text_config(), frames_that_fit.MemoryArguments(gpu_memory=80)
-    tokens = 2412 * 64 + 512 + 8 * 512
-    assert fixed + frames_that_fit.update_bytes(text, tokens, memory) <= 80e9
-    assert fixed + frames_that_fit.update_bytes(text, tokens + 128, memory) > 80e9
+    tokens = 2412 * 64 + 512
+    assert fixed + frames_that_fit.update_bytes(text, tokens, 8 * 512, memory) <= 80e9
+    assert fixed + frames_that_fit.update_bytes(text, tokens + 128, 8 * 512, memory) > 80e9
     small = frames_that_fit.MemoryArguments(gpu_memory=20)
     assert frames_that_fit.frames_that_fit(config, adapter, small, 64.0) == {"update": 0, "rollout": 0}
 

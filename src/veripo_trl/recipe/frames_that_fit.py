@@ -1,7 +1,7 @@
 """How many frames of one video a GPU has memory for in a GRPO step, by what the step holds at its highest.
 
 Bytes of a token follow from the model's sizes; how many times each is held was counted with fake tensors on the real
-code path (`speed/fake_memory.py`), and agrees for Qwen2.5-VL-7B with LoRA within 3%. Nothing is run here.
+code path (`speed/fake_memory.py`), with which it agrees for the 3B and the 7B with LoRA (tests_speed/). Nothing is run.
 """
 
 from bisect import bisect
@@ -19,7 +19,7 @@ from veripo_trl.model.pieces import PIECE, WHOLE
 from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR, SUPPORTED
 from veripo_trl.options import option
 
-CONTEXT = 2.5e9  # bytes: the driver's, the libraries', and the output head's tiles
+CONTEXT = 2.5e9  # bytes: the driver's, the libraries', the output head's tiles, autocast's copies of an adapter
 TEXT = 512  # tokens of a prompt around its video
 MOST = 100_000  # frames that are looked at
 
@@ -83,7 +83,7 @@ def frames_that_fit(config, model_args: ModelConfig, memory: MemoryArguments, pe
                 return 2 * part[count - 1]
         return 0
 
-    found = {"update": largest(lambda n: update_bytes(text, groups * n + answers, memory) <= room)}
+    found = {"update": largest(lambda n: update_bytes(text, groups * n, answers, memory) <= room)}
     if memory.use_vllm:
         found["vLLM"] = largest(lambda n: n + memory.max_completion_length <= text.max_position_embeddings)
     else:
@@ -108,11 +108,13 @@ def fixed_bytes(config, model_args: ModelConfig) -> float:
     return CONTEXT + weights * size - packed + changed * trained
 
 
-def update_bytes(text, tokens: float, memory: MemoryArguments) -> float:
-    """A packed update with gradient checkpointing, in half precision: layer inputs, and one layer at work."""
+def update_bytes(text, prompts: float, answers: int, memory: MemoryArguments) -> float:
+    """A packed update of so many tokens with gradient checkpointing, in half precision: layer inputs, and the layer with
+    most at work. The last takes little more of prompts than their keys and values, but its MLP all answers at once."""
     hidden, inner = 2 * text.hidden_size, 2 * text.intermediate_size
     kept = 5 if memory.activation_offloading else 5 + text.num_hidden_layers  # with embeddings and vision features
-    return tokens * (kept + 17.3) * hidden + in_pieces(tokens) * 6.3 * inner
+    any_layer, last = (t * 17.3 * hidden + in_pieces(t) * 6.3 * inner for t in (prompts + answers, answers))
+    return (prompts + answers) * kept * hidden + max(any_layer, last + prompts * 9.5 * hidden)
 
 
 def rollout_bytes(text, tokens: float, memory: MemoryArguments) -> float:
