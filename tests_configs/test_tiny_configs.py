@@ -9,11 +9,16 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
+from transformers import Trainer
 
 from veripo_trl.answers.rewards import reward_functions
 from veripo_trl.data.prompts import build_target, load_template
 from veripo_trl.data.rollouts import RolloutStore
+from veripo_trl.model import features, pieces
 from veripo_trl.tiny import questions, relatives
 from veripo_trl.tiny.questions import SplitSize
 from veripo_trl.tiny.world import make_world
@@ -90,6 +95,51 @@ def test_grpo(name):
         assert list(rollout["rewards"]) == columns
     for column in columns:  # each reward has something to say about these rows
         assert any(rollout["rewards"][column] is not None for rollout in rollouts)
+
+
+class BrokenOff(BaseException):
+    """Stands in for the death of a run."""
+
+
+def test_a_long_videos_run_resumes_like_an_unbroken_one(monkeypatch):
+    """Amid a generation batch, with layer inputs on the host, a group decoded in pieces, tower and MLPs in pieces."""
+    name, pieced, save = "long_video/tiny.yaml", [], Trainer._maybe_log_save_evaluate
+    folder = Path(TINY[name]["output_dir"])
+    assert TINY[name]["activation_offloading"] and TINY[name]["rollout_batch_size"] < TINY[name]["num_generations"]
+    monkeypatch.setattr(features, "PATCHES_AT_ONCE", 16)
+    monkeypatch.setattr(pieces, "WHOLE", 64)
+    monkeypatch.setattr(pieces, "PIECE", 48)
+    monkeypatch.setattr(pieces, "checkpoint", lambda *args, **kw: pieced.append(1) or checkpoint(*args, **kw))
+    # Untrained, it gets no other reward: what is sampled decides the step.
+    reward = "def length(completions, **_):\n    return [len(c[0]['content']) for c in completions]\n"
+    Path("lengths.py").write_text(reward)
+    changes = {
+        "max_steps": 3, "per_device_train_batch_size": 8, "steps_per_generation": 2, "save_strategy": "steps",
+        "save_steps": 1, "rewards": "lengths:length", "reward_weights": 1.0, "report_before": False,
+    }  # fmt: skip
+
+    def ended() -> tuple[dict, list]:
+        rollouts = RolloutStore(folder / "rollouts").read()
+        kept = [(row["rollout_id"], row["completion"], row["rewards"], row["advantage"]) for row in rollouts]
+        return load_file(folder / "model.safetensors"), kept
+
+    def break_off(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        if self.state.global_step == 1:
+            raise BrokenOff
+
+    run("grpo_video", name, **changes)
+    weights, rollouts = ended()
+    with monkeypatch.context() as patch, pytest.raises(BrokenOff):
+        patch.setattr(Trainer, "_maybe_log_save_evaluate", break_off)
+        run("grpo_video", name, **changes)
+    assert not (folder / "results.json").exists() and (folder / "checkpoint-1").is_dir() and len(rollouts) == 32
+    assert run("grpo_video", name, **changes)["steps"] == 3
+    again, rollouts_again = ended()
+    assert rollouts_again == rollouts
+    assert all(torch.equal(again[key], value) for key, value in weights.items())
+    first = load_file(Path(TINY[name]["tiny_world"]) / "model" / "model.safetensors")
+    assert pieced and any(not torch.equal(first[key], value) for key, value in weights.items() if key in first)
 
 
 @pytest.mark.parametrize("name", SFT)
