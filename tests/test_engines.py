@@ -3,13 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, fsdp_utils
 from helpers import make_dpo_trainer, make_grpo_trainer, make_sft_trainer, pair_dataset, video_rows
 
 from veripo_trl.errors import VeripoError
-from veripo_trl.trainers.engines import check_engine, final_norm
+from veripo_trl.trainers.engines import check_engine, final_norm, without_hooks
 
 MAKERS = {
     "sft": make_sft_trainer,
@@ -58,3 +59,15 @@ def test_fsdp_as_it_is_right_or_refused(changed, trained, words, load, monkeypat
     else:
         with pytest.raises(ValueError, match=words):
             check_engine(accelerator, model)
+
+
+def test_hooks_are_back_after_an_error():
+    module, called = torch.nn.Linear(1, 1), []
+    module.register_forward_pre_hook(lambda *args: called.append("before"))
+    module.register_forward_hook(lambda *args: called.append("after"))
+    with pytest.raises(ZeroDivisionError), without_hooks([module]):
+        module(torch.ones(1))
+        assert not called
+        1 / 0
+    module(torch.ones(1))
+    assert called == ["before", "after"]

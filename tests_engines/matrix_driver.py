@@ -27,6 +27,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from veripo_trl import errors
 from veripo_trl.errors import VeripoError
+from veripo_trl.methods.streaming import Streaming
 from veripo_trl.trainers.grpo import VideoGRPOTrainer
 
 ENGINE, RANK = sys.argv[1], os.environ["RANK"]
@@ -77,9 +78,11 @@ def load_recipe(name: str):
 
 def fix_completions(completions: dict[str, list[str]]) -> None:
     """Give the n-th row of a group its question's n-th completion, counted over all processes. Nothing is computed for
-    them: as with vLLM, vision features are made elsewhere than in a rollout."""
+    them: as with vLLM, vision features are made elsewhere than in a rollout. Streaming, which refuses vLLM, samples."""
 
     def fixed(self, prompt_ids, *args, **kwargs):
+        if isinstance(self, Streaming):
+            KEPT[VideoGRPOTrainer, "_generate_single_turn"](self, prompt_ids, *args, **kwargs)
         first = self.accelerator.process_index * len(prompt_ids)
         texts = [
             completions[prompt.question_id][(first + place) % self.num_generations]

@@ -60,6 +60,12 @@ for weights in WEIGHTS:  # with a reference beside the policy: in full, or the a
 # one each process has another number.
 UNEVEN = {"methods": "t_grpo", "max_completion_length": 8, "held_out": "three clips"}
 CELLS |= {f"grpo, {w}, uneven": ("grpo", w, "text and clip", UNEVEN) for w in WEIGHTS}
+# Likewise the process with the video has a turn more, which the other enters without a row. (A text is one turn.)
+TURNS = {"methods": "streaming", "clip_tokens": 4, "loss_type": "dapo", "scale_rewards": "none"}
+CELLS |= {
+    "grpo, full, turns": ("grpo", "full", "text and clip", TURNS),
+    "grpo, lora, uneven turns": ("grpo", "lora", "text and clip", {**UNEVEN, **TURNS}),
+}
 TRAINED = {"train_vision_tower": "true"}
 CELLS |= {f"{s}, full, tower trained": (s, "full", "clips", TRAINED) for s in STAGES}
 # What is refused, by which engine, and with which words.

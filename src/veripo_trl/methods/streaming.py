@@ -58,8 +58,6 @@ class Streaming(Method):
         self._streams: list[Stream] = []
         self._owners: list[int] = []  # of each sequence, the rollout that it is a turn of
         super().__init__(*args, **kwargs)
-        if self.is_fsdp_enabled:
-            raise ConfigError("streaming: FSDP shards the weights that turns are sampled with. Use DDP or DeepSpeed.")
         limits = (streaming.clip_tokens, streaming.max_memory_tokens)
         self.held_out_encoder = StreamEncoder(self.encoder, *limits)
         self.data_collator = RolloutCollator(self.held_out_encoder)

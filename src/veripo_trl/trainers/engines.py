@@ -7,7 +7,8 @@ made whole at a point that every process enters; inside it each does what it has
 """
 
 from collections import OrderedDict
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
 
 import torch
 from accelerate.utils import DistributedType, fsdp_utils
@@ -88,17 +89,19 @@ def whole_policy(trainer, generation_kwargs: dict | None = None):
         generation_kwargs=generation_kwargs,
         gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
     ) as model:
-        for unit in units:
-            unit.set_reshard_after_forward(False, recurse=False)
-            unit.unshard()
-        # TRL takes ZeRO-3's hooks off but those of the whole model, which compare the processes' calls.
-        with without_hooks([model] if DistributedBackend(trainer.accelerator).is_zero3 else []):
-            yield model
-        for unit in units:
-            unit.reshard()
-        if units:  # of the others, what head and root have must stay from a forward until its backward
-            for layer in trainer._unwrapped(model).model.language_model.layers:
-                layer.set_reshard_after_forward(state.fsdp_plugin.reshard_after_forward, recurse=False)
+        try:
+            for unit in units:
+                unit.set_reshard_after_forward(False, recurse=False)
+                unit.unshard()
+            # TRL takes ZeRO-3's hooks off but those of the whole model, which compare the processes' calls.
+            with without_hooks([model] if DistributedBackend(trainer.accelerator).is_zero3 else []):
+                yield model
+        finally:
+            for unit in units:
+                unit.reshard()
+            if units:  # of the others, what head and root have must stay from a forward until its backward
+                for layer in trainer._unwrapped(model).model.language_model.layers:
+                    layer.set_reshard_after_forward(state.fsdp_plugin.reshard_after_forward, recurse=False)
 
 
 def shares_out_towers(accelerator, model) -> bool:
@@ -125,12 +128,11 @@ def whole_towers(towers: list):
 @contextmanager
 def without_hooks(modules: list):
     """Modules whose forward runs without hooks before and after it."""
-    hooks = [(module, module._forward_pre_hooks, module._forward_hooks) for module in modules]
-    for module in modules:
-        module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
-    yield
-    for module, before, after in hooks:
-        module._forward_pre_hooks, module._forward_hooks = before, after
+    with ExitStack() as stack:
+        for module in modules:
+            none = {name: OrderedDict() for name in ("_forward_pre_hooks", "_forward_hooks")}
+            stack.enter_context(patch.multiple(module, **none))
+        yield
 
 
 def check_media_alike(accelerator, model, kinds: int) -> None:
