@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -21,10 +22,14 @@ from veripo_trl.tiny.clips import (
     clip_spec,
     draw_clip,
 )
-from veripo_trl.tiny.questions import SPLITS, make_split
+from veripo_trl.tiny.judge import conclude, judge
+from veripo_trl.tiny.questions import PLANTED_SHARE, SPLITS, make_split
 from veripo_trl.tiny.relatives import FAMILIES, SECTIONS, TOKENS, template_texts
 from veripo_trl.tiny.relatives import make_split as make_relatives
+from veripo_trl.tiny.steps import STYLES
 from veripo_trl.tiny.world import WorldError, make_world
+from veripo_trl.verifier.judges import judge_by_rules
+from veripo_trl.verifier.pairs import RECHECK
 
 SMALL = {"train": 7, "rl": 4, "dev": 2, "heldout": 2}
 
@@ -158,7 +163,20 @@ def stream(row, frames) -> str:
     return next(option[0] for option in row["options"] if option[3:] == asked)
 
 
+def follow(row, frames) -> str:
+    """Of `steps`: by the colours of the four shapes, which may come again."""
+    shown = [name for (name,) in map(colours_of, frames[::2])]
+    if "like the last" in row["problem"]:
+        return str(shown.count(shown[-1]))
+    asked = row["problem"].split()[-1].rstrip("?")
+    if row["problem_type"] == "numerical":
+        return str(shown.count(asked))
+    following = shown[shown.index(asked) + 1]
+    return next(option[0] for option in row["options"] if option[3:] == following)
+
+
 SEEN = {
+    "steps": follow,
     "when": when, "which": which, "where": where, "change": change, "several": several, "segments": segments,
     "progress": progress, "composite": composite, "stream": stream,
 }  # fmt: skip
@@ -194,17 +212,46 @@ def test_splits_share_no_clip_and_only_one_thinks():
 
 
 def test_words_and_numbers_are_single_tokens():
+    assert "once" not in str(template_texts())  # a word of steps.py, which others' tokenizers lack
     tokenizer = tiny_model.build_tokenizer(template_texts(), TOKENS)
     assert 450 < len(tokenizer) < 650
     assert tokenizer.get_vocab() == tiny_model.build_tokenizer(template_texts(), TOKENS).get_vocab()
     for piece in (*TOKENS, "yes", "no", " visible", " number", " shape", " before"):
         assert len(tokenizer(piece)["input_ids"]) == 1, piece
-    rows, _ = make_relatives("train", questions=list(FAMILIES), size=90)
+    rows, _ = make_relatives("train", questions=list(FAMILIES)[:-1], size=90)
     for row in rows:
         target = f"<think>{row['process']}</think><answer>{row['solution']}</answer>"
         ids = tokenizer(target)["input_ids"]
         assert tokenizer.decode(ids, skip_special_tokens=True) == target
         assert len(ids) <= 48
+
+
+def test_steps():
+    """Its thoughts: in every style, planted ones too, each by the words of its tokenizer alone; the judge that reports
+    and the rules read them alike."""
+    rows, _ = make_relatives("train", questions=["steps"], size=600)
+    tokenizer = tiny_model.build_tokenizer(template_texts(["steps"]), TOKENS)
+    found = Counter()
+    for row in rows:
+        thought, last = row["process"], row["process"].split(RECHECK)[-1]
+        style = "rechecked" if RECHECK in thought else "named" if thought[0].islower() else "short"
+        concluded = re.fullmatch(r"(?:.*, s|S)o (\w)\.", last.strip())[1]
+        assert conclude(thought) == concluded
+        if style == "rechecked":  # something else was seen at first
+            assert len(set(re.findall(r"0\.0 .* 3\.0 \w+", thought))) == 2
+        verdict = "consistent" if concluded == row["solution"] else "inconsistent"
+        found[style, verdict] += 1
+        completion = f"<think>{thought}</think><answer>{row['solution']}</answer>"
+        task = {key: row[key] for key in ("problem_type", "options")}
+        assert judge(completion, **task) == judge_by_rules(completion, **task) == verdict
+        ids = tokenizer(completion)["input_ids"]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == completion
+        assert len(ids) <= 80
+    for style, share in STYLES.items():
+        of_style = found[style, "consistent"] + found[style, "inconsistent"]
+        assert abs(of_style / len(rows) - share) < 0.06
+        assert abs(found[style, "inconsistent"] / of_style - PLANTED_SHARE) < 0.1
+    assert [conclude(text) for text in ("So 2", "0.0 red. So 2.", "So 2. So 3.")] == [None] * 3
 
 
 def test_a_world_of_them(tmp_path):

@@ -28,7 +28,7 @@ def prepare_machine(training_args, *, tiny_world: str | None, tiny_questions: li
     refuse_separate_disks(training_args.output_dir)
     allow_many_open_files()
     if training_args.use_cpu:  # `accelerate launch` gives each process a single thread
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // training_args.world_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // training_args.world_size))
     if tiny_world is not None:
         from veripo_trl.tiny.world import make_world
 

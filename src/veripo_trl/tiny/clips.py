@@ -4,9 +4,9 @@ A **count** clip shows 1 to 6 shapes at once, each moving within a cell of its o
 ever hides another. An **order** clip shows three shapes of different colours one after another; a
 **marked** clip is one with a number on each. A **change** clip shows one shape that keeps its
 colour or changes it, a **progress** clip one that moves to the right, and perhaps back. A
-**stream** clip shows four shapes of different colours, two frames each. A clip is
-described by a flat spec (`clip_spec`), which knows the truth that questions are asked about;
-drawing needs nothing else.
+**stream** clip shows four shapes of different colours, two frames each; a **steps** clip likewise,
+of three colours that may come again. A clip is by a flat spec (`clip_spec`), which knows the truth
+that questions are asked about; drawing needs nothing else.
 """
 
 import os
@@ -30,7 +30,7 @@ COLOURS = {
     "white": (240, 240, 240),
 }
 SHAPES = ("circle", "square", "diamond", "triangle")
-KINDS = ("count", "order", "marked", "change", "progress", "stream")
+KINDS = ("count", "order", "marked", "change", "progress", "stream", "steps")
 STREAM_LENGTH = 4
 TURN = NUM_FRAMES // 2  # the first frame of a progress clip's second leg
 DIGITS = {  # 3 x 5, drawn twice as large: a mark of 6 x 10 pixels
@@ -49,7 +49,8 @@ def clip_spec(kind: str, key: list[int]) -> dict:
     (for an order clip that is the order of appearance; for a count clip their number is the truth),
     and for each shape a dict of `form, colour, radius, start, end` (centres in pixels, y then x)
     and `first, last` (frame numbers, last excluded); with marks `mark` (1 to 4). A progress clip
-    adds `percent`: how far the shape is at its turn, and at the end.
+    adds `percent`: how far the shape is at its turn, and at the end; a steps clip `palette`: the
+    three colours.
     """
     rng = np.random.default_rng([KINDS.index(kind), *key])
     return _SPECS[kind](rng)
@@ -85,12 +86,22 @@ def _order_spec(rng: np.random.Generator) -> dict:
 
 def _stream_spec(rng: np.random.Generator) -> dict:
     colours = [str(name) for name in rng.permutation(list(COLOURS))[:STREAM_LENGTH]]
+    return _one_by_one("stream", colours, rng)
+
+
+def _steps_spec(rng: np.random.Generator) -> dict:
+    palette = [str(name) for name in rng.permutation(list(COLOURS))[:3]]
+    colours = [str(name) for name in rng.choice(palette, STREAM_LENGTH)]
+    return {**_one_by_one("steps", colours, rng), "palette": palette}
+
+
+def _one_by_one(kind: str, colours: list[str], rng: np.random.Generator) -> dict:
     stay, shapes = NUM_FRAMES // STREAM_LENGTH, []
     for number, colour in enumerate(colours):
         radius = float(rng.uniform(9.0, 13.0))
         start, end = rng.uniform(radius, SIZE - radius, size=(2, 2))
         shapes.append(_shape(rng, colour, radius, start, end, number * stay, (number + 1) * stay))
-    return {"kind": "stream", "colours": colours, "shapes": shapes}
+    return {"kind": kind, "colours": colours, "shapes": shapes}
 
 
 def _marked_spec(rng: np.random.Generator) -> dict:
@@ -139,6 +150,7 @@ _SPECS = {
     "change": _change_spec,
     "progress": _progress_spec,
     "stream": _stream_spec,
+    "steps": _steps_spec,
 }
 
 

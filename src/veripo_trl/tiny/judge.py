@@ -14,6 +14,11 @@ _CONCLUSIONS = (
     re.compile(r"I count[a-z ]*, so (?P<conclusion>\d+)\."),
     re.compile(r"I see [a-z ]+, (?:first|second|last) is [a-z]+: (?P<conclusion>[A-Z])\."),
     re.compile(r"I see [a-z ]+, so (?P<conclusion>[a-z]+(?: [a-z]+)*)\."),
+    # of steps.py; where it says to check again, what comes last
+    re.compile(
+        r"(?:[^\n]+\n)*(?:[a-z]+:(?: \d\.0 [a-z]+ [a-z]+){4}(?:, then [a-z]+)?, so|So) "
+        r"(?P<conclusion>[0-9A-F])\."
+    ),
 )
 
 

@@ -3,8 +3,8 @@ with thinking.
 
 A family is a function of a clip's spec; `FAMILIES` says which clips it asks about. A world of these
 (`world.make_world(questions=["when"])`) stands in a folder of its own, with a model whose tokenizer
-knows their words and numbers; every such world has the same tokenizer. Nothing is planted in their
-thinking.
+knows their words and numbers; worlds of families without `words` have the same tokenizer. Nothing is
+planted in their thinking, but in that of `steps` (steps.py).
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from veripo_trl.data.streaming import taught_rows, window_time
+from veripo_trl.tiny import steps
 from veripo_trl.tiny.clips import (
     BACKGROUND,
     COLOURS,
@@ -227,12 +228,14 @@ class Family:
     the frames that each shows side by side); `"videos": False` where the clip itself is not
     shown, `"part"` (the numbers of its frames) where a part of it is.
 
-    taught: what the splits of SFT (train, dev) have instead. Its words are not the tokenizer's."""
+    taught: what the splits of SFT (train, dev) have instead. Its words are not the tokenizer's.
+    words: texts that only a world of this family trains its tokenizer on too."""
 
     kind: str
     turns: int
     ask: Callable[[dict, int, np.random.Generator], dict]
     taught: "Family | None" = None
+    words: Callable[[], list[str]] | None = None
 
 
 FAMILIES = {
@@ -246,6 +249,7 @@ FAMILIES = {
     "progress": Family("progress", 1, _progress),
     "composite": Family("progress", 1, _composite),
     "stream": Family("stream", 3, _stream, taught=Family("stream", STREAM_LENGTH + 2, _stream_turn)),
+    "steps": Family("steps", steps.TURNS, steps.ask, words=steps.template_texts),
 }
 
 
@@ -287,15 +291,17 @@ def make_split(
     return shuffled, media
 
 
-def template_texts() -> list[str]:
-    """Texts with every word of the families without a `taught`, always the same: what the tokenizer
-    is trained on. The others spell theirs."""
-    families = [name for name, family in FAMILIES.items() if family.taught is None]
+def template_texts(questions: list[str] = ()) -> list[str]:
+    """Texts with every word of the families without `taught` and `words`, always the same: what the
+    tokenizer is trained on, and on the `words` of `questions`. The others spell theirs."""
+    own = [text for name in questions if FAMILIES[name].words for text in FAMILIES[name].words()]
+    families = [name for name, each in FAMILIES.items() if not (each.taught or each.words)]
     rows, _ = make_split("train", questions=families, size=100 * len(families))
     texts = [
         " ".join([row["problem"], *row["options"], row["process"], row["solution"]]) for row in rows
     ]
     return [
+        *own,
         *texts,
         "yes",
         "no",

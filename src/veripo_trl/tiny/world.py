@@ -183,7 +183,9 @@ def _build(root: Path, settings: dict, workers: int) -> None:
 
         words = {}
         if "questions" in settings:
-            words["tokenizer"] = model.build_tokenizer(relatives.template_texts(), relatives.TOKENS)
+            words["tokenizer"] = model.build_tokenizer(
+                relatives.template_texts(settings["questions"]), relatives.TOKENS
+            )
         model.save_tiny_model(building / "model", seed=settings["seed"], **words)
         (building / "world.json").write_text(
             json.dumps(settings, indent=2) + "\n", encoding="utf-8"
