@@ -96,4 +96,6 @@ def plan(device: str, shape: str) -> dict[str, list[Case]]:
     for count, seconds in ((4, 30), (16, 60)) if prompt == 8200 else ((2, 5),):
         update("sizes", seconds, "grpo", group=count)
     update("sizes", 120, "dpo", completion=answer, group=2, pair="everything", noise=True)
+    options = {"shape": shape, "way": "ours", "gib": 48, "offloading": True}
+    add("sizes", f"{shape}, 48 GiB, layer inputs on the host", 160 * slow, "gpu_update:most_frames", ("cuda",), **options)
     return stages

@@ -10,9 +10,11 @@ from models import SIDE, lora, made_up_prompt, random_model
 from on_gpu import too_large
 from peft import get_peft_model
 from timing import alternate
+from trl import ModelConfig
 from update_step import EVERYTHING, GIVEN, Part, differences, over_limits, peak_bytes, resident_bytes
 
 from veripo_trl.model.policy import load_policy
+from veripo_trl.recipe.frames_that_fit import MemoryArguments, frames_that_fit
 from veripo_trl.shared_prompt.attention import PackedLayout, attend, kernel_for
 from veripo_trl.trainers.grpo import VideoGRPOTrainer
 
@@ -339,9 +341,22 @@ def plain_rows(layout: PackedLayout, device):
 BYTES_A_TOKEN = {("7b", "ours"): 6.8e5, ("3b", "ours"): 4.6e5, ("7b", "plain"): 7e6, ("3b", "plain"): 5e6}
 
 
-def most_frames(device, shape, way, gib) -> dict:
+def computed_frames(config, shape: str, gib: float, *, offloading: bool) -> int:
+    """What `check_rows.py --gpu_memory` says of the same update."""
+    adapter = ModelConfig(use_peft=True, lora_r=64, dtype="bfloat16")
+    memory = MemoryArguments(
+        gpu_memory=gib * 2**30 / 1e9, max_completion_length=270, activation_offloading=offloading
+    )
+    return frames_that_fit(config, adapter, memory, (SIDE[shape] // 28) ** 2 / 2)["update"]
+
+
+def most_frames(device, shape, way, gib, offloading=False) -> dict:
     """The most frames of one video with which an update with 8 completions of 270 tokens stays within so many GiB."""
     made = part_of("grpo", shape, device)
+    made.trainer.args.activation_offloading = offloading
+    computed = {}
+    if way == "ours":
+        computed["computed"] = computed_frames(made.base.config, shape, gib, offloading=offloading)
     load(made, shape, 600, 270, 8)
     made.step(way, EVERYTHING)  # what kernels and libraries take for themselves is there from the first on
     made.model.zero_grad()
@@ -371,9 +386,10 @@ def most_frames(device, shape, way, gib) -> dict:
         frames = most(fits, start=start, step=max(4, start // 32 * 2), factor=1.25)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+        made.trainer.args.activation_offloading = False
         del optimizer
     taken = seconds[frames]
-    return {"frames": frames, "update s": taken, "ms a frame": 1e3 * taken / max(frames, 1)}
+    return {"frames": frames, **computed, "update s": taken, "ms a frame": 1e3 * taken / max(frames, 1)}
 
 
 def most(fit, *, start: int, step: int, factor: float) -> int:

@@ -82,12 +82,22 @@ class Part:
     def _count_patches(self, module, args):
         self.patches += len(args[0])
 
-    def load(self, prompt, *, completion: int, group: int) -> None:
-        """Take a prompt with `group` made-up completions, all of them `completion` tokens long."""
+    def load(self, prompt, *, completion: int, group: int, over=None) -> None:
+        """Take a prompt with `group` made-up completions, all of them `completion` tokens long.
+
+        Args:
+            over: the processes that share out the prompt; each takes its part of the completions.
+        """
         self.given, self.prompt = prompt, replace(prompt)
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(100, 250, (group, completion), generator=generator).to(self.device)
+        self.advantages = torch.linspace(-1, 1, group, device=self.device)
+        if over is not None:
+            self.ids, self.advantages = (
+                tensor.chunk(over.size())[over.rank()] for tensor in (self.ids, self.advantages)
+            )
         self.mask = torch.ones_like(self.ids)
+        self.trainer.prompt_group, self.trainer._group_checked = over, True  # compared below
 
     def hold_features(self) -> None:
         if self.prompt.features is None:
@@ -107,7 +117,7 @@ class Part:
         self.trainer._encoded["train"] = (1, [self.prompt] * group)
         return {
             "prompt_ids": prompt_ids, "prompt_mask": torch.ones_like(prompt_ids), "completion_ids": ids,
-            "completion_mask": mask, "advantages": torch.linspace(-1, 1, len(self.ids), device=self.device)[rows],
+            "completion_mask": mask, "advantages": self.advantages[rows],
             "row_index": torch.arange(group), "generation": torch.ones(group, dtype=torch.long),
             "num_items_in_batch": mask.sum(),
         }  # fmt: skip
@@ -156,7 +166,8 @@ class Part:
             for start in range(0, len(self.ids), rows_at_once):
                 ids, mask = (tensor[start : start + rows_at_once] for tensor in (self.ids, self.mask))
                 rows = [self.model, self.base, [self.prompt] * len(ids), ids, mask]
-                output = score_completions(*rows, pad_token_id=0, shared=way == "ours")
+                options = {"shared": way == "ours", "group": self.trainer.prompt_group}
+                output = score_completions(*rows, pad_token_id=0, **options)
                 log_probs.append(output.log_probs.float().cpu())
         return {"log_probs": torch.cat(log_probs), "gradients": gradients}
 

@@ -23,6 +23,7 @@ import gpu_runs  # noqa: E402
 import gpu_update  # noqa: E402
 import on_gpu  # noqa: E402
 import update_step as part  # noqa: E402
+from models import random_model  # noqa: E402
 
 from veripo_trl.errors import VeripoError  # noqa: E402
 
@@ -134,6 +135,12 @@ def test_the_most_frames_are_found(largest):
 
     assert gpu_update.most(fits, start=100, step=4, factor=1.25) == largest
     assert len(asked) <= 20
+
+
+def test_frames_are_computed_as_they_are_searched_for():
+    config = random_model("3b", device="meta")[0].config
+    found = [gpu_update.computed_frames(config, "3b", 48, offloading=offloading) for offloading in (False, True)]
+    assert 2000 < found[0] < 0.5 * found[1]
 
 
 # ---- the command ------------------------------------------------------------------------------------------------------

@@ -44,8 +44,9 @@ SMALL = {
         {"table": {"step", "seconds", "over GRPO", "memory, MB", "first gradient differs"}},
     ),
     "long_video": (
-        ["--shape", "tiny", "--frames", "600", "--group", "2", "--completion", "8", "--threads", "1"],
-        {"table": {"frames", "way", "processes", "tokens", "seconds", "memory MB", "log-prob", "gradient"}},
+        ["--shape", "tiny", "--frames", "600", "--group", "2", "--completion", "8", "--threads", "1",
+         "--processes", "1", "2"],
+        {"table": {"frames", "way", "processes", "tokens", "TFLOP", "memory MB of one", "log-prob", "gradient"}},
     ),
     "bench_verifier": (["--only", "rules", "--rollouts", "200", "--repeats", "1"], {}),
     "bench_evaluation": (["--world", "{tmp}/world", "--questions", "6", "--batch_size", "3", "--num_workers", "1"], {}),
@@ -75,6 +76,10 @@ def test_small(program, tmp_path):
     if program == "bench_step":  # from an empty cache in the first epoch, nothing in the second
         first, second = [line["videos decoded"] for line in result["loading"] if line["step"] == "grpo"]
         assert first >= 6 and second == 0
+    if program == "long_video":  # the prompt is shared out, and so is its work; "all" computes MLPs once more
+        halves = [line for line in result["table"] if line["processes"] == 2]
+        assert [line["way"] for line in halves] == ["whole", "all"]
+        assert all(0.49 < line["TFLOP of one"] < 0.55 and line["tokens"] < 650 for line in halves)
     if program == "bench_loading":
         assert all(result["checks"].values())
         assert [line["videos decoded"] for line in result["batch"]] == [16, 1, 0]
