@@ -44,7 +44,7 @@ from veripo_trl.files.run_folder import holder, only_process
 from veripo_trl.files.tables import printable
 from veripo_trl.hub.locate import locate
 from veripo_trl.hub.push import PATTERNS
-from veripo_trl.model.policy import SEEING, find_base, load_policy
+from veripo_trl.model.policy import SEEING, find_base, load_policy, merge_adapter
 from veripo_trl.model.streaming import CLIP_TOKENS, MAX_MEMORY_TOKENS, StreamEncoder
 from veripo_trl.recipe.arguments import DataArguments
 from veripo_trl.recipe.build import encoder_from_config, see_as_trained
@@ -285,8 +285,7 @@ def make_vllm_engine(args, encoder, questions: list[dict], folder: Path):
 
     weights = {"model_path": args.model_path, "revision": args.model_revision}
     if find_base(args.model_path, args.model_revision)[0]:
-        load_weights(args).merge_and_unload().save_pretrained(folder)
-        encoder.processor.save_pretrained(folder)
+        merge_adapter(args.model_path, folder, revision=args.model_revision, dtype=args.dtype)
         weights = {"model_path": str(folder)}
     begun = len(without_thinking(encoder.template)) if args.direct else 0  # characters: as many tokens or more
     return VLLMEngine(

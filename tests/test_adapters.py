@@ -1,10 +1,11 @@
 """LoRA and QLoRA: one adapter trains, is saved, loaded, merged and goes on through the stages; all else stays."""
 
 import re
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_row
 from helpers import (
     EMBEDDINGS,
     changed,
@@ -17,8 +18,11 @@ from helpers import (
     state,
 )
 
-from veripo_trl.model.policy import load_policy
+from conftest import make_row
+from veripo_trl.errors import ConfigError
+from veripo_trl.model.policy import load_policy, read_settings
 
+RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "merge_adapter.py"
 QUANTIZED = {"load_in_4bit": True}
 
 
@@ -122,8 +126,14 @@ def test_a_merged_adapter_scores_as_the_adapter_does(model_paths, rows, tmp_path
     loaded, encoder = make_tiny_policy(tmp_path / "sft")
     loaded.eval()
     merged = load_policy(str(tmp_path / "sft"))[0].merge_and_unload()
-    merged.save_pretrained(tmp_path / "merged")
-    encoder.processor.save_pretrained(tmp_path / "merged")
+    runpy.run_path(str(RECIPE))["main"]([str(tmp_path / "sft"), str(tmp_path / "merged")])
+    needed = {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "processor_config.json"}
+    assert needed <= {file.name for file in (tmp_path / "merged").iterdir()}
+    seen, own = read_settings(str(tmp_path / "merged")), read_settings(str(tmp_path / "sft"))
+    assert own.pop("base_weights") and seen.pop("base_weights") is None and seen == own
+    for given, message in (("merged other", "a LoRA adapter .* it is a whole model"), ("sft merged", "not there yet")):
+        with pytest.raises(ConfigError, match=message):
+            runpy.run_path(str(RECIPE))["main"]([str(tmp_path / name) for name in given.split()])
     again, _ = load_policy(str(tmp_path / "merged"))
     for row, want, start in zip(rows, expected, bare, strict=True):
         assert (want - start).abs().max() > 1e-2

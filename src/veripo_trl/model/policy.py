@@ -216,6 +216,25 @@ def read_settings(model_name_or_path: str, revision: str | None = None) -> dict:
         ) from error
 
 
+def merge_adapter(name: str, folder: str | Path, *, revision: str | None = None, dtype: str = "auto") -> None:
+    """Write an adapter merged into its base, with the processor and how it was trained to see, to a new folder.
+
+    Raises:
+        ValueError: no adapter, or the folder is there. Otherwise as `load_policy`.
+    """
+    if find_base(name, revision)[0] is None:
+        raise ValueError(f"{name!r}: expected a LoRA adapter (a folder with adapter_config.json); it is a whole model.")
+    if Path(folder).exists():
+        raise ValueError(f"{str(folder)!r}: expected a folder that is not there yet.")
+    model, processor = load_policy(name, revision=revision, dtype=dtype, trainable=False)
+    model.merge_and_unload().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    share_weights(folder)
+    if settings := read_settings(name, revision):
+        template = asdict(settings["prompt_template"])
+        write_json(Path(folder) / SETTINGS_FILE, {**settings, "prompt_template": template, "base_weights": None})
+
+
 def check_base(adapter: str, revision: str | None, base: str, base_weights: str | None) -> None:
     """Raise ValueError unless a base model is the one that an adapter was trained on: by the `weights_hash` that our
     adapters record, else by its name."""
