@@ -14,12 +14,13 @@ import pytest
 from PIL import Image
 
 from veripo_trl.data.official import find_source, make_rows, read_official
+from veripo_trl.data.prompts import build_messages, load_template
 from veripo_trl.data.rows import load_rows
 from veripo_trl.data.schema import RowError
 from veripo_trl.evaluate.questions import read_questions
 from veripo_trl.media.sampling import VideoSettings
 from veripo_trl.media.video import VideoLoader
-from veripo_trl.sources import BENCHMARKS, mvbench, ovo_bench, seed_bench_r1, sole_r1, tempcompass, tw_grpo
+from veripo_trl.sources import BENCHMARKS, mvbench, ovo_bench, seed_bench_r1, sole_r1, tempcompass, tw_grpo, video_mmmu
 from veripo_trl.sources.record import ground_truths, is_number, mean_of_means, read_options
 from veripo_trl.tiny import clips as tiny
 from veripo_trl.tiny.clips import write_clip
@@ -106,6 +107,58 @@ CASES = [
      [("multiple choice", ["A. Apples.", "B. Candles.", "C. Berries.", "D. None."], "C",
        "Video-MME/videos/fFjv93ACGo8.mp4", {"duration": "short", "domain": "Knowledge", "task": "Counting Problem"})]),
 ]  # fmt: skip
+
+
+def test_video_mmmus_own_wording_and_mmvus_open_questions(tmp_path):
+    name = "veripo_trl.sources.video_mmmu:official"
+    for track, record, problem in (
+        ("Perception", mmmu("dev_Math_1", "B", ["A. one", "B. two"]),
+         "What is it?\nA. one\nB. two\nPlease ignore the Quiz question in last frame of the video."),
+        ("Adaptation", mmmu("validation_Math_3", "A", ["one", "two"]),
+         "You should watch and learn the video content. Then apply what you learned to answer the following multi-choice "
+         "question. The image for this question is at the end of the video.\nWhat is it?\nA. one\nB. two"),
+    ):  # fmt: skip
+        (tmp_path / track).mkdir()
+        (tmp_path / track / "test.jsonl").write_text(json.dumps(record))
+        ((*_, row),), _ = make_rows(read_official(tmp_path / track / "test.jsonl", name), name)
+        (message,) = build_messages({**row, "images": []}, load_template("question"))
+        assert message["content"][-1]["text"] == problem and row["data_source"] == "VideoMMMU"
+    name = "veripo_trl.sources.mmvu:with_open"
+    records = [mmvu("v_0", "open-ended", EMPTY, "Dolly Zoom"), mmvu("v_1", "multiple-choice", {"A": "1"}, "A")]
+    (tmp_path / "validation.json").write_text(json.dumps(records))
+    rows, _ = make_rows(read_official(tmp_path / "validation.json", name), name)
+    assert [(row["problem_type"], row["options"], row["categories"]["question"]) for *_, row in rows] == [
+        ("free-form", [], "open-ended"), ("multiple choice", ["A. 1"], "multiple-choice")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "output, options, truths, score",
+    [  # each as lmms-eval's functions score it
+        ("B. blue, not A. red", "red blue", ["A"], 1),  # the last with a full stop
+        ("It is (A) or (B)", "red blue", ["B"], 1),
+        ("A: red", "red blue", ["A"], 1),
+        ("So A it is", "red blue", ["A"], 1),
+        ("B", "red blue", ["B"], 1),
+        ("<answer>B</answer>", "red blue", ["B"], 1),  # of ours the span
+        ("<think>A.</think><answer>B</answer>", "red blue", ["B"], 1),
+        ("I think that it must be Blue there", "red blue", ["B"], 1),
+        ("must be blue", "red blue", ["B"], 0),  # five words or fewer need the letter
+        ("", "red blue", ["A"], 0),
+        ("The result is 1,234.", "", ["1234"], 1),
+        ("x = 3.141", "", ["3.14"], 1),  # rounded to two places
+        ("the answer is a small cat", "", ["cat"], 1),  # contained
+        ("a small cat\nso a dog", "", ["cat"], 0),  # the line with "so " counts
+        ("it is 7 or 8", "", ["8"], 1),
+        ("", "", ["8"], 0),
+        ("so x", "", ["x"], 1),
+        ("so maxi", "", ["x"], 0),  # a single letter needs a space beside it
+        ("24/7", "", ["24/7", "3.43"], 1),
+    ],
+)  # fmt: skip
+def test_video_mmmus_own_matching(output, options, truths, score):
+    options = [f"{letter}. {text}" for letter, text in zip("AB", options.split(), strict=False)]
+    assert video_mmmu.official_score(output, options=options, truths=truths) == score
 
 
 def write_official(path: Path, records) -> Path:
