@@ -10,18 +10,24 @@ thinking length in tokens) is then missing or told in words.
 """
 
 import argparse
+import contextlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+from transformers import HfArgumentParser
 
 from veripo_trl.answers.math_process import math_timeouts
 from veripo_trl.data.official import find_source
 from veripo_trl.errors import run
 from veripo_trl.evaluate.compare import described, pair_runs, show_controls, timeout_notes
+from veripo_trl.evaluate.questions import task_of, truths_of
 from veripo_trl.evaluate.scores import (
     BOXES,
+    add_correctness,
+    add_verdicts,
     by_category,
     compare_scores,
     lines_of,
@@ -33,9 +39,10 @@ from veripo_trl.evaluate.scores import (
     total_intervals,
 )
 from veripo_trl.files.tables import print_table, printable, write_json
+from veripo_trl.recipe.verify_stage import JudgeArguments, make_judge, open_cache
 from veripo_trl.report.read import table_of
 from veripo_trl.sources import BENCHMARKS
-from veripo_trl.verifier.judges import RulesJudge
+from veripo_trl.verifier.checks import agreement
 
 RELEASED_TYPES = ("multiple choice", "numerical", "regression", "math")
 BY_NAME = {module.NAME: module for module in map(find_source, BENCHMARKS)}
@@ -95,6 +102,8 @@ def notes_on(scored: list[dict], predictions: list[dict], pred_path: str) -> lis
     )
     if predictions[0]["made"] is None:
         notes.append("There is no .record.json beside the predictions: truncation is not known.")
+    if any(row["problem_type"] == "free-form" for row in scored):
+        notes.append("ours: free text by its ROUGE, which is no accuracy.")
     if failed := sum(row["failed"] for row in scored):
         notes.append(f"{failed} rows were never answered and count as wrong.")
     if "vsi_bench" not in pred_path and any(row["problem_type"] == "regression" for row in scored):
@@ -110,14 +119,42 @@ def notes_on(scored: list[dict], predictions: list[dict], pred_path: str) -> lis
     return notes + timeout_notes(sum(row["timeouts"] for row in scored)) + totals_of(scored)
 
 
-def score(pred_path: str, boxes: str | None) -> None:
+def judge_rows(scored: list[dict], predictions: list[dict], arguments: JudgeArguments, path: Path) -> list[str]:
+    """Ask a judge about consistency, and a model also whether free text is right; sentences on what it took."""
+    judge = make_judge(arguments)
+    with contextlib.ExitStack() as stack:
+        if cache := open_cache(arguments.verdict_cache, judge, beside=path):
+            stack.enter_context(cache)
+        add_verdicts(scored, predictions, judge, cache)
+        told = [f"judged: {judge.summary()} Agreement and kappa: with the rules' verdicts, unknown counted as one."]
+        if judge.caches and any(row["problem_type"] == "free-form" for row in scored):
+            judge = make_judge(replace(arguments, judge_prompt="correctness"))
+            add_correctness(scored, predictions, judge, cache)
+            free = [row for row in scored if row["right"] is not None]
+            by_rouge = ["consistent" if row["ours"] >= 0.5 else "inconsistent" for row in free]
+            same = agreement(by_rouge, [row["verdict"] for row in free])
+            told.append(
+                f"free text: of {len(free)} answers {np.mean([row['right'] for row in free]):.1%} right by the judge "
+                f"({sum(row['verdict'] == 'unknown' for row in free)} unknown, counted as wrong), mean ROUGE "
+                f"{np.mean([row['ours'] for row in free]):.3f}; it and ROUGE from 0.5 agree on "
+                f"{same['agreement']:.1%}, kappa {same['kappa']:.2f}. {judge.summary()}"
+            )
+    return told
+
+
+def score(pred_path: str, boxes: str | None, arguments: JudgeArguments) -> None:
     path = Path(pred_path)
     predictions = read_with_record(path)
     tubes = read_boxes(Path(boxes), predictions) if boxes else None
     scored = score_predictions(
         predictions, pred_path=pred_path, benchmark_of=benchmark_of, boxes=tubes
     )
-    lines, notes = lines_of(scored), notes_on(scored, predictions, pred_path)
+    for row, item in zip(scored, predictions, strict=True):
+        if official := getattr(BY_NAME.get(row["benchmark"]), "official_score", None):
+            options, truths = task_of(item["question"])["options"], truths_of(item["question"])
+            row["official"] = official(item["model_output"], options=options, truths=truths)
+    told = judge_rows(scored, predictions, arguments, path) if arguments.judge != "rules" else []
+    lines, notes = lines_of(scored), notes_on(scored, predictions, pred_path) + told
     print_table(path.stem, table_of(lines))
     print("", *map(printable, notes), sep="\n")
     rows = [{"position": position, **row} for position, row in enumerate(scored)]
@@ -152,8 +189,8 @@ def compare(names: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = HfArgumentParser(
+        JudgeArguments, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--pred_path", help="a file of predictions")
@@ -170,13 +207,18 @@ def main(argv: list[str] | None = None) -> None:
         help="m_vIoU, vIoU@.3 and vIoU@.5 of object and time, from the tracked objects' boxes, in one unit per "
         f"question: JSON, {BOXES}; frame n is at n / fps seconds",
     )
-    args = parser.parse_args(argv)
+    judging, args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if args.boxes and not args.pred_path:
         parser.error("--boxes goes with --pred_path")
-    if args.controls:
-        show_controls(Path(args.controls), RulesJudge())
+    if args.compare:
+        compare(args.compare)
+    elif args.controls:
+        judge = make_judge(judging)
+        show_controls(Path(args.controls), judge, open_cache(judging.verdict_cache, judge, beside=args.controls))
     else:
-        compare(args.compare) if args.compare else score(args.pred_path, args.boxes)
+        score(args.pred_path, args.boxes, judging)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def verify(arguments: VerifyArguments, options: PairOptions) -> None:
     policies = {item["values"]: item["counts"] for item in pc.value_counts(rollouts["policy"]).to_pylist()}
     tokenizer = recipe.load_tokenizer(arguments.tokenizer, found, policies)
     judge = recipe.make_judge(arguments)
-    cache = recipe.open_cache(arguments, judge)
+    cache = recipe.open_cache(arguments.verdict_cache, judge, beside=arguments.output_dir)
     # after all that can be wrong with the arguments
     folder = recipe.open_folder(arguments.output_dir)
     save_arguments(str(folder), arguments, options)

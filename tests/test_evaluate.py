@@ -6,11 +6,12 @@ import signal
 
 import numpy as np
 import pytest
-from conftest import make_row
 from torch.utils.data import get_worker_info
 
+from conftest import make_row
+from veripo_trl.answers.score import score_name
 from veripo_trl.data.schema import rows_to_dataset
-from veripo_trl.evaluate.generate import bootstrap_interval, generate, summarize
+from veripo_trl.evaluate.generate import bootstrap_interval, generate, summarize, task_of
 from veripo_trl.verifier.judges import judge_by_rules
 
 
@@ -25,6 +26,10 @@ def rows(count, **changes):
     return rows_to_dataset([make_row(f"q{place}", "", **changes) for place in range(count)])
 
 
+def verdicts_of(answers, dataset) -> list[str]:
+    return [judge_by_rules(each["completion"], **task_of(dataset[each["row"]])) for each in answers]
+
+
 def test_summary_counts_by_its_definitions():
     good = "<think>First is blue, so the answer is B.</think><answer>B</answer>"
     inconsistent = "<think>First is red, so the answer is A.</think><answer>B</answer>"
@@ -33,7 +38,11 @@ def test_summary_counts_by_its_definitions():
     broken = "no tags at all"
     answers = [answer(place, text) for place, text in enumerate([good, inconsistent, wrong, unknown, broken])]
     answers[4]["finish_reason"] = "length"
-    summary = summarize(answers, rows(5), judge=judge_by_rules)
+    verdicts = ["consistent", "inconsistent", "consistent", "unknown", "unknown"]
+    assert verdicts_of(answers, rows(5)) == verdicts
+    summary = summarize(answers, rows(5), verdicts=verdicts, second=["consistent", "consistent", *verdicts[2:]])
+    # four of five; by chance 2/5 · 3/5 + 1/5 · 0 + 2/5 · 2/5
+    assert summary["disagreement"] == pytest.approx(1 / 5) and summary["kappa"] == pytest.approx((0.8 - 0.4) / 0.6)
     assert summary["accuracy"] == pytest.approx(3 / 5)
     assert summary["format"] == pytest.approx(4 / 5)
     assert summary["inconsistency"] == pytest.approx(1 / 3)  # of the three whose verdict is known
@@ -45,13 +54,21 @@ def test_summary_counts_by_its_definitions():
 
 
 def test_no_known_verdict_is_no_number():
-    summary = summarize([answer(0, "nothing")], rows(1), judge=judge_by_rules)
+    summary = summarize([answer(0, "nothing")], rows(1), verdicts=["unknown"])
     assert math.isnan(summary["inconsistency"]) and summary["unknown"] == 1.0
 
 
 def test_nothing_to_summarize_is_an_error():
     with pytest.raises(ValueError, match="at least one"):
-        summarize([], rows(1), judge=judge_by_rules)
+        summarize([], rows(1), verdicts=[])
+
+
+def test_free_text_has_no_accuracy_but_rouge():
+    texts = ["<think>x</think><answer>red blue</answer>", "<think>x</think><answer>green</answer>", "none"]
+    free = rows(3, problem_type="free-form", options=[], solution="red blue")
+    summary = summarize([answer(n, text) for n, text in enumerate(texts)], free, verdicts=["unknown"] * 3)
+    assert summary["ROUGE: free-form"] == pytest.approx(1 / 3) and "accuracy: free-form" not in summary
+    assert score_name(summary) == "ROUGE" and score_name([*summary, "accuracy: numerical"]) == "accuracy"
 
 
 def test_interval_is_over_questions():

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from veripo_trl.evaluate.questions import _benchmark_rows, read_questions
 from veripo_trl.evaluate.run import OutputFiles, answer_questions, answered, write_outputs
 from veripo_trl.files.journal import Journal, JournalError
 from veripo_trl.files.run_folder import only_process
+from veripo_trl.recipe.verify_stage import JudgeArguments
 
 SCRIPT = Path(__file__).resolve().parent.parent / "evaluation" / "evaluation_vllm.py"
 TAIL = "\nAnswer with the option's letter from the given choices directly."
@@ -148,7 +150,7 @@ def test_the_readmes_commands_are_understood(script):
         assert script.parse_arguments(line[2:]).prompt_path
     options = set(re.findall(r"`(--\w+)", text))
     scripts = SCRIPT.read_text() + SCRIPT.with_name("calculate_score.py").read_text()
-    known = set(re.findall(r'"(--\w+)"', scripts))
+    known = {*re.findall(r'"(--\w+)"', scripts), *(f"--{field.name}" for field in fields(JudgeArguments))}
     assert options <= known and len(options) > 10
 
 

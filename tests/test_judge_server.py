@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from judge_server import JudgeServer, Reply
 
-from veripo_trl.verifier.judge_prompts import REPLY_SCHEMA, load_judge_prompt
+from veripo_trl.verifier.judge_prompts import load_judge_prompt, reply_schema
 from veripo_trl.verifier.judges import JudgeError
 from veripo_trl.verifier.reply_cache import VerdictCache
 from veripo_trl.verifier.server_judge import ServerJudge
@@ -90,7 +90,7 @@ def test_what_is_asked_and_what_comes_of_it():
         "model": "tiny-judge", "temperature": 0, "seed": 0, "max_tokens": 1024,
         "chat_template_kwargs": {"enable_thinking": False},
     }  # fmt: skip
-    assert body["response_format"]["json_schema"]["schema"] == REPLY_SCHEMA
+    assert body["response_format"]["json_schema"]["schema"] == reply_schema()
     assert [message["role"] for message in body["messages"]] == ["system", "user"]
     assert "authorization" not in server.log[0]["headers"]
 

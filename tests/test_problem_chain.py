@@ -24,7 +24,8 @@ CHAIN = {  # type: (solution, options, what the prompt says, a right answer, a w
     "regression": ("50", [], "best estimate", "50", "10", {"MAE": 20}),
     "math": ("\\frac{1}{2}", [], "in LaTeX", "0.5", "2", {}),
     "OCR": ("STOP", [], "exactly as it can be read", "STOP", "EXIT", {}),
-    "free-form": ("red blue green", [], "a short text", "red blue green", "a dog that sleeps", {}),
+    "free-form": ("red blue green", [], "a short text", "red blue green", "a dog that sleeps",
+                  {"ROUGE": 0.5}),
     "temporal grounding": ("5.0 to 11.0 of 20.0", [], "start and the end in seconds", "5 to 11", "12 to 15",
                            {"mIoU": 0.5, "R@.3": 0.5, "R@.5": 0.5, "R@.7": 0.5}),
     "grounded choice": ("B; 5.0 to 11.0", ["A. red", "B. blue"], "like B; 12.5 to 17.8", "B; 5 to 11", "A; 12 to 15",
@@ -91,7 +92,8 @@ def test_a_type_through_the_chain(problem_type, tokenizer, tmp_path):
 
     answers = [{"row": 0, "completion": text, "think_tokens": 9, "completion_tokens": 12, "finish_reason": "stop"}
                for text in texts[:2]]  # fmt: skip
-    summary = summarize(answers, dataset, judge=judge_by_rules)
+    verdicts = [judge_by_rules(text, problem_type=problem_type, options=row["options"]) for text in texts[:2]]
+    summary = summarize(answers, dataset, verdicts=verdicts)
     assert summary["accuracy"] == pytest.approx((1 + rewards[1]) / 2)
     expected = {f"{name}: {problem_type}": value for name, value in metrics.items()}
     own = [key for key in summary if ": " in key and not key.startswith("accuracy: ")]

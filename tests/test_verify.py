@@ -13,13 +13,13 @@ from veripo_trl.verifier.files import VERDICT_SCHEMA, write_files
 from veripo_trl.verifier.judge_prompts import (
     MAX_REASON_CHARS,
     MAX_THINK_CHARS,
-    REPLY_SCHEMA,
     JudgePromptError,
     ReplyError,
     check_reply,
     judge_messages,
     load_judge_prompt,
     read_reply,
+    reply_schema,
     settle,
 )
 from veripo_trl.verifier.judges import Judge, RulesJudge, judge_by_rules
@@ -201,7 +201,7 @@ def test_an_unreadable_reply(text, cause):
 
 
 def test_a_checked_reply_stays_as_it_is():
-    assert set(check_reply(json.loads(REPLY))) == set(REPLY_SCHEMA["required"])
+    assert set(check_reply(json.loads(REPLY))) == set(reply_schema()["required"])
     for reason in ("so B", "x " * 500, " a\n b ", "\U0001f600"):
         reply = read_reply(REPLY.replace('"so B"', json.dumps(reason)))
         assert check_reply(reply) == reply

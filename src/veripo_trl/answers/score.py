@@ -6,7 +6,7 @@ never raises; a malformed ground truth is refused by `check_solution` when the d
 
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from veripo_trl.answers.boxes import box_iou, box_metrics, read_box, same_box, true_box
@@ -17,7 +17,7 @@ from veripo_trl.answers.numbers import absolute_error, mean_relative_accuracy, r
 from veripo_trl.answers.objects import object_metrics, object_score, read_object, same_object, true_object
 from veripo_trl.answers.plain import words_of
 from veripo_trl.answers.spans import read_spans, same_spans, span_metrics, tiou, true_spans
-from veripo_trl.answers.texts import one_minus_word_error_rate, rouge, same_words
+from veripo_trl.answers.texts import one_minus_word_error_rate, rouge, rouge_metrics, same_words
 from veripo_trl.answers.yes_no import read_yes_no, true_yes_no
 from veripo_trl.errors import SolutionError
 
@@ -49,7 +49,7 @@ PROBLEM_TYPES = {
     "regression": ProblemType(read_number, true_number, mean_relative_accuracy, same_number, absolute_error),
     "math": ProblemType(_text, _text, same_math, same_math),
     "OCR": ProblemType(_text, _text, one_minus_word_error_rate, same_words),
-    "free-form": ProblemType(_text, _text, rouge, same_words),
+    "free-form": ProblemType(_text, _text, rouge, same_words, rouge_metrics),
     "temporal grounding": ProblemType(read_spans, true_spans, tiou, same_spans, span_metrics),
     "grounded choice": ProblemType(read_grounded, true_grounded, grounded_score, same_grounded, grounded_metrics),
     "object and time": ProblemType(read_object, true_object, object_score, same_object, object_metrics),
@@ -123,6 +123,11 @@ def answer_metrics(
     kind = _type_of(problem_type)
     said = read_answer(answer, problem_type=problem_type, options=options)
     return kind.metrics(said, kind.truth(solution, options))
+
+
+def score_name(keys: Iterable[str]) -> str:
+    """What the mean score of a summary with these keys is called: of free text alone it is no accuracy."""
+    return "ROUGE" if {key for key in keys if ": " in key} == {"ROUGE: free-form"} else "accuracy"
 
 
 def answers_match(a: str, b: str, *, problem_type: str, options: Sequence[str] | None = None) -> bool:

@@ -40,6 +40,10 @@ def rouge(answer: str, truth: str) -> float:
     return sum(score.fmeasure for score in _rouge_scorer().score(truth, answer).values()) / 3
 
 
+def rouge_metrics(answer: str | None, truth: str) -> dict[str, float]:
+    return {"ROUGE": 0.0 if answer is None else rouge(answer, truth)}
+
+
 def same_words(a: str, b: str) -> bool:
     first, second = ([w for w in re.findall(r"\w+", words_of(text)) if w not in _FILLERS] for text in (a, b))
     return bool(first) and first == second

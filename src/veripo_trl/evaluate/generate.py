@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,7 +27,7 @@ from veripo_trl.media.video import MediaError
 from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder, PromptTooLongError, vision_token_ids
 from veripo_trl.model.streaming import Stream, StreamEncoder
 from veripo_trl.shared_prompt.rollout import cut_at_end, sample_completions
-from veripo_trl.verifier.checks import inconsistency
+from veripo_trl.verifier.checks import agreement, inconsistency
 
 RESAMPLES = 1000
 GREEDY_BELOW = 1e-5  # a lower temperature is greedy decoding, as vLLM has it too
@@ -276,38 +276,41 @@ def end_ids(declared: int | list[int] | None, tokenizer) -> list[int]:
     return sorted({tokenizer.eos_token_id, *declared})
 
 
+def task_of(row: dict) -> dict:
+    """What a judge is told of a row."""
+    return {"problem_type": row["problem_type"], "options": row["options"]}
+
+
 def summarize(
-    answers: list[dict], dataset, *, judge: Callable[..., str], second_judge: Callable[..., str] | None = None
+    answers: list[dict], dataset, *, verdicts: list[str], second: list[str] | None = None
 ) -> dict[str, float | int]:
     """Score completions and average them.
 
     Args:
         answers: from `generate`. dataset: the rows that they answer.
-        judge: `(completion, problem_type=, options=) -> "consistent" | "inconsistent" | "unknown"`: the one whose
-            verdicts are reported. second_judge: another, only compared with the first.
+        verdicts: "consistent", "inconsistent" or "unknown" of each, by the judge that reports. second: another's, only
+            compared with them.
 
     Returns:
         `accuracy` with `accuracy_low`, `accuracy_high` (95% bootstrap over questions), `format` (share well formed),
         `inconsistency` (`verifier.checks.inconsistency`) with `inconsistency_low` and `inconsistency_high` (likewise),
         `unknown` (share),
         `accurate_and_consistent` (unknown counts as a miss), `think_tokens` and `completion_tokens` (means),
-        `truncated` (share), `questions`, `completions`, `accuracy: <problem type>` and a type's own metrics, as
-        `mIoU: <problem type>`; with a second judge
-        `disagreement`, the share of completions on which the two verdicts differ, unknown counted as a verdict.
+        `truncated` (share), `questions`, `completions`, `accuracy: <problem type>` (not of free text) and a type's own
+        metrics, as `mIoU: <problem type>` and `ROUGE: free-form`; with a second judge `disagreement` (share of
+        completions) and `kappa`, see `verifier.checks.agreement`. `accuracy` is the mean score: free text by its ROUGE.
     """
     if not answers:
         raise ValueError("Expected at least one completion to summarize, but got none.")
-    scores, verdicts, second, kinds, metrics = [], [], [], [], []
+    scores, kinds, metrics = [], [], []
     for answer in answers:
         row = dataset[answer["row"]]
-        task = {"problem_type": row["problem_type"], "options": row["options"]}
+        task = task_of(row)
         said = extract_answer(answer["completion"])
         scores.append(score_answer(said, solution=row["solution"], **task))
         metrics.append(answer_metrics(said, solution=row["solution"], **task))
-        verdicts.append(judge(answer["completion"], **task))
-        if second_judge is not None:
-            second.append(second_judge(answer["completion"], **task))
         kinds.append(row["problem_type"])
+    found = agreement(second, verdicts) if second else {}
     scores, verdicts, kinds = np.array(scores), np.array(verdicts), np.array(kinds)
     questions = np.array([answer["row"] for answer in answers])
     known, unclear = verdicts != "unknown", (math.nan, math.nan)
@@ -327,10 +330,13 @@ def summarize(
         "think_tokens": float(np.mean([answer["think_tokens"] for answer in answers])),
         "completion_tokens": float(np.mean([answer["completion_tokens"] for answer in answers])),
         "truncated": float(np.mean([answer["finish_reason"] == "length" for answer in answers])),
-        **({"disagreement": float(np.mean(verdicts != np.array(second)))} if second else {}),
+        **({"disagreement": 1.0 - found["agreement"], "kappa": found["kappa"]} if second else {}),
         "questions": len(set(questions.tolist())),
         "completions": len(answers),
-        **{f"accuracy: {kind}": float(scores[kinds == kind].mean()) for kind in sorted(set(kinds.tolist()))},
+        **{
+            f"accuracy: {kind}": float(scores[kinds == kind].mean())
+            for kind in sorted(set(kinds.tolist()) - {"free-form"})  # whose score is ROUGE
+        },
         **mean_metrics(metrics, kinds.tolist()),
     }
 
@@ -344,11 +350,16 @@ def mean_metrics(metrics: list[dict[str, float]], kinds: list[str]) -> dict[str,
     return {name: float(np.mean(some)) for name, some in sorted(values.items())}
 
 
-def bootstrap_interval(scores: np.ndarray, questions: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
-    """95% interval of the mean score, resampling questions, since completions of one question are not independent."""
+def bootstrap_means(scores: np.ndarray, questions: np.ndarray, *, resamples=RESAMPLES, seed: int = 0) -> np.ndarray:
+    """Mean scores of resampled questions, since completions of one question are not independent."""
     _, index = np.unique(questions, return_inverse=True)
     totals, counts = np.bincount(index, weights=scores), np.bincount(index)
-    drawn = np.random.default_rng(seed).integers(0, len(counts), size=(RESAMPLES, len(counts)))
-    means = totals[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    rng, number = np.random.default_rng(seed), len(counts)
+    drawn = (rng.integers(0, number, number) for _ in range(resamples))
+    return np.array([totals[places].sum() / counts[places].sum() for places in drawn])
+
+
+def bootstrap_interval(scores: np.ndarray, questions: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
+    """95% interval of the mean score, by `bootstrap_means`."""
+    low, high = np.quantile(bootstrap_means(scores, questions, seed=seed), [0.025, 0.975])
     return float(low), float(high)

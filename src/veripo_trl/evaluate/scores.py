@@ -25,10 +25,11 @@ from veripo_trl.answers.score import (
 )
 from veripo_trl.data.files import read_json
 from veripo_trl.data.schema import RowError, show
-from veripo_trl.evaluate.generate import RESAMPLES, bootstrap_interval, mean_metrics
+from veripo_trl.evaluate.generate import RESAMPLES, bootstrap_interval, bootstrap_means, mean_metrics
 from veripo_trl.evaluate.questions import content_hash, read_predictions, task_of, truths_of
-from veripo_trl.verifier.checks import inconsistency
-from veripo_trl.verifier.judges import judge_by_rules
+from veripo_trl.verifier.checks import agreement, inconsistency
+from veripo_trl.verifier.judges import Judge, judge_by_rules
+from veripo_trl.verifier.verify import judge_stream, judged_item
 
 PAIRED_RESAMPLES = 10_000
 RELEASED_LIMIT_S = 30.0  # of processor time
@@ -169,13 +170,15 @@ def score_predictions(
         task = task_of(prediction["question"])
         benchmark, categories = benchmark_of(prediction["question"])
         answer = extract_answer(output)
-        metrics = answer_metrics(answer, **task)
+        metrics, ours = answer_metrics(answer, **task), our_score(prediction)
+        if "ROUGE" in metrics:
+            metrics["ROUGE"] = ours  # of several truths the best, as in `ours`
         if boxes and task["problem_type"] == "object and time":
             said = read_answer(answer, problem_type=task["problem_type"], options=task["options"])
             metrics |= tube_metrics(said, boxes[str(prediction["question"]["question_id"])])
         scored.append(
             {
-                "ours": our_score(prediction),
+                "ours": ours,
                 "released": released_score(prediction, pred_path=pred_path),
                 "metrics": metrics,
                 "benchmark": benchmark,
@@ -192,6 +195,50 @@ def score_predictions(
     return scored
 
 
+def add_verdicts(scored: list[dict], predictions: list[dict], judge: Judge, cache) -> None:
+    """Give each scored prediction `judged`, a judge's verdict on its consistency beside that of the rules."""
+    tasks = [task_of(item["question"]) for item in predictions]
+    items = [
+        judged_item(item["model_output"], problem_type=task["problem_type"], options=task["options"])
+        for item, task in zip(predictions, tasks, strict=True)
+    ]
+    said = tqdm(judge_stream(items, judge=judge, cache=cache), desc="judge", unit="row", total=len(items))
+    for row, verdict in zip(scored, said, strict=True):
+        row["judged"] = verdict["consistency"]
+
+
+def add_correctness(scored: list[dict], predictions: list[dict], judge: Judge, cache) -> None:
+    """Give each prediction of free text `right`: 1 where a judge finds the answer right, 0 where not or unknown, and the
+    `verdict` itself; None where our rules score the type."""
+    places = [place for place, row in enumerate(scored) if row["problem_type"] == "free-form"]
+    items = []
+    for place in places:
+        row = predictions[place]["question"]
+        answer, truths = extract_answer(predictions[place]["model_output"]), truths_of(row)
+        problem = str(row.get("processed_question") or row["problem"])
+        task = {"problem_type": "free-form", "options": None}
+        items.append({"question": problem, "think": "\n".join(truths), "answer": answer, **task})
+    said = list(tqdm(judge_stream(items, judge=judge, cache=cache), desc="judge", unit="answer", total=len(items)))
+    for row in scored:
+        row["right"] = None
+    for place, verdict in zip(places, said, strict=True):
+        scored[place] |= {"right": float(verdict["consistency"] == "consistent"), "verdict": verdict["consistency"]}
+
+
+def judged_means(scored: list[dict]) -> dict[str, float]:
+    """What `add_verdicts` and `add_correctness` add to a summary: `judge_inconsistency`, `judge_unknown`, `agreement` and
+    `kappa` of the judge and the rules, and `ours_judged`: `ours` with free text by the judge in place of ROUGE."""
+    found = {}
+    if "judged" in scored[0]:
+        verdicts = [row["judged"] for row in scored]
+        found = agreement([row["consistency"] for row in scored], verdicts)
+        found["judge_inconsistency"] = inconsistency(Counter(verdicts))
+        found["judge_unknown"] = verdicts.count("unknown") / len(scored)
+    if "right" in scored[0]:
+        found["ours_judged"] = float(np.mean([row["ours"] if row["right"] is None else row["right"] for row in scored]))
+    return found
+
+
 # ----------------------------------------------------------------------------------------------------- summaries
 
 
@@ -202,12 +249,14 @@ def summarize_scores(scored: list[dict]) -> dict[str, float | int]:
         `rows`, `failed` (counted as wrong), `ours` with `ours_low`, `ours_high` (95% bootstrap over rows), `released`,
         `unparsable` (share without a readable answer), `truncated` (share of the rows where it is known, else NaN),
         `inconsistency` (`verifier.checks.inconsistency`), `unknown` (share), `think_length` (mean over rows that were
-        answered), `timeouts` (sum); the types' own metrics, as `mIoU: <problem type>`.
+        answered), `timeouts` (sum); what `judged_means` gives; `official`, where each has it; the types' own metrics, as
+        `mIoU: <problem type>`.
     """
     ours = np.array([row["ours"] for row in scored])
     low, high = bootstrap_interval(ours, np.arange(len(ours)))
     verdicts = Counter(row["consistency"] for row in scored)
     truncated = [row["truncated"] for row in scored if row["truncated"] is not None]
+    official = [row.get("official") for row in scored]
     lengths = [row["think_length"] for row in scored if not row["failed"]]
     return {
         "rows": len(scored),
@@ -222,6 +271,8 @@ def summarize_scores(scored: list[dict]) -> dict[str, float | int]:
         "unknown": verdicts["unknown"] / len(scored),
         "think_length": float(np.mean(lengths)) if lengths else math.nan,
         "timeouts": sum(row["timeouts"] for row in scored),
+        **judged_means(scored),
+        **({} if None in official else {"official": sum(official) / len(scored)}),
         **mean_metrics([row["metrics"] for row in scored], [row["problem_type"] for row in scored]),
     }
 
@@ -282,8 +333,7 @@ def compare_scores(first: np.ndarray, second: np.ndarray, *, seed: int = 0) -> d
     """
     differences = second - first
     better, worse, count = int((differences > 0).sum()), int((differences < 0).sum()), len(differences)
-    rng = np.random.default_rng(seed)
-    means = np.array([differences[rng.integers(0, count, count)].mean() for _ in range(PAIRED_RESAMPLES)])
+    means = bootstrap_means(differences, np.arange(count), resamples=PAIRED_RESAMPLES, seed=seed)
     low, high = np.quantile(means, [0.025, 0.975]).tolist()
     if np.isin([first, second], (0.0, 1.0)).all():
         p, test = mcnemar_p(better, worse), "McNemar, exact"

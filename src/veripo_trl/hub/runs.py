@@ -4,6 +4,7 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
+from veripo_trl.answers.score import score_name
 from veripo_trl.files.disk import read_json
 from veripo_trl.files.tables import finite
 from veripo_trl.hub.cards import (
@@ -26,7 +27,6 @@ SETTINGS = (  # of a run's arguments, those that a card names
     "beta", "seed",
 )  # fmt: skip
 SCORES = {
-    "accuracy": "accuracy (95%)",
     "inconsistency": "inconsistent (95%)",
     "accurate_and_consistent": "accurate and consistent",
 }
@@ -180,7 +180,8 @@ def _scores(results: dict) -> list[dict[str, str]]:
         for decoding, found in finite(results.get(when) or {}).items():
             line = {"policy": when, "decoding": decoding, "questions": f"{found['questions']:,}"}
             for key in ("accuracy", "inconsistency", "unknown", "accurate_and_consistent"):
-                line[SCORES.get(key, key)] = _share(*(found.get(f"{key}{end}") for end in ("", "_low", "_high")))
+                name = score_name(found) + " (95%)" if key == "accuracy" else SCORES.get(key, key)
+                line[name] = _share(*(found.get(f"{key}{end}") for end in ("", "_low", "_high")))
             kinds = {name: value for name, value in found.items() if ": " in name and value is not None}
             line["by type"] = ", ".join(f"{name.removeprefix('accuracy: ')} {value:.3g}" for name, value in kinds.items())
             lines.append(line)

@@ -17,7 +17,8 @@ def show(run: Run, stages: list[dict]) -> None:
     )
     print(
         "inconsistent = inconsistent / (consistent + inconsistent); accurate+consistent counts unknown as a miss; "
-        "judges differ = share of answers on which the judge that reports and `rules` give two verdicts."
+        "judges differ = share of answers on which the judge that reports and `rules` give two verdicts; in accuracy "
+        "free text counts by its ROUGE."
     )
     if both := reporting & curating:
         names = ", ".join(sorted(both))

@@ -18,6 +18,8 @@ from veripo_trl.methods import METHODS, load_methods
 from veripo_trl.model.policy import SEEING
 from veripo_trl.options import option
 from veripo_trl.recipe.console import silence
+from veripo_trl.verifier.judge_prompts import load_judge_prompt
+from veripo_trl.verifier.server_judge import ServerJudge
 
 
 def _as_trained(name: str, text: str):
@@ -80,9 +82,31 @@ class ReportArguments:
     report_samples: int = option("Sampled answers per question, beside the greedy one.", 2)
     report_max_new_tokens: int = option("Longest answer, in tokens.", 1024)
     report_judge: str = option(
-        "Who judges consistency: rules, or tiny, by the embedded world's templates.", "rules", choices=("rules", "tiny")
+        "Who judges consistency: rules, server (a model, beside the rules), or tiny, by the embedded world's templates.",
+        "rules",
+        choices=("rules", "server", "tiny"),
+    )
+    report_judge_kwargs: str | None = option(
+        "Of server, as a mapping or JSON: url, model, and any of prompt, verdict_cache, api_key_env, concurrency, "
+        "timeout_s, max_retries, request_options. It must answer while the stage runs."
     )
     report_before: bool = option("Evaluate before training too.", True)
+
+    def __post_init__(self):
+        self.report_judge_kwargs = read_mapping("report_judge_kwargs", self.report_judge_kwargs)
+        given, server = (self.report_judge_kwargs or {}).keys(), self.report_judge == "server"
+        known = {"verdict_cache", *(setting.name for setting in fields(ServerJudge))}
+        if not server and given or server and not {"url", "model"} <= given <= known:
+            raise ConfigError(
+                f"report_judge_kwargs: for report_judge: server expected url, model and any of "
+                f"{', '.join(sorted(known))}, for another none; got {self.report_judge_kwargs!r} for {self.report_judge}."
+            )
+        if server:
+            self.server_judge()  # its prompt, URL and key are looked at before a run
+
+    def server_judge(self) -> ServerJudge:
+        options = {name: value for name, value in self.report_judge_kwargs.items() if name != "verdict_cache"}
+        return ServerJudge(**{**options, "prompt": load_judge_prompt(options.get("prompt", "consistency"))})
 
 
 @dataclass

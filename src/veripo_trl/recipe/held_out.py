@@ -2,15 +2,18 @@
 
 import math
 
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 
+from veripo_trl.answers.score import score_name
 from veripo_trl.data.rows import load_rows
-from veripo_trl.evaluate.generate import generate, summarize
+from veripo_trl.evaluate.generate import generate, summarize, task_of
 from veripo_trl.recipe.arguments import ReportArguments, StopArguments
+from veripo_trl.recipe.verify_stage import open_cache
 from veripo_trl.tiny.judge import judge as judge_by_templates
 from veripo_trl.trainers.engines import whole_policy
 from veripo_trl.verifier.judges import judge_by_rules
+from veripo_trl.verifier.verify import judge_stream, judged_item
 
 
 def evaluate_policy(
@@ -42,9 +45,36 @@ def evaluate_policy(
             progress=progress if accelerator.is_main_process else None,
         )
     answers = gather_object([{**answer, "row": own[answer["row"]]} for answer in answers])
-    if report.report_judge == "tiny":
-        return summarize(answers, dataset, judge=judge_by_templates, second_judge=judge_by_rules)
-    return summarize(answers, dataset, judge=judge_by_rules)
+    found = [None]
+    if accelerator.is_main_process:  # a server is asked once
+        found = [verdicts_on(answers, dataset, report, beside=trainer.args.output_dir)]
+    verdicts = broadcast_object_list(found)[0]
+    second = None if report.report_judge == "rules" else _by_function(judge_by_rules, answers, dataset)
+    return summarize(answers, dataset, verdicts=verdicts, second=second)
+
+
+def _by_function(judge, answers: list[dict], dataset) -> list[str]:
+    return [judge(answer["completion"], **task_of(dataset[answer["row"]])) for answer in answers]
+
+
+def verdicts_on(answers: list[dict], dataset, report: ReportArguments, *, beside: str) -> list[str]:
+    """The verdict of `report_judge` on each answer.
+
+    Args:
+        beside: a folder; the cache of a server's replies lies beside it, where the settings name none.
+
+    Raises:
+        JudgeError: the server cannot be asked; what it had said is in the cache.
+    """
+    if report.report_judge != "server":
+        judge = judge_by_templates if report.report_judge == "tiny" else judge_by_rules
+        return _by_function(judge, answers, dataset)
+    judge, cache = report.server_judge(), report.report_judge_kwargs.get("verdict_cache")
+    items = (judged_item(answer["completion"], **task_of(dataset[answer["row"]])) for answer in answers)
+    with open_cache(cache, judge, beside=beside) as cache:
+        verdicts = [verdict["consistency"] for verdict in judge_stream(items, judge=judge, cache=cache)]
+    print(f"held-out consistency: {judge.summary()}", flush=True)
+    return verdicts
 
 
 class HeldOutEvaluation(TrainerCallback):
@@ -85,15 +115,18 @@ class HeldOutEvaluation(TrainerCallback):
         """The rows of the table at the end."""
         keys = {key for found in self.found.values() for summary in (found or {}).values() for key in summary}
         metrics = sorted(key for key in keys if ": " in key and not key.startswith("accuracy: "))
+        score = score_name(keys)
         return [
             {
                 "policy": when,
                 "decoding": decoding,
-                "accuracy": summary["accuracy"],
+                score: summary["accuracy"],
                 "95% interval": f"{summary['accuracy_low']:.3f}–{summary['accuracy_high']:.3f}",
                 "format": summary["format"],
                 "inconsistent": summary["inconsistency"],
                 "unknown": summary["unknown"],
+                **({"judges differ": summary.get("disagreement", math.nan)} if "disagreement" in keys else {}),
+                **({"kappa": summary.get("kappa", math.nan)} if "kappa" in keys else {}),
                 "accurate+consistent": summary["accurate_and_consistent"],
                 "think tokens": summary["think_tokens"],
                 **{key: summary.get(key, math.nan) for key in metrics},
@@ -130,7 +163,7 @@ class StopAtAccuracy(TrainerCallback):
         summary = evaluate_policy(self.trainer, self.dataset, self.report, decoding="greedy")
         self.seen().append({"step": state.global_step, **summary})
         if state.is_world_process_zero:
-            kinds = [key for key in summary if key.startswith("accuracy: ")]
+            kinds = [key for key in summary if key.startswith(("accuracy: ", "ROUGE: "))]
             parts = ", ".join(f"{key.removeprefix('accuracy: ')} {summary[key]:.2f}" for key in kinds)
             print(
                 f"step {state.global_step}: development accuracy {summary['accuracy']:.3f} ({parts}), "

@@ -36,8 +36,53 @@ from veripo_trl.verifier.summary import card_facts
 JUDGES = ("rules", "server", "local")
 
 
-@dataclass
-class VerifyArguments:
+@dataclass(kw_only=True)
+class JudgeArguments:
+    """Who judges, and how it is asked."""
+
+    judge: str = option(
+        f"Who judges consistency: {', '.join(JUDGES)}, or the user's own as module:function.",
+        "rules",
+    )
+    judge_url: str | None = option("Of an OpenAI-compatible endpoint, with its /v1.")
+    judge_model: str | None = option("Its name there, or the local model.")
+    judge_api_key_env: str | None = option(
+        "Name of the environment variable that holds the endpoint's key."
+    )
+    judge_prompt: str = option("A file of verifier_prompts/ by its name, or a path.", "consistency")
+    judge_concurrency: int = option("Requests under way at once.", 64)
+    judge_timeout_s: float = option("Seconds before a request is given up.", 120.0)
+    judge_retries: int = option("Further tries of a request that failed.", 5)
+    judge_request_options: str | None = option(
+        'As JSON. judge server: more of a request, like {"max_tokens": 2048} or {"chat_template_kwargs": '
+        '{"enable_thinking": false}}. judge local: how it is loaded and asked, any of revision (on the Hub), dtype '
+        "(auto, float32, bfloat16, float16), device (cuda, cpu), batch_size (16), max_new_tokens (512, of a reply)."
+    )
+    verdict_cache: str | None = option(
+        "SQLite file of what judge models said, on a local disk (on a network disk SQLite's locks may not hold). "
+        "Default: verdict_cache.sqlite beside the folder that is written, so that it outlives that and serves every "
+        "iteration. Rules are not cached: they are faster."
+    )
+
+    def __post_init__(self):
+        if isinstance(self.judge_request_options, str):
+            with contextlib.suppress(ValueError):  # refused as a text
+                self.judge_request_options = json.loads(self.judge_request_options)
+        check = partial(check_setting, self)
+        fits = self.judge in JUDGES or is_user_function(self.judge)
+        check("judge", fits, f"one of {', '.join(JUDGES)}, or module:function")
+        model_less = self.judge not in ("server", "local")
+        check("judge_url", self.judge_url or self.judge != "server", "a URL, for judge: server")
+        check("judge_model", self.judge_model or model_less, f"a name, for judge: {self.judge}")
+        check("judge_concurrency", self.judge_concurrency >= 1, "1 or more")
+        check("judge_timeout_s", self.judge_timeout_s > 0, "more than 0")
+        check("judge_retries", self.judge_retries >= 0, "0 or more")
+        fine = isinstance(self.judge_request_options, dict | None)
+        check("judge_request_options", fine, 'JSON like {"max_tokens": 2048}')
+
+
+@dataclass(kw_only=True)
+class VerifyArguments(JudgeArguments):
     """What is judged, by whom, and where the result goes."""
 
     output_dir: str = field(metadata={"help": "Folder for verdicts, pairs and tables."})
@@ -67,29 +112,6 @@ class VerifyArguments:
     reward_kwargs: str | None = option(
         "Its options, as in the GRPO run: {accuracy_absolute_range: {max_range: 1}}."
     )
-    judge: str = option(
-        f"Who judges consistency: {', '.join(JUDGES)}, or the user's own as module:function.",
-        "rules",
-    )
-    judge_url: str | None = option("Of an OpenAI-compatible endpoint, with its /v1.")
-    judge_model: str | None = option("Its name there, or the local model.")
-    judge_api_key_env: str | None = option(
-        "Name of the environment variable that holds the endpoint's key."
-    )
-    judge_prompt: str = option("A file of verifier_prompts/ by its name, or a path.", "consistency")
-    judge_concurrency: int = option("Requests under way at once.", 64)
-    judge_timeout_s: float = option("Seconds before a request is given up.", 120.0)
-    judge_retries: int = option("Further tries of a request that failed.", 5)
-    judge_request_options: str | None = option(
-        'As JSON. judge server: more of a request, like {"max_tokens": 2048} or {"chat_template_kwargs": '
-        '{"enable_thinking": false}}. judge local: how it is loaded and asked, any of revision (on the Hub), dtype '
-        "(auto, float32, bfloat16, float16), device (cuda, cpu), batch_size (16), max_new_tokens (512, of a reply)."
-    )
-    verdict_cache: str | None = option(
-        "SQLite file of what judge models said, on a local disk (on a network disk SQLite's locks may not hold). "
-        "Default: verdict_cache.sqlite beside output_dir, so that it outlives that folder and serves every iteration. "
-        "Rules are not cached: they are faster."
-    )
     drop_solved_share: float = option(
         "Share of the questions with all rollouts right that solved.json drops.", 0.8
     )
@@ -100,29 +122,17 @@ class VerifyArguments:
     hub_license: str = option("Licence in the cards, by the Hub's identifier.", "unknown")
 
     def __post_init__(self):
-        if isinstance(self.judge_request_options, str):
-            with contextlib.suppress(ValueError):  # refused as a text
-                self.judge_request_options = json.loads(self.judge_request_options)
+        super().__post_init__()
         check = partial(check_setting, self)
         check("rollouts", self.rollouts, "a list of folders or a Hub dataset")
         of_hub = len(self.rollouts) == 1 and not is_local(self.rollouts[0])
         fits = of_hub or not self.rollouts_revision
         check("rollouts_revision", fits, "one Hub dataset as `rollouts` beside it")
         check("limit", self.limit is None or self.limit >= 1, "1 or more")
-        for name, known in (("judge", JUDGES), ("accuracy_reward", ACCURACIES)):
-            given = getattr(self, name)
-            words = f"one of {', '.join(known)}, or module:function"
-            check(name, given in known or is_user_function(given), words)
+        fits = self.accuracy_reward in ACCURACIES or is_user_function(self.accuracy_reward)
+        check("accuracy_reward", fits, f"one of {', '.join(ACCURACIES)}, or module:function")
         self.reward_kwargs = read_mapping("reward_kwargs", self.reward_kwargs)
         self.reward()
-        model_less = self.judge not in ("server", "local")
-        check("judge_url", self.judge_url or self.judge != "server", "a URL, for judge: server")
-        check("judge_model", self.judge_model or model_less, f"a name, for judge: {self.judge}")
-        check("judge_concurrency", self.judge_concurrency >= 1, "1 or more")
-        check("judge_timeout_s", self.judge_timeout_s > 0, "more than 0")
-        check("judge_retries", self.judge_retries >= 0, "0 or more")
-        fine = isinstance(self.judge_request_options, dict | None)
-        check("judge_request_options", fine, 'JSON like {"max_tokens": 2048}')
         check("drop_solved_share", 0 <= self.drop_solved_share <= 1, "a share from 0 to 1")
         for name in ("hub_pairs_id", "hub_verdicts_id") if self.push_to_hub else ():
             check(name, getattr(self, name), "a name, for push_to_hub")
@@ -212,7 +222,7 @@ def load_tokenizer(name: str | None, rollout_files: list[Path], policies: Iterab
 # ------------------------------------------------------------------------------------------------ who is asked
 
 
-def make_judge(arguments: VerifyArguments) -> Judge:
+def make_judge(arguments: JudgeArguments) -> Judge:
     """The judge of the arguments; a local one is imported only where it is used."""
     if arguments.judge == "rules":
         return RulesJudge()
@@ -243,12 +253,12 @@ def make_judge(arguments: VerifyArguments) -> Judge:
     )
 
 
-def open_cache(arguments: VerifyArguments, judge: Judge) -> VerdictCache | None:
-    """The cache of the judge's replies, if it keeps them in one. Raises CacheError if that cannot be opened."""
+def open_cache(path: str | None, judge: Judge, *, beside: str | Path) -> VerdictCache | None:
+    """The cache of the judge's replies, if it keeps them in one: at `path`, or `beside` what is written. Raises
+    CacheError if that cannot be opened."""
     if not judge.caches:
         return None
-    beside = Path(arguments.output_dir).absolute().parent / "verdict_cache.sqlite"
-    cache = VerdictCache(arguments.verdict_cache or beside)
+    cache = VerdictCache(path or Path(beside).absolute().parent / "verdict_cache.sqlite")
     print(f"verdict cache: {cache.path}, {len(cache)} replies", flush=True)
     return cache
 

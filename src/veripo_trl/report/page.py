@@ -7,6 +7,7 @@ from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
 
+from veripo_trl.answers.score import score_name
 from veripo_trl.files.tables import finite
 from veripo_trl.report.plots import (
     DECODINGS,
@@ -160,7 +161,7 @@ def _held_out_rows(points: list[dict]) -> list[dict[str, str]]:
             row = {
                 "policy after": point["label"],
                 "decoding": decoding,
-                "accuracy": _percent(values.get("accuracy")),
+                score_name(keys): _percent(values.get("accuracy")),
                 "95% interval": f"{_percent(values.get('accuracy_low'))}–{_percent(values.get('accuracy_high'))}",
                 "accurate and consistent": _percent(values.get("accurate_and_consistent")),
                 "inconsistent": _percent(values.get("inconsistency")),

@@ -158,9 +158,14 @@ def table_of(lines: list[dict]) -> list[dict[str, str]]:
     """The lines for people, also as a file of scores has them, in which NaN is null. Last the types' own metrics, of
     which MAE is in the truth's units."""
     metrics = sorted({key for line in lines for key in line if ": " in key})
+    further = {
+        "official %": "official", "judged: ours %": "ours_judged", "judged: inconsistent %": "judge_inconsistency",
+        "judged: unknown %": "judge_unknown", "judges agree %": "agreement",
+    }  # fmt: skip
+    further = {name: key for name, key in further.items() if any(key in line for line in lines)}
 
-    def shown(value: float | None, scale: int = 100) -> str:
-        return "–" if value is None or math.isnan(value) else f"{scale * value:.1f}"
+    def shown(value: float | None, scale: int = 100, places: int = 1) -> str:
+        return "–" if value is None or math.isnan(value) else f"{scale * value:.{places}f}"
 
     return [
         {
@@ -174,6 +179,8 @@ def table_of(lines: list[dict]) -> list[dict[str, str]]:
             "inconsistent %": shown(line["inconsistency"]),
             "unknown %": shown(line["unknown"]),
             "thinking": shown(line["think_length"], 1),
+            **{name: shown(line.get(key)) for name, key in further.items()},
+            **({"kappa": shown(line.get("kappa"), 1, 2)} if "agreement" in further.values() else {}),
             **{
                 key if "MAE" in key else f"{key} %": shown(line.get(key), 1 if "MAE" in key else 100)
                 for key in metrics

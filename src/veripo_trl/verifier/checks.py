@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 from veripo_trl.answers.rewards import accuracy_reward
 from veripo_trl.answers.score import SolutionError, is_well_formed, split_completion
@@ -34,6 +35,15 @@ def inconsistency(verdicts: Mapping[str, int]) -> float:
     """inconsistent / (consistent + inconsistent), of counts by verdict: unknown ones are left out; NaN if all are."""
     known = verdicts.get("consistent", 0) + verdicts.get("inconsistent", 0)
     return verdicts.get("inconsistent", 0) / known if known else math.nan
+
+
+def agreement(first: Sequence[str], second: Sequence[str]) -> dict[str, float]:
+    """How far two judges give one verdict on the same things, unknown counted as a verdict: `agreement` (share), `kappa`
+    (Cohen's: 1 is full, 0 what chance would give; NaN where each says one thing throughout)."""
+    total, same = len(first), sum(a == b for a, b in zip(first, second, strict=True))
+    one, other = Counter(first), Counter(second)
+    chance = sum(one[verdict] * other[verdict] for verdict in one) / total**2
+    return {"agreement": same / total, "kappa": (same / total - chance) / (1 - chance) if chance < 1 else math.nan}
 
 
 def check_rollouts(

@@ -23,18 +23,28 @@ PROMPTS = Path(__file__).resolve().parents[3] / "verifier_prompts"
 MAX_THINK_CHARS = 20_000
 MAX_ANSWER_CHARS = 2_000
 MAX_REASON_CHARS = 300
-REPLY_SCHEMA = {
-    "type": "object",
-    "properties": {
-        "concluded_answer": {"type": ["string", "null"]},
-        "consistent": {"type": ["boolean", "null"]},
-        "reason": {"type": "string"},
-    },
-    "required": ["concluded_answer", "consistent", "reason"],
-    "additionalProperties": False,
-}
 _KINDS = {"concluded_answer": str | None, "consistent": bool | None, "reason": str}
-_TAGS = {"thinking": "thinking", "answer": "given-answer", "options": "options"}  # of placeholders
+# What is asked, by the placeholders of a prompt and their tags, and the judge's own names of `_KINDS`.
+_ASKED = {
+    "consistency": ({"thinking": "thinking", "answer": "given-answer", "options": "options"}, tuple(_KINDS)),
+    "correctness": (
+        {"question": "question", "truth": "right-answer", "answer": "given-answer"},
+        ("extracted_answer", "correct", "reason"),
+    ),
+}
+
+
+def reply_schema(asks: str = "consistency") -> dict:
+    text, said, reason = _ASKED[asks][1]
+    types = {text: ["string", "null"], said: ["boolean", "null"], reason: "string"}
+    return {
+        "type": "object",
+        "properties": {name: {"type": type_} for name, type_ in types.items()},
+        "required": list(types),
+        "additionalProperties": False,
+    }
+
+
 _RENDERING = 1  # part of the version: raise it when `judge_messages` renders a prompt differently
 # Begins a tag or a special token in some chat template: <|im_end|>, </s>, <start_of_turn>, <｜User｜>, [/INST].
 _TAG = re.compile(r"<(?=[A-Za-z/|!｜▁])|\[(?=/?[A-Z_]{3,}\])")
@@ -55,11 +65,13 @@ class ReplyError(ValueError):
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """A parsed prompt file. `version`: 16 hex digits over the content, without the file's comments."""
+    """A parsed prompt file. `version`: 16 hex digits over the content, without the file's comments. `asks`:
+    "consistency" of thinking and answer, or "correctness" of an answer beside the truth, by its placeholders."""
 
     system: str
     user: str
     version: str
+    asks: str = "consistency"
 
 
 def load_judge_prompt(name: str | Path) -> JudgePrompt:
@@ -79,14 +91,16 @@ def load_judge_prompt(name: str | Path) -> JudgePrompt:
         ) from error
     fits = isinstance(content, dict) and all(isinstance(text, str) for text in content.values())
     fits = fits and content.keys() == {"system", "user"}
-    if not fits or any(content["user"].count(f"{{{part}}}") != 1 for part in _TAGS):
+    asks = "correctness" if fits and "{truth}" in content["user"] else "consistency"
+    tags = _ASKED[asks][0]
+    if not fits or any(content["user"].count(f"{{{part}}}") != 1 for part in tags):
         raise JudgePromptError(
             f"judge prompt {path}: expected two texts, system and user, and in user exactly once each of "
-            f"{', '.join(f'{{{part}}}' for part in _TAGS)}; came {content!r:.200}."
+            f"{', '.join(f'{{{part}}}' for part in tags)}; came {content!r:.200}."
         )
-    versioned = {"rendering": _RENDERING, "schema": REPLY_SCHEMA, **content}
+    versioned = {"rendering": _RENDERING, "schema": reply_schema(asks), **content}
     version = hashlib.sha256(json.dumps(versioned, sort_keys=True).encode()).hexdigest()[:16]
-    return JudgePrompt(content["system"].strip(), content["user"].strip(), version)
+    return JudgePrompt(content["system"].strip(), content["user"].strip(), version, asks)
 
 
 # ------------------------------------------------------------------------------------------------------- asking
@@ -96,7 +110,8 @@ def judged_text(item: dict) -> str:
     """All that a judge may see of an item, in one canonical text: what verdicts are cached by."""
     think, options = item["think"], list(item["options"] or ())
     left_out = max(len(think) - MAX_THINK_CHARS, 0)
-    return json.dumps([think[left_out:], left_out, item["answer"], options], ensure_ascii=False)
+    own = [item["question"]] if "question" in item else []
+    return json.dumps([think[left_out:], left_out, item["answer"], options, *own], ensure_ascii=False)
 
 
 def harmless(text: str) -> str:
@@ -105,20 +120,24 @@ def harmless(text: str) -> str:
 
 
 def judge_messages(prompt: JudgePrompt, item: dict) -> list[dict[str, str]]:
-    """The chat messages for one item: `think`, `answer` (texts) and `options` (list or None)."""
+    """The chat messages for one item: `think`, `answer` (texts) and `options` (list or None); of a prompt that asks for
+    correctness `question` too, and `think` is the truth."""
+    if prompt.asks == "correctness" and "question" not in item:
+        raise JudgePromptError("judge prompt: expected one with {thinking}; with {truth} it asks for correctness.")
     # The code depends on the text alone, so that the same text is the same request.
     code = hashlib.sha256(judged_text(item).encode("utf-8", "replace")).hexdigest()[:16]
     think, options = item["think"], "\n".join(item["options"] or ())
     left_out = max(len(think) - MAX_THINK_CHARS, 0)
     note = f"[The first {left_out} characters are left out here.]\n" if left_out else ""
     texts = {"thinking": note + think[left_out:], "answer": item["answer"], "options": options}
+    texts |= {"truth": think, "question": item.get("question", "")}
     values = {"code": code}
-    for part, tag in _TAGS.items():
+    for part, tag in _ASKED[prompt.asks][0].items():
         tagged = f"<{tag}-{code}>\n{harmless(texts[part])}\n</{tag}-{code}>"
         values[part] = tagged if texts[part] else ""
     lines = [line for line in prompt.user.split("\n") if options or line.strip() != "{options}"]
     # One pass: braces in a rollout are text, never placeholders.
-    pattern, user = r"\{(thinking|answer|options|code)\}", "\n".join(lines)
+    pattern, user = rf"\{{({'|'.join(values)})\}}", "\n".join(lines)
     user = re.sub(pattern, lambda match: values[match[1]], user)
     system = [{"role": "system", "content": prompt.system}] if prompt.system else []
     return [*system, {"role": "user", "content": user}]
@@ -132,8 +151,9 @@ def _pairs(pairs: list[tuple]) -> dict | list:
     return dict(pairs) if len(dict(pairs)) == len(pairs) else pairs
 
 
-def read_reply(text: object) -> dict:
-    """The reply as `{"concluded_answer", "consistent", "reason"}`: the whole text must be that one JSON object.
+def read_reply(text: object, asks: str = "consistency") -> dict:
+    """The reply as `{"concluded_answer", "consistent", "reason"}`, whatever names a prompt that asks for something
+    else has for them: the whole text must be that one JSON object.
 
     White space, one code fence and a leading `<think>…</think>` around it are accepted.
 
@@ -151,6 +171,9 @@ def read_reply(text: object) -> dict:
     # A plain ValueError: an integer of more digits than Python converts.
     except (ValueError, RecursionError) as error:
         raise ReplyError("not JSON", f"{error} in {text!r:.80}") from None
+    if asks != "consistency" and isinstance(reply, dict):
+        names = dict(zip(_ASKED[asks][1], _KINDS, strict=True))
+        reply = {names.get(key, f"another: {key}"): value for key, value in reply.items()}
     return check_reply(reply)
 
 
@@ -181,10 +204,19 @@ def settle(reply: dict, item: dict) -> dict:
     The judge says what the thinking concludes; whether that is the given answer is compared here, as the reward compares
     (`score.answers_match`). Where the judge's own `consistent` says otherwise, it contradicts itself and the verdict
     is unknown. A reason begins with the cause, up to a colon, unless the verdict is known.
+
+    An item with a `question` was judged for correctness, with the truth as `think` (several are right: one a line):
+    "consistent" is right.
     """
     concluded, said, reason = reply["concluded_answer"], reply["consistent"], reply["reason"]
     kind, options, answer = item["problem_type"], item["options"], item["answer"]
 
+    if "question" in item:  # is the answer right? The judge alone decides, unless it refuses the truth's own words
+        unclear = "undecided" if said is None else None
+        if said is False and any(answers_match(answer, truth, problem_type=kind) for truth in item["think"].split("\n")):
+            unclear = "contradiction"
+        known = "consistent" if said else "inconsistent"
+        return verdict("unknown", concluded, f"{unclear}: {reason}") if unclear else verdict(known, concluded, reason)
     concluded = (concluded or "").replace("‹", "<").replace("［", "[").strip() or None
     concluded, unclear = concluded and in_own_form(concluded, kind, options), None
     if concluded is None:
@@ -222,7 +254,7 @@ class ModelJudge(Judge):
         if cut_off:
             return self.unknown(ReplyError("cut off", "the reply reached the limit on its tokens"))
         try:
-            reply = read_reply(text)
+            reply = read_reply(text, self.prompt.asks)
         except ReplyError as error:
             return self.unknown(error)
         settled = settle(reply, item)

@@ -3,17 +3,16 @@
 The judge that rewards is not the judge that reports: a policy learns what its judge overlooks.
 """
 
-import asyncio
 from collections import Counter
 from collections.abc import Callable
 
 from veripo_trl.answers.rewards import completion_text
-from veripo_trl.answers.score import split_completion
 from veripo_trl.errors import ConfigError
 from veripo_trl.user_functions import is_user_function
-from veripo_trl.verifier.judge_prompts import MAX_ANSWER_CHARS, judged_text, load_judge_prompt
+from veripo_trl.verifier.judge_prompts import load_judge_prompt
 from veripo_trl.verifier.judges import Judge, JudgeError, RulesJudge, UserJudge
 from veripo_trl.verifier.server_judge import ServerJudge
+from veripo_trl.verifier.verify import NOT_ASKED, judge_stream, judged_item
 
 _REFUSED = ("HTTP 400", "HTTP 413", "HTTP 422")  # one text, a too long one for instance, by a server that answers others
 VALUES = {"consistent": 1.0, "unknown": 0.0, "inconsistent": -1.0, "failed": None}
@@ -39,11 +38,12 @@ def consistency(judge: str = "rules", prompt: str = "consistency", **server) -> 
 
     def consistency_reward(completions, problem_type, options=None, log_metric=None, **kwargs) -> list[float | None]:
         options = options if options is not None else [None] * len(completions)
-        rows = zip(map(completion_text, completions), problem_type, options, strict=True)
-        items = [_item(*row) for row in rows]
-        said = asyncio.run(_verdicts(asked, {_key(item): item for item in items if item}))
+        rows = list(zip(map(completion_text, completions), problem_type, map(_hashed, options), strict=True))
+        distinct = list(dict.fromkeys(rows))
+        items = [judged_item(text, problem_type=kind, options=some) for text, kind, some in distinct]
+        said = dict(zip(distinct, judge_stream(items, judge=asked), strict=True))
         _refuse_dead(asked, said.values())
-        found = [_found(asked, said[_key(item)]) if item else "unknown" for item in items]
+        found = [_found(asked, said[row]) for row in rows]
         if log_metric:
             for each in ("unknown", "failed"):
                 log_metric(f"consistency/{each}", Counter(found)[each] / max(1, len(found)))
@@ -65,41 +65,16 @@ def _judge(judge: str, prompt: str, server: dict) -> Judge:
     )
 
 
-def _item(completion: str, problem_type: str, options) -> dict | None:
-    """What a judge is shown; None where there is nothing that it could compare."""
-    think, answer = split_completion(completion)
-    if not think or not answer or len(answer) > MAX_ANSWER_CHARS:
-        return None
-    return {"think": think, "answer": answer, "problem_type": problem_type, "options": options}
-
-
-def _key(item: dict) -> tuple[str, str]:
-    return item["problem_type"], judged_text(item)
+def _hashed(options) -> tuple:
+    return tuple(options or ())
 
 
 def _found(judge: Judge, verdict: dict) -> str:
     return "failed" if judge.caches and verdict["reason"].startswith(_FAILED) else verdict["consistency"]
 
 
-async def _verdicts(judge: Judge, items: dict[tuple, dict]) -> dict[tuple, dict]:
-    slots = asyncio.Semaphore(judge.concurrency)
-
-    async def ask(item: dict) -> dict:
-        async with slots:
-            return await judge(item)
-
-    tasks = [asyncio.ensure_future(ask(item)) for item in items.values()]
-    try:
-        return dict(zip(items, await asyncio.gather(*tasks), strict=True))
-    finally:  # after an error the others are not waited for
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await judge.close()
-
-
 def _refuse_dead(judge: Judge, said) -> None:
-    reasons = [each["reason"] for each in said if judge.caches]
+    reasons = [each["reason"] for each in said if judge.caches and not each["reason"].startswith(NOT_ASKED)]
     dead = [reason.startswith(_FAILED) and not reason.startswith(_REFUSED) for reason in reasons]
     if reasons and all(dead):
         raise JudgeError(

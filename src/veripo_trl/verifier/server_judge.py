@@ -15,11 +15,11 @@ import time
 from dataclasses import dataclass
 
 from veripo_trl.verifier.judge_prompts import (
-    REPLY_SCHEMA,
     JudgePrompt,
     ModelJudge,
     ReplyError,
     judge_messages,
+    reply_schema,
 )
 from veripo_trl.verifier.judges import JudgeError, shown_model
 
@@ -29,8 +29,6 @@ MAX_BODY_BYTES = 1_000_000
 MAX_BACKOFF_S = 30.0
 FIRST_FAILURES = 3  # requests that may fail before any has succeeded
 GONE = ("no connection", "HTTP 502", "HTTP 503")
-VERDICT_FORMAT = {"name": "verdict", "strict": True, "schema": REPLY_SCHEMA}
-RESPONSE_FORMAT = {"type": "json_schema", "json_schema": VERDICT_FORMAT}
 
 
 class _Failure(ReplyError):
@@ -88,7 +86,8 @@ class ServerJudge(ModelJudge):
         body |= self.request_options or {}
         # The URL is not in it: a server may move. The model is, since of a path only the last part is shown.
         self.identify(f"server:{shown_model(self.model)}", body)
-        self.request = {"response_format": RESPONSE_FORMAT, **body}
+        form = {"name": "verdict", "strict": True, "schema": reply_schema(self.prompt.asks)}
+        self.request = {"response_format": {"type": "json_schema", "json_schema": form}, **body}
         self.succeeded, self._failed_in_a_row, self._said_gone = False, 0, False
         self._session, self._in_flight = None, 0
         _read_key(self.api_key_env)

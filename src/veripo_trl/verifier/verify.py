@@ -21,6 +21,8 @@ from veripo_trl.verifier.reply_cache import VerdictCache
 BATCH = 16  # rollouts that are checked at once; a judge's server waits meanwhile, so not many
 MAX_OPEN = 8192  # rollouts read whose verdict was not yielded yet: one slow request holds up the order, not the rest
 
+NOT_ASKED = ("no spans", "long answer")  # how the reasons begin of what no judge was shown
+
 
 def verify_stream(
     rollouts: Iterable[dict],
@@ -101,9 +103,9 @@ def judge_stream(items: Iterable[dict], *, judge, cache: VerdictCache | None = N
     async def judged(item: dict) -> dict:
         """`ask`, unless there is nothing to compare, the cache knows, or the same text is being asked."""
         if not item["think"] or not item["answer"]:
-            return verdict("unknown", None, "no spans: not one readable think and answer span")
+            return verdict("unknown", None, f"{NOT_ASKED[0]}: not one readable think and answer span")
         if len(item["answer"]) > MAX_ANSWER_CHARS:
-            return verdict("unknown", None, f"long answer: {len(item['answer'])} characters")
+            return verdict("unknown", None, f"{NOT_ASKED[1]}: {len(item['answer'])} characters")
         if not judge.caches:
             return await ask(item)
         key = VerdictCache.key(judge.name, judge.prompt_version, judged_text(item))
