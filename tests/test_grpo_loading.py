@@ -81,7 +81,7 @@ def test_a_repeat_that_must_be_generated_from_is_encoded_on_the_spot(load, media
         *((VideoSFTConfig, name, value) for name, value in [
             ("completion_only_loss", False), ("assistant_only_loss", True), ("truncation_mode", "keep_end"),
             ("packing", True), ("eval_packing", True), ("padding_free", True), ("pad_to_multiple_of", 8),
-            ("pad_token", "<|im_end|>"), ("dataset_text_field", "problem")]),
+            ("pad_token", "<|im_end|>"), ("dataset_text_field", "problem"), ("label_smoothing_factor", 0.1)]),
         *((VideoDPOConfig, name, value) for name, value in [
             ("truncation_mode", "keep_end"), ("padding_free", True), ("pad_to_multiple_of", 8), ("pad_token", "x")]),
     ],

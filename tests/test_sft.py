@@ -26,7 +26,7 @@ def test_labels_are_the_answer_with_its_end_of_turn(kind, load, mixed_rows):
     batch = SFTCollator(encoder, max_length=None)(rows)
     tokenizer = encoder.processor.tokenizer
     assert batch["labels"].shape == batch["input_ids"].shape == batch["attention_mask"].shape
-    assert batch["position_ids"].shape == (3, *batch["input_ids"].shape)
+    assert [prompt.question_id for prompt in batch["prompts"]] == [row["question_id"] for row in rows]
     for place, row in enumerate(rows):
         ids, labels, mask = (batch[name][place] for name in ("input_ids", "labels", "attention_mask"))
         learned = labels != -100
@@ -39,26 +39,28 @@ def test_labels_are_the_answer_with_its_end_of_turn(kind, load, mixed_rows):
         assert not mask[learned.nonzero().max() + 1 :].any() and mask.sum() > learned.sum()
 
 
+@pytest.mark.parametrize("shared_prefix", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_loss_is_that_of_a_plain_forward(kind, load, mixed_rows, tmp_path):
-    """Text, image, video, two videos, image + video in one padded batch, against each row alone, unpadded."""
+def test_the_loss_is_that_of_a_plain_forward(kind, shared_prefix, load, mixed_rows, tmp_path):
+    """Text, image, video, two videos, image + video in one batch, packed and padded, against each row alone."""
     model, encoder = load(kind)
     rows = [{**row, "process": f"{row['process']} {'Yes. ' * place}"} for place, row in enumerate(mixed_rows)]
-    trainer = make_trainer(model, encoder, rows, tmp_path)
+    trainer = make_trainer(model, encoder, rows, tmp_path, shared_prefix=shared_prefix)
     tokenizer = encoder.processor.tokenizer
     expected = []
     for row in rows:
         answer = tokenizer(build_target(row, encoder.template), add_special_tokens=False)["input_ids"]
         expected.append(plain_log_probs(model, encoder, row, [*answer, tokenizer.eos_token_id]))
     batch = trainer.data_collator([trainer.train_dataset[place] for place in range(len(rows))])
-    with torch.no_grad():
-        found = model(**batch, fused_lm_head=True).log_probs
-    learned = batch["labels"][:, 1:] != -100  # TRL's fused head may keep or drop the last place
-    for place, want in enumerate(expected):
-        got = found[place][: learned.size(1)][learned[place]]
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
     trainer.model.train()
+    found, score = [], trainer._score
+    trainer._score = lambda *args: found.append(score(*args)) or found[-1]
     loss = trainer.compute_loss(model, batch)  # with the guards of the first step
+    assert trainer.shares_prompts is shared_prefix
+    width = batch["completion_width"]
+    for place, want in enumerate(expected):
+        got = found[0].log_probs[place][batch["labels"][place, -width:] != -100]
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
     assert loss.item() == pytest.approx(-torch.cat(expected).mean().item(), abs=1e-5)
 
 

@@ -70,6 +70,7 @@ SEAMS = {
     (VLLMClient, "reset_prefix_cache"): "self",
     (VLLMClient, "get_server_info"): "self",
     (VLLMClient, "_post"): "self url kwargs",
+    (SFTTrainer, "_get_train_sampler"): "self train_dataset",
     (SFTTrainer, "compute_loss"): "self model inputs return_outputs num_items_in_batch",
     (DPOTrainer, "_get_train_sampler"): "self train_dataset",
     (DPOTrainer, "_compute_loss"): "self model inputs return_outputs",

@@ -149,28 +149,33 @@ def run_different(case, rows, models) -> dict:
     return {"name": case["name"], "said": every}
 
 
-def run_dpo(case, rows, models) -> dict:
-    """Weights after two steps on the same pairs, with prompts shared out and whole: how far apart, and how far moved."""
-    from helpers import make_dpo_trainer, make_tiny_policy, pair_dataset
+def run_steps(case, rows, models) -> dict:
+    """Weights after four steps of SFT or DPO on the same rows: with prompts shared out, whole, and shared out and resumed
+    from the second step. How far each of the latter is from the first, and how far that one moved."""
+    from helpers import make_dpo_trainer, make_sft_trainer, make_tiny_policy, pair_dataset
 
-    kept = []
-    for shared_out in (True, False):
+    rows, kept = [rows[name] for name in case["rows"]], []
+    checkpoint = Path(case["output_dir"], "checkpoint-2")
+    for way in ("shared out", *case["others"]):
         model, encoder = make_tiny_policy(models[case["model"]], use_peft=False)
-        pairs = pair_dataset([rows[name] for name in case["rows"]])
-        trainer = make_dpo_trainer(
-            model, encoder, pairs, case["output_dir"], per_device_train_batch_size=1, max_steps=2, optim="sgd",
-            prompt_parallel=case["count"], learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=0.0,
-        )  # fmt: skip
+        saved = {"save_strategy": "steps", "save_steps": 2} if way == "shared out" else {}
+        options = {
+            "per_device_train_batch_size": 1, "max_steps": 4, "optim": "sgd", "prompt_parallel": case["count"],
+            "learning_rate": case["learning_rate"], "lr_scheduler_type": "constant", "max_grad_norm": 0.0, **saved,
+        }  # fmt: skip
+        make = make_dpo_trainer if case["trainer"] == "dpo" else make_sft_trainer
+        given = pair_dataset(rows) if case["trainer"] == "dpo" else rows
+        trainer = make(model, encoder, given, case["output_dir"], **options)
         first = {name: p.detach().clone() for name, p in model.named_parameters()}
-        if not shared_out:
+        if way == "whole":
             trainer.prompt_group = None
-            trainer._get_train_sampler = lambda *args: RowsForGroups(pairs, case["count"], seed=trainer.args.seed)
-        trainer.train()
+            sampler = RowsForGroups(trainer.train_dataset, case["count"], seed=trainer.args.seed)
+            trainer._get_train_sampler = lambda *args, sampler=sampler: sampler
+        trainer.train(resume_from_checkpoint=str(checkpoint) if way == "resumed" else None)
         kept.append({name: p.detach() for name, p in model.named_parameters()})
-    apart = max(float((kept[0][name] - kept[1][name]).abs().max()) for name in first)
-    moved = max(float((kept[0][name] - first[name]).abs().max()) for name in first)
+    apart = [max(float((kept[0][name] - other[name]).abs().max()) for name in first) for other in [*kept[1:], first]]
     every = [None] * dist.get_world_size()
-    dist.all_gather_object(every, {"apart": apart, "moved": moved})
+    dist.all_gather_object(every, dict(zip([*case["others"], "start"], apart, strict=True)))
     return {"name": case["name"], "processes": every}
 
 
@@ -178,7 +183,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     given = json.loads(Path(sys.argv[1]).read_text())
-    ways = {"scores": run, "different": run_different, "dpo": run_dpo}
+    ways = {"scores": run, "different": run_different, "steps": run_steps}
     found = [ways[case.get("way", "scores")](case, given["rows"], given["models"]) for case in given["cases"]]
     if dist.get_rank() == 0:
         Path(given["output"]).write_text(json.dumps(found))

@@ -68,6 +68,12 @@ CELLS |= {
 }
 TRAINED = {"train_vision_tower": "true"}
 CELLS |= {f"{s}, full, tower trained": (s, "full", "clips", TRAINED) for s in STAGES}
+# Each row's prompt by both processes together; GRPO's second step is on the first one's rollouts, and resumed amid them.
+SHARED_OUT = {"prompt_parallel": 2, "per_device_train_batch_size": 1}
+SHARED = {f"{s}, full, prompt shared out": (s, "full", "clips", SHARED_OUT) for s in ("sft", "dpo")}
+ITERATED = {**SHARED_OUT, "steps_per_generation": 1, "num_iterations": 2, "save_strategy": "steps", "save_steps": 1}
+SHARED |= {f"grpo, full, prompt shared out{end}": ("grpo", "full", "clips", ITERATED) for end in ("", ", resumed")}
+CELLS |= SHARED
 # What is refused, by which engine, and with which words.
 REFUSED = {
     "dpo, tower trained (fsdp2)": ("fsdp2", "dpo", "clips", TRAINED, {}, "expected no reference model"),
@@ -86,7 +92,12 @@ REFUSED = {
     },
 }  # fmt: skip
 
-RUNS = [(e, cell) for e, cell in product(ENGINES, CELLS) if (e, cell) != ("fsdp2", "dpo, full, tower trained")]
+RUNS = [
+    (e, cell) for e, cell in product(ENGINES, CELLS)
+    if (e, cell) != ("fsdp2", "dpo, full, tower trained") and (cell not in SHARED or e in ("ddp", "zero2"))
+]  # fmt: skip
+# Of a resumed run with the prompt shared out DDP's own is compared, too: with one that was not broken off.
+RESUMED = "grpo, full, prompt shared out, resumed"
 
 pytestmark = pytest.mark.slow
 
@@ -189,6 +200,7 @@ def runs(request, data, model_paths, tmp_path_factory):
     """`runs(engine) -> (folder, {cell: what its processes said})`: of the cells whose tests were chosen, run once."""
     asked = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     cells = {params["cell"] for params in asked if "cell" in params}
+    cells |= {cell.removesuffix(", resumed") for cell in cells & {RESUMED}}
     refused = {params["name"] for params in asked if "name" in params}
     failing = {params["failing"] for params in asked if "failing" in params}
     found = {}
@@ -223,17 +235,18 @@ def needs(engine: str) -> None:
         pytest.skip("deepspeed is not installed: .ci/engines runs this in an environment that has it")
 
 
-@pytest.mark.parametrize("engine,cell", [run for run in RUNS if run[0] != "ddp"])
+@pytest.mark.parametrize("engine,cell", [run for run in RUNS if run[0] != "ddp" or run[1] == RESUMED])
 def test_steps_are_those_of_ddp(engine, cell, runs, model_paths):
     needs(engine)
     (reference, expected), (folder, said) = runs("ddp"), runs(engine)
-    assert expected[cell] == ["exit code 0"] * 2, expected[cell][0]
+    whole = cell.removesuffix(", resumed") if cell == RESUMED else cell
+    assert expected[whole] == ["exit code 0"] * 2, expected[whole][0]
     assert said[cell] == ["exit code 0"] * 2, said[cell][0]
     if "resumed" in cell:
         assert said[f"{cell}, before"] == ["broken off"] * 2
         assert (folder / cell / "checkpoint-2").is_dir()
     name = "adapter_model.safetensors" if "lora" in cell else "model.safetensors"
-    ours, theirs = load_file(folder / cell / name), load_file(reference / cell / name)
+    ours, theirs = load_file(folder / cell / name), load_file(reference / whole / name)
     assert ours.keys() == theirs.keys()
     apart = {key: float((ours[key] - theirs[key]).abs().max()) for key in ours}
     assert max(apart.values()) <= TOLERANCE, max(apart.items(), key=lambda item: item[1])

@@ -42,7 +42,12 @@ IN_PAIRS = {
     "two groups, of a video and of text": {"rows": ["clip", "text"], "count": 2, "ddp": True},
 }
 DIFFERENT = {"rows": ["clip", "text"], "way": "different"}
-DPO = {"rows": ["clip", "both", "text"], "way": "dpo", "count": 2}
+# Four steps: three of the first epoch (with 4 processes: two), then of the second.
+STEPS = {"rows": ["clip", "both", "text"], "way": "steps", "count": 2}
+STEPS = {
+    "DPO": {**STEPS, "trainer": "dpo", "learning_rate": 1.0},
+    "SFT": {**STEPS, "trainer": "sft", "learning_rate": 0.1},
+}
 
 pytestmark = pytest.mark.slow
 
@@ -92,7 +97,9 @@ def found(model_paths, tmp_path_factory):
     results = {}
     for processes in (2, 4):
         cases = {**CASES, **(IN_PAIRS if processes == 4 else {}), "different prompts": DIFFERENT}
-        cases |= {"DPO": {**DPO, "output_dir": str(folder / f"dpo{processes}")}}
+        more = {"others": ["whole", "resumed"] if processes == 2 else ["whole"]}
+        for name, case in STEPS.items():
+            cases[name] = {**case, **more, "output_dir": str(folder / f"{name}{processes}")}
         listed = [{"model": "qwen2_5_vl", "count": processes, "name": name, **case} for name, case in cases.items()]
         file, output = folder / f"cases{processes}.json", folder / f"found{processes}.json"
         file.write_text(json.dumps({**given, "cases": listed, "output": str(output)}))
@@ -126,11 +133,13 @@ def test_processes_of_a_group_with_different_prompts_stop_with_a_reason(found):
         assert len(said) == processes and all("hold other prompts than each other" in each for each in said)
 
 
-def test_dpo_takes_the_step_of_whole_prompts(found):
-    """On two pairs at a time with 4 processes, with 2 on one."""
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_are_those_of_whole_prompts_and_of_a_resumed_run(name, found):
+    """On two rows at a time with 4 processes, with 2 on one."""
     for processes in (2, 4):
-        for own in found[processes]["DPO"]["processes"]:
-            assert own["moved"] > 1000 * BOUND and own["apart"] <= BOUND, own
+        for own in found[processes][name]["processes"]:
+            assert own.pop("start") > 1000 * BOUND and max(own.values()) <= BOUND, own
+    assert "resumed" in found[2][name]["processes"][0]
 
 
 def test_the_configuration_of_256_frames(tmp_path):

@@ -42,5 +42,9 @@ def test_two_processes(tensor_parallel_size, model_paths, media_root, tmp_path):
     assert code == 0, output[-8000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert first["world"] == second["world"] == 2
-    assert [[len(batch) for batch in own["sampled"]] for own in (first, second)] == [[6, 6], [6, 6]]
-    assert len(first["gaps"]) == 2 and max(first["gaps"]) < 1e-4, first["gaps"]
+    for way, rows in (("divided", 6), ("together", 2)):
+        found = [own[way] for own in (first, second)]
+        assert [[len(batch) for batch in own["sampled"]] for own in found] == [[rows, rows]] * 2
+        assert all(len(own["gaps"]) == 2 and max(own["gaps"]) < 1e-4 for own in found[:1]), found
+    for step in zip(*(own["sampled"] for own in found), strict=True):  # a group, and no completion of it twice
+        assert len({tuple(completion) for own in step for completion in own}) == 4

@@ -67,9 +67,15 @@ def train(trainer) -> dict:
 def in_process(model_path: str, rows: dict, folder: str, size: int) -> dict:
     options = backend.engine_options
     backend.engine_options = lambda *a, **k: {**options(*a, **k), "enforce_eager": True}
-    model, encoder = load(model_path, tower=True)
-    own = [rows[name] for name in ("image", "video", "two-videos")]
-    return train(make_trainer(model, encoder, own, folder, vllm_tensor_parallel_size=size, **DIVIDED))
+    found = {}
+    for name, layout, own in (
+        ("divided", DIVIDED, ("image", "video", "two-videos")),
+        ("together", TOGETHER, ("video", "two-videos")),
+    ):
+        model, encoder = load(model_path, tower=name == "divided")
+        own = [rows[name] for name in own]
+        found[name] = train(make_trainer(model, encoder, own, folder, vllm_tensor_parallel_size=size, **layout))
+    return found
 
 
 def by_server(model_path: str, rows: dict, folder: str, url: str) -> dict:

@@ -2,7 +2,7 @@
 
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import ClassVar
 
@@ -36,6 +36,10 @@ class VideoConfig:
     hub_private_repo: bool | None = option("Whether a pushed repository is private.", True)
     hub_license: str = option("Licence in the cards, by the Hub's identifier.", "unknown")
     hub_strategy: str = option("A run is pushed when it is finished: end.", "end")
+    shared_prefix: bool = option("Compute a prompt once for all of its completions, wherever they are scored.", True)
+    prompt_parallel: int = option(
+        "Neighbouring processes that compute one prompt together; in GRPO they hold its completions. 1: each its own.", 1
+    )
 
     UNUSED: ClassVar[dict[str, tuple]] = {}
     BECAUSE: ClassVar[str] = ""
@@ -133,6 +137,7 @@ class VideoMixin(CheckpointMixin):
         group = self._group()
         if self.shares_prompts is None or (group is not None and not self._group_checked):
             self._group_checked = group is not None
+            prompt = replace(prompt)  # what is kept with it is made in the update's own batch: resumed, to the last bit
             check_media_alike(self.accelerator, self._unwrapped(model), media_kinds([prompt]))
             self.shares_prompts = self.args.shared_prefix and prefix_can_be_shared(
                 model,

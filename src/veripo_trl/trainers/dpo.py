@@ -25,8 +25,6 @@ class VideoDPOConfig(VideoConfig, DPOConfig):
     """TRL's `DPOConfig` without truncation, which would cut vision tokens, and with private repositories."""
 
     max_length: int | None = option("Longest prompt with answer; a longer pair is refused, never cut.")
-    shared_prefix: bool = option("Compute the prompt that a question's answers share once.", True)
-    prompt_parallel: int = option("Neighbouring processes that compute one pair's prompt together; 1: each its own.", 1)
 
     UNUSED = {
         **dict.fromkeys(("precompute_ref_log_probs", "sync_ref_model", "padding_free"), (False,)),

@@ -74,10 +74,6 @@ class VideoGRPOConfig(VideoConfig, GRPOConfig):
         "Largest difference between the log-probabilities of vLLM and of the trainer, as the mean per token of a "
         "prompt's completions, at which a run starts. Default: 1e-3 in float32, 0.1 in half precision."
     )
-    shared_prefix: bool = option("Compute a group's prompt once wherever it is scored.", True)
-    prompt_parallel: int = option(
-        "Neighbouring processes that compute one prompt together and hold a group's completions; 1: each its own.", 1
-    )
 
     UNUSED = {
         "chat_template_kwargs": (None, {}),

@@ -2,20 +2,16 @@
 
 from dataclasses import dataclass
 
-import torch
 from trl import SFTConfig, SFTTrainer
 
 from veripo_trl.data.prompts import build_target
 from veripo_trl.data.schema import RowError
 from veripo_trl.errors import settings_checked
-from veripo_trl.model.encoding import PromptEncoder
-from veripo_trl.model.features import PIXELS
-from veripo_trl.model.inputs import model_inputs
+from veripo_trl.model.encoding import PromptEncoder, encode_unique
 from veripo_trl.options import option
 from veripo_trl.trainers.base import VideoConfig, VideoMixin
 from veripo_trl.trainers.checkpoints import with_changes
-from veripo_trl.trainers.engines import check_media_alike, shares_out_towers, whole_towers
-from veripo_trl.trainers.loading import with_answers
+from veripo_trl.trainers.loading import RowsForGroups, with_answers
 
 
 @dataclass
@@ -25,32 +21,33 @@ class VideoSFTConfig(VideoConfig, SFTConfig):
     max_length: int | None = option("Longest prompt with answer; a longer row is refused, never cut.")
 
     UNUSED = {
+        "label_smoothing_factor": (0,),
         "completion_only_loss": (None, True),
         "truncation_mode": ("keep_start",),
         **dict.fromkeys(("assistant_only_loss", "packing", "eval_packing", "padding_free"), (False, None)),
         **dict.fromkeys(("pad_to_multiple_of", "pad_token"), (None,)),
         "dataset_text_field": ("text",),
     }
-    BECAUSE = "The loss is on the answers, and rows are neither cut nor packed."
+    BECAUSE = "The loss is on the answers, from their tokens' log-probabilities, and rows are neither cut nor packed."
 
 
 class SFTCollator:
     """Rows to a padded batch with loss on the assistant's tokens only.
 
-    Returns `input_ids, attention_mask, labels` (rows, width), `position_ids` (3, rows, width) and the vision tensors.
+    What `with_answers` returns, with `labels` (rows, length) in place of its `completion_mask`, and `prompts`, one per
+    row: encoded in the loader's workers, they travel as plain objects.
     """
 
     def __init__(self, encoder: PromptEncoder, *, max_length: int | None):
         self.encoder = encoder
         self.max_length = max_length
 
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        prompts = [self.encoder.encode(row) for row in rows]
+    def __call__(self, rows: list[dict]) -> dict:
+        prompts = encode_unique(self.encoder, rows)
         texts = [build_target(row, self.encoder.template) for row in rows]
         batch = with_answers(self.encoder, prompts, texts, [True] * len(rows), max_length=self.max_length)
-        ids, width = batch["input_ids"], batch.pop("completion_width")
-        batch["labels"] = ids.masked_fill(batch.pop("completion_mask") == 0, -100)
-        return {**batch, **model_inputs(prompts, ids, completion_width=width, config=self.encoder.config)}
+        labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
+        return {**batch, "labels": labels, "prompts": prompts}
 
 
 class VideoSFTTrainer(VideoMixin, SFTTrainer):
@@ -72,18 +69,24 @@ class VideoSFTTrainer(VideoMixin, SFTTrainer):
         kwargs["args"] = with_changes(config, dataset_kwargs=prepared)
         kwargs["data_collator"] = SFTCollator(encoder, max_length=config.max_length)
         super().__init__(*args, encoder=encoder, **kwargs)
+        self._share_out_prompts(per_device_train_batch_size=1)
+
+    def _get_train_sampler(self, train_dataset=None):
+        """Rows for groups of processes, each of which computes the answer of its row, and its share of the prompt."""
+        if self.prompt_group is None:
+            return super()._get_train_sampler(train_dataset)
+        return RowsForGroups(self.train_dataset, self.args.prompt_parallel, seed=self.args.seed)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        unwrapped, given = self._unwrapped(model), [kind for kind, pixels in PIXELS.items() if pixels in inputs]
-        check_media_alike(self.accelerator, unwrapped, len(given))
-        if shares_out_towers(self.accelerator, unwrapped):  # in the forward only processes with media would run it
-            inputs, outputs = dict(inputs), {}
-            with whole_towers([unwrapped.model.visual]), torch.no_grad():
-                for kind in given:
-                    features = unwrapped.get_image_features if kind == "image" else unwrapped.get_video_features
-                    outputs[kind] = features(inputs.pop(PIXELS[kind]), inputs.pop(f"{kind}_grid_thw"))
-            inputs |= {"mm_encoder_outputs": outputs} if outputs else {}
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        inputs = dict(inputs)
+        prompts, width = inputs.pop("prompts"), inputs.pop("completion_width")
+        self._make_features([prompts])
+        self._decide_sharing(model, prompts[0])
+
+        def scored(*, input_ids, attention_mask, **kwargs):
+            return self._score(model, prompts, input_ids, attention_mask, width)
+
+        return super().compute_loss(scored, inputs, *args, **kwargs)
 
 
 def check_thinking(dataset) -> None:
