@@ -21,10 +21,10 @@ import pytest
 @pytest.fixture(scope="session")
 def model_paths(tmp_path_factory):
     """Folders of an untrained tiny model and its processor, by kind."""
-    from veripo_trl.tiny.model import save_tiny_model
+    from veripo_trl.tiny.model import KINDS, save_tiny_model
 
     folder = tmp_path_factory.mktemp("models")
-    return {kind: save_tiny_model(folder / kind, kind) for kind in ("qwen2_5_vl", "qwen3_vl")}
+    return {kind: save_tiny_model(folder / kind, kind) for kind in KINDS}
 
 
 def write_video(path: Path, *, frames: int, height: int, width: int, fps: int = 2, seed: int = 0) -> None:

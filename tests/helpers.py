@@ -213,7 +213,7 @@ def plain_log_probs(model, encoder, row, completion_ids) -> torch.Tensor:
     text = processor.apply_chat_template(
         build_messages(row, encoder.template), tokenize=False, add_generation_prompt=True
     )
-    inputs = {"text": [text], "return_tensors": "pt"}
+    inputs = {"text": [text.removesuffix("<think>\n")], "return_tensors": "pt"}
     if row["images"]:
         from PIL import Image
 

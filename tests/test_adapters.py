@@ -60,16 +60,16 @@ def assert_only_the_adapter_changed(before: dict, model) -> None:
     assert names and all(".lora_" in name and ".default." in name for name in names), sorted(names)[:5]
 
 
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
-def test_adapters_sit_on_the_language_models_linear_layers(kind, model_paths):
+@pytest.mark.parametrize("kind, layers", [("qwen2_5_vl", 2 * 7), ("qwen3_vl", 2 * 7), ("qwen3_5", 7 + 2 * 8)])
+def test_adapters_sit_on_the_language_models_linear_layers(kind, layers, model_paths):
     model, _ = make_tiny_policy(model_paths[kind])
     places = {name.split(".lora_")[0] for name in adapter(model)}
     assert places == {
         name
         for name, module in model.named_modules()
-        if ".language_model." in name and name.endswith("_proj") and not name.endswith(".base_layer")
+        if ".language_model." in name and "Linear" in type(module).__name__ and not re.search("base_layer|lora_", name)
     }
-    assert len(places) == 2 * 7  # two layers of seven
+    assert len(places) == layers
     assert not any("visual" in name or "lm_head" in name for name in places)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == set(adapter(model))

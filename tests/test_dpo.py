@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import product
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -50,8 +51,9 @@ def scored(trainer, model, batch):
     )
 
 
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    "kind, shared", [*product(["qwen2_5_vl", "qwen3_vl"], [True, False]), ("qwen3_5", True)]
+)
 def test_log_probs_are_a_plain_forwards(kind, shared, load, mixed_rows, tmp_path):
     """Text, image, video, two videos, image + video in one batch, two pairs a question; of sources that number alike."""
     model, encoder = load(kind)

@@ -42,7 +42,7 @@ def test_the_sources_frame_rate_gives_the_times(load, media_root):
     assert sorted(set((times - times.min()).tolist())) == [0, 1]
 
 
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def test_positions_have_the_true_times_of_a_variable_rate(kind, load, tmp_path):
     """24 frames of 14 s, of a header that speaks of 30 fps: 0.585 s apart, 2 per step."""
     _, encoder = load(kind)
@@ -56,6 +56,36 @@ def test_positions_have_the_true_times_of_a_variable_rate(kind, load, tmp_path):
         steps = np.linspace(0, 14.032, 24).reshape(12, 2).mean(axis=1)
         text = encoder.processor.tokenizer.decode(prompt.input_ids)
         assert re.findall(r"<([\d.]+) seconds>", text) == [f"{step:.1f}" for step in steps]
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen3_5"])
+def test_pictures_one_by_one_have_the_models_own_positions(kind, load, mixed_rows):
+    """Blocks without temporal extent, where transformers' rule is the trained one; ids are those of the processor."""
+    model, encoder = load(kind)
+    for row in mixed_rows:
+        prompt = encoder.encode(row)
+        ids = torch.from_numpy(prompt.input_ids)[None]
+        types = (ids == model.config.image_token_id).int() + 2 * (ids == model.config.video_token_id).int()
+        grids = {name: getattr(prompt, name) for name in ("image_grid_thw", "video_grid_thw")}
+        grids = {name: torch.from_numpy(grid) for name, grid in grids.items() if grid is not None}
+        own, _ = model.model.get_rope_index(ids, types, **grids)
+        assert torch.equal(own[:, 0], torch.from_numpy(prompt.positions))
+        text = encoder.processor.apply_chat_template(build_messages(row, encoder.template), add_generation_prompt=True)
+        clips, images = encoder.read_media(row)
+        whole = encoder._call_processor(text.removesuffix("<think>\n"), images, clips)["input_ids"]
+        assert torch.equal(ids, whole)
+
+
+@pytest.mark.parametrize("opened", ["<think>\\n", "<think>\\n\\n</think>\\n\\n"])
+def test_a_completion_opens_its_thinking_itself(opened, load, mixed_rows):
+    """Whatever the template of Qwen3.5 puts there, thinking and not."""
+    _, encoder = load("qwen3_5")
+    template = encoder.processor.chat_template
+    assert template.count("<think>\\n") == 1
+    encoder.processor.chat_template = template.replace("<think>\\n", opened)
+    prompt = encoder.encode({**mixed_rows[1], "problem": "What is <think>?"})
+    text = encoder.processor.tokenizer.decode(prompt.input_ids)
+    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n") and "What is <think>?" in text
 
 
 def test_shuffled_frames_are_the_same_frames(load, media_root):

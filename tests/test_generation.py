@@ -63,6 +63,32 @@ def test_all_that_sampling_may_be_told_samples_as_stock_does(load, mixed_rows):
             assert torch.equal(model.generate(**inputs, **options)[:, ids.size(1) :], found), name
 
 
+def test_recurrent_states_are_copied_once_per_completion(load, mixed_rows, monkeypatch):
+    """Qwen3.5 samples as stock `generate` does on whole rows; also in parts of a group, and prompts one by one."""
+    model, encoder = load("qwen3_5")
+    model.eval()
+    prompts = [prompt for prompt in map(encoder.encode, mixed_rows) for _ in range(3)]
+    ids, mask = left_pad(prompts, 0)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    inputs |= model_inputs(prompts, ids, completion_width=0, config=encoder.config)
+    seen = []
+    model.model.language_model.layers[0].linear_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["hidden_states"].shape[:2])), with_kwargs=True
+    )
+    for do_sample in (True, False):
+        options = {"do_sample": do_sample, "max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0}
+        torch.manual_seed(0)
+        with torch.no_grad():
+            stock = model.generate(**inputs, **options)[:, ids.size(1) :]
+        seen.clear()
+        torch.manual_seed(0)
+        found = sample_completions(model, prompts, config=encoder.config, **options)
+        assert torch.equal(found, stock) and len(stock.unique(dim=0)) > (5 if do_sample else 1)
+        assert seen == [(5, ids.size(1) - 1)] + [(15, 1)] * 8  # each prompt once, then tokens
+    monkeypatch.setattr(generation, "MOST_MASKED", 0)
+    assert torch.equal(sample_completions(model, prompts, config=encoder.config, rows_at_once=4, **options), stock)
+
+
 @pytest.mark.parametrize("declared", [{"use_cache": False}, {"num_beams": 2}, {"no_repeat_ngram_size": 1}])
 def test_a_policys_own_generation_config_counts_for_its_end_tokens_alone(load, mixed_rows, declared):
     model, encoder = load()

@@ -1,6 +1,7 @@
 """What the trainer computes equals a plain transformers forward of the same prompt, row by row and unpadded."""
 
 import dataclasses
+from itertools import product
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ from veripo_trl.vllm.inputs import media_items
 KINDS = ["qwen2_5_vl", "qwen3_vl"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("batch_size", [10, 3, 1])  # 1: nothing to share, the plain path
-@pytest.mark.parametrize("vision", ["frozen", "trained"])
+@pytest.mark.parametrize(
+    "kind, batch_size, vision",  # 1: nothing to share, the plain path
+    [*product(KINDS, [10, 3, 1], ["frozen", "trained"]), ("qwen3_5", 3, "frozen")],
+)
 def test_update_sees_what_a_plain_forward_sees(kind, batch_size, vision, load, mixed_rows, tmp_path, monkeypatch):
     """Text, image, video, two videos, image + video in one left-padded batch, G = 2, whole and in parts."""
     model, encoder = load(kind)
@@ -133,7 +135,7 @@ def test_the_loss_of_an_update_uses_those_log_probs(load, mixed_rows, tmp_path, 
         assert got[: len(want)] == pytest.approx(want, abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "qwen3_5"])
 def test_greedy_tokens_score_as_they_were_generated(kind, load, mixed_rows, tmp_path):
     """Generation and scoring see the same positions: log-probabilities of both passes agree."""
     model, encoder = load(kind)

@@ -62,10 +62,10 @@ def test_an_unknown_name_that_may_be_on_the_hub_names_both_places():
         load_policy("Qwen/None-such")
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "llava", "invented"])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3_5_moe", "llava", "invented"])
 def test_another_model_family_is_refused(model_type, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(ValueError, match=f"type '{model_type}'.*qwen2_5_vl.*qwen3_vl"):
+    with pytest.raises(ValueError, match=f"type '{model_type}'.*qwen2_5_vl.*qwen3_5.*qwen3_vl"):
         load_policy(str(tmp_path))
 
 

@@ -81,6 +81,7 @@ REFUSED = {
     r"set shared_prefix: True \(now False\)": {"shared_prefix": False},
     "set train_vision_tower: false": {"tower": True},
     "'sdpa' does": {"attention": "eager"},
+    "linear attention's state": {"kind": "qwen3_5"},
     "expected whole groups in a batch of one process": {"method": True},
 }
 
@@ -91,7 +92,8 @@ def test_refused(message, model_paths, media_root, tmp_path, monkeypatch):
     tower, eager = changes.pop("tower", False), changes.pop("attention", None)
     if changes.pop("method", False):
         changes["make"] = with_methods(VideoGRPOTrainer, ["tw_grpo"], [TWGRPOOptions()])
-    model, encoder = make_tiny_policy(model_paths["qwen2_5_vl"], use_peft=False, attn_implementation=eager)
+    folder = model_paths[changes.pop("kind", "qwen2_5_vl")]
+    model, encoder = make_tiny_policy(folder, use_peft=False, attn_implementation=eager)
     model.model.visual.requires_grad_(tower)
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     with pytest.raises(ConfigError, match=message):

@@ -1,5 +1,7 @@
 """Supervised fine-tuning: what is learned, from which tokens, and that nothing else changes."""
 
+from itertools import product
+
 import pytest
 import torch
 from conftest import make_row
@@ -19,7 +21,7 @@ from veripo_trl.trainers.sft import SFTCollator, VideoSFTConfig
 KINDS = ["qwen2_5_vl", "qwen3_vl"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "qwen3_5"])
 def test_labels_are_the_answer_with_its_end_of_turn(kind, load, mixed_rows):
     _, encoder = load(kind)
     rows = [{**row, "process": f"{row['process']} {'Yes. ' * place}"} for place, row in enumerate(mixed_rows)]
@@ -39,8 +41,7 @@ def test_labels_are_the_answer_with_its_end_of_turn(kind, load, mixed_rows):
         assert not mask[learned.nonzero().max() + 1 :].any() and mask.sum() > learned.sum()
 
 
-@pytest.mark.parametrize("shared_prefix", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, shared_prefix", [*product(KINDS, [True, False]), ("qwen3_5", True)])
 def test_the_loss_is_that_of_a_plain_forward(kind, shared_prefix, load, mixed_rows, tmp_path):
     """Text, image, video, two videos, image + video in one batch, packed and padded, against each row alone."""
     model, encoder = load(kind)

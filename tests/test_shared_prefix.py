@@ -3,6 +3,7 @@
 import logging
 import pickle
 import weakref
+from itertools import product
 
 import pytest
 import torch
@@ -123,8 +124,9 @@ def fused(load):
     return build
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("prepared", PREPARED)
+@pytest.mark.parametrize(
+    "kind, prepared", [*product(KINDS, PREPARED), ("qwen3_5", "checkpointed-tower"), ("qwen3_5", "lora")]
+)
 def test_exact(kind, prepared, fused, batches):
     """Text, image, video and mixed prompts of different lengths, groups of 1 to 3, ragged completions, one batch."""
     model, _ = fused(kind, PREPARED[prepared])
@@ -137,7 +139,7 @@ def test_exact(kind, prepared, fused, batches):
     assert ("visual" in str(list(gradients))) == ("tower" in prepared)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "qwen3_5"])
 def test_a_batch_smaller_than_a_group_shares_what_it_can(kind, fused, batches):
     """Rows 5 to 8: the end of one group and the beginning of the next; then a batch whose only row scores nothing."""
     model, _ = fused(kind, full)

@@ -108,7 +108,7 @@ def test_the_question_comes_last():
     assert turn_row(ROW, "T2", "", last=True)["problem"] == "T2\nWhich colour is first?"
 
 
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def test_prompts_of_turns(kind, load, media_root, counted):
     """Ids, positions and pixels are those of the turn's own frames, in their true rate; the clip is read once."""
     _, encoder = load(kind, fps=1.5)

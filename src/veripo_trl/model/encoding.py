@@ -104,7 +104,7 @@ class PromptEncoder:
     """Encodes rows with a model's own processor.
 
     Args:
-        processor: the model's `Qwen2_5_VLProcessor` or `Qwen3VLProcessor`.
+        processor: the model's `Qwen2_5_VLProcessor` or `Qwen3VLProcessor` (Qwen3.5's, too).
         config: the model's config.
         template: what turns a row into chat messages.
         loader: reads and samples the videos.
@@ -226,6 +226,7 @@ class PromptEncoder:
         rendered = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         rendered += row.get("begun", "")
         before, after = rendered.split(STAND_IN)
+        after = after.partition("<think>")[0]  # which Qwen3.5's template puts there: here a completion opens it itself
         return before + after, text, len(self.processor.tokenizer(after)["input_ids"])
 
     def _call_processor(self, text: str, images: list, clips: list[Clip]):

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 # The language model's linear layers. The vision tower has layers of the same names, which stay untouched.
 LANGUAGE_MODEL_LINEAR = (
-    r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|in_proj_\w+|out_proj)"
 )
 
 SETTINGS_FILE = "veripo_trl.json"  # in a policy's folder
@@ -49,6 +49,7 @@ SEEING = {
 SUPPORTED = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
 }
 
 # A file's path, or None where it is not.
@@ -70,7 +71,7 @@ def load_policy(
     """Load a policy and its processor.
 
     Args:
-        model_name_or_path: a Qwen2.5-VL or Qwen3-VL model, or the adapter that an earlier stage saved; its base model
+        model_name_or_path: a model of a family in `SUPPORTED`, or the adapter that an earlier stage saved; its base model
             is then read from its `adapter_config.json` and the adapter goes on training. Folders are looked for from
             the working directory.
         revision: of `model_name_or_path` on the Hub; an adapter's base has the revision that the adapter recorded.

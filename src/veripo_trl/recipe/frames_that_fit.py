@@ -41,10 +41,15 @@ class MemoryArguments:
 
 
 def report_frames(model_args: ModelConfig, memory: MemoryArguments, encoder: PromptEncoder) -> None:
-    """Print the table. Raises ConfigError without gradient checkpointing."""
+    """Print the table. Raises ConfigError without gradient checkpointing, and for Qwen3.5."""
     if not memory.gradient_checkpointing:
         raise ConfigError("--gpu_memory: expected gradient_checkpointing: true, without which no long video fits.")
     config, settings = encoder.config, encoder.loader.settings
+    if config.model_type == "qwen3_5":
+        raise ConfigError(
+            "--gpu_memory: expected a Qwen2.5-VL or Qwen3-VL; came Qwen3.5, whose linear-attention layers were not "
+            "counted: what they hold is up to the kernels that are installed. Measure it on the GPU."
+        )
     per_frame = settings.max_pixels // settings.size_factor**2 / config.vision_config.temporal_patch_size
     changes = [
         {},

@@ -32,6 +32,7 @@ from itertools import groupby
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -99,6 +100,10 @@ def use_shared_prefix(model) -> None:
     if keep_segments not in model.model._forward_hooks.values():
         model.model.register_forward_hook(keep_segments, with_kwargs=True)
         leave_out_prefix(model.model.language_model.layers[-1])
+    for layer in model.model.language_model.layers:
+        linear = getattr(layer, "linear_attn", None)
+        if linear is not None and getattr(linear.forward, "func", None) is not linear_forward:
+            linear.forward = partial(linear_forward, linear, linear.forward)
 
 
 def attention_forward(module, query, key, value, attention_mask, *, inner, shared_prefix=None, scaling=None, **kwargs):
@@ -112,6 +117,61 @@ def attention_forward(module, query, key, value, attention_mask, *, inner, share
     tensors = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     last = module.layer_idx == module.config.num_hidden_layers - 1
     return attend(*tensors, shared_prefix, scaling, segments_only=last)[None], None
+
+
+class PrefixState:
+    """What a linear-attention layer has of a prefix at its end, with gradient; in the place of a cache of that layer.
+
+    Attributes:
+        conv: the last inputs of its convolution, (prefixes, channels, its width - 1). recurrent: (prefixes, heads, key
+            size, value size). None before the prefixes went through.
+    """
+
+    conv = recurrent = None
+
+    def get_conv_state(self, layer_idx, state_idx=0):
+        return self.conv
+
+    def get_recurrent_state(self, layer_idx, state_idx=0):
+        return self.recurrent
+
+    def update_conv_state(self, states, layer_idx, conv_kernel_size):
+        before = states[..., :0] if self.conv is None else self.conv
+        states = torch.cat([before, states], dim=-1)
+        self.conv = F.pad(states, (conv_kernel_size - 1, 0))[..., 1 - conv_kernel_size :]
+        return states
+
+    def update_recurrent_state(self, states, layer_idx):
+        self.recurrent = states
+
+
+def linear_forward(
+    module, inner, hidden_states, *, cache_params=None, attention_mask=None, shared_prefix=None, **kwargs
+):
+    """The forward of a linear-attention layer (Qwen3.5): `inner`, unless it was given a layout.
+
+    Such a layer hands on a state of fixed size from token to token. So all prefixes go through it, and then all segments,
+    each from the state at its prefix's end: what whole rows give, and the state's gradient is summed over a prefix's
+    segments. Two calls in any case: under ZeRO-3 each gathers weights, in all processes alike.
+    """
+    if shared_prefix is None:
+        return inner(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+    shared_prefix.layers.add(module.layer_idx)
+    counts = [len(group) for group in shared_prefix.segments]
+    segments = [length for group in shared_prefix.segments for length in group]
+    pieces = hidden_states[0].split([*shared_prefix.prefixes, *segments])
+    state = PrefixState()
+    # Zeros on the left change no state, so that all prefixes end together: (prefixes, longest, hidden size).
+    before = pad_sequence(pieces[: len(counts)], batch_first=True, padding_side="left")
+    before = inner(before, cache_params=state, **kwargs)
+    group = torch.repeat_interleave(torch.tensor(counts)).to(hidden_states.device)
+    state.conv, state.recurrent = state.conv[group], state.recurrent[group]
+    after = pad_sequence(pieces[len(counts) :], batch_first=True)  # (segments, longest, hidden size)
+    if after.size(1) == 1:  # to the module a step of decoding, whose kernel has no gradient
+        after = F.pad(after, (0, 0, 0, 1))
+    after = inner(after, cache_params=state, **kwargs)
+    found = [row[row.size(0) - length :] for row, length in zip(before, shared_prefix.prefixes, strict=True)]
+    return torch.cat([*found, *(row[:length] for row, length in zip(after, segments, strict=True))])[None]
 
 
 def leave_out_prefix(layer) -> None:

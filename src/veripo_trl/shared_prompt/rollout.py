@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
 from veripo_trl.model.encoding import EncodedPrompt
 from veripo_trl.model.inputs import model_inputs, pad_positions
@@ -96,6 +96,11 @@ def prefill(model, base, prompts: list[EncodedPrompt], *, pad_token_id: int, con
     if input_ids.numel() * input_ids.size(1) > MOST_MASKED and not attention_mask.all():
         one_by_one = [prefill(model, base, [prompt], pad_token_id=pad_token_id, config=config) for prompt in prompts]
         for number, layer in enumerate(one_by_one[0].layers):
+            if isinstance(layer, LinearAttentionLayer):
+                for name in ("conv_states", "recurrent_states"):
+                    own = [getattr(cache.layers[number], name)[0] for cache in one_by_one]
+                    getattr(layer, name)[0] = torch.cat(own)
+                continue
             for name in ("keys", "values"):
                 own = [getattr(cache.layers[number], name) for cache in one_by_one]
                 width = input_ids.size(1) - 1
@@ -176,8 +181,9 @@ def repeated(whole: Cache, rows: torch.Tensor, *, keep: bool) -> Cache:
         if type(layer) is DynamicLayer:
             cache.layers[number] = RoomyLayer(layer, rows)
         else:
-            cache.layers[number] = copy.copy(layer)
-            cache.layers[number].batch_select_indices(rows)
+            own = cache.layers[number] = copy.copy(layer)
+            vars(own).update({name: dict(value) for name, value in vars(own).items() if isinstance(value, dict)})
+            own.reorder_cache(rows)
     return cache
 
 

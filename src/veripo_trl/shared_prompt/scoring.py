@@ -117,9 +117,9 @@ def can_share(unwrapped) -> bool:
 def why_not_shared(unwrapped) -> str | None:
     """What keeps a model's rows from sharing their prompts, or None."""
     config = unwrapped.config.get_text_config()
-    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if other:  # they do not see a prefix as plain attention does
-        return f"its layers of kind {', '.join(sorted(other))} are not plain attention"
+    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "linear_attention"}
+    if other:  # they do not see a prefix as these do
+        return f"its layers of kind {', '.join(sorted(other))} are neither plain nor linear attention"
     if unwrapped.model.language_model.config._attn_implementation == "eager":
         return "attn_implementation 'eager' takes no other attention function; 'sdpa' does"
     if getattr(config, "output_router_logits", False):

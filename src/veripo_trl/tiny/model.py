@@ -22,6 +22,8 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
@@ -32,7 +34,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from veripo_trl.model.policy import share_weights
 from veripo_trl.tiny.questions import template_texts
 
-KINDS = ("qwen2_5_vl", "qwen3_vl")
+KINDS = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -70,6 +72,8 @@ CHAT_TEMPLATE = """\
 {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
+# Qwen3.5's opens the thinking for the model.
+OPENED = CHAT_TEMPLATE.replace("assistant\\n", "assistant\\n<think>\\n")
 
 
 def build_tokenizer(texts: Iterable[str] = (), tokens: Iterable[str] = ()) -> Qwen2Tokenizer:
@@ -123,7 +127,7 @@ def build_processor(
         return Qwen2_5_VLProcessor(
             image_processor, tokenizer, video_processor, chat_template=CHAT_TEMPLATE
         )
-    if kind == "qwen3_vl":
+    if kind in ("qwen3_vl", "qwen3_5"):
         size = {"shortest_edge": 32 * 32, "longest_edge": 128 * 128}
         vision = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
         image_processor = Qwen2VLImageProcessor(
@@ -132,9 +136,8 @@ def build_processor(
         # Over all frames together.
         total = {"shortest_edge": 2 * 32 * 32, "longest_edge": 128 * 64 * 64}
         video_processor = Qwen3VLVideoProcessor(size=total, cap_pixels_per_frame=False, **vision)
-        return Qwen3VLProcessor(
-            image_processor, tokenizer, video_processor, chat_template=CHAT_TEMPLATE
-        )
+        template = OPENED if kind == "qwen3_5" else CHAT_TEMPLATE
+        return Qwen3VLProcessor(image_processor, tokenizer, video_processor, chat_template=template)
     raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
 
 
@@ -147,6 +150,7 @@ def build_model(
     model_class = {
         "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
         "qwen3_vl": Qwen3VLForConditionalGeneration,
+        "qwen3_5": Qwen3_5ForConditionalGeneration,
     }
     if kind not in model_class:
         raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
@@ -154,12 +158,17 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class[kind]._from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):  # Qwen3.5's: at its first values a state is forgotten within a token
+            parameter.data -= 4
     end, pad = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>"))
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad, do_sample=True)
     return model
 
 
-def _config(kind: str, tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig | Qwen3VLConfig:
+def _config(
+    kind: str, tokenizer: Qwen2Tokenizer
+) -> Qwen2_5_VLConfig | Qwen3VLConfig | Qwen3_5Config:
     ids = dict(
         zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True)
     )
@@ -204,8 +213,23 @@ def _config(kind: str, tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig | Qwen3VLC
         }
         return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **shared)
     text["rope_parameters"]["mrope_interleaved"] = True
+    vision |= {"patch_size": 16, "num_position_embeddings": 64}
+    if kind == "qwen3_5":
+        text["rope_parameters"]["partial_rotary_factor"] = 0.5
+        text |= {
+            "head_dim": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 3,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+        }
+        return Qwen3_5Config(text_config=text, vision_config=vision, **shared)
     text["head_dim"] = 32
-    vision |= {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+    vision["deepstack_visual_indexes"] = [0, 1]
     return Qwen3VLConfig(text_config=text, vision_config=vision, **shared)
 
 

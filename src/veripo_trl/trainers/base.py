@@ -103,6 +103,8 @@ class VideoMixin(CheckpointMixin):
             problems.append("features are shared out once, by a frozen vision tower; set train_vision_tower: false")
         if obstacle := why_not_shared(model):
             problems.append(obstacle)
+        if "linear_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
+            problems.append("linear attention's state, handed from token to token, is not shared out; set it to 1")
         for name, value in {"shared_prefix": True, **layout}.items():
             if getattr(self.args, name) != value:
                 problems.append(f"set {name}: {value} (now {getattr(self.args, name)})")
