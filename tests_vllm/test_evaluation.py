@@ -91,6 +91,17 @@ def made(output: Path) -> tuple[list, list]:
     return [item["model_output"] for item in json.loads(output.read_text())], record["rows"]
 
 
+def test_candidates_of_a_vote_without_thinking(script, model_paths, media_root, prompts, tmp_path):
+    output = tmp_path / "votes.json"
+    argv = command(model_paths["qwen2_5_vl"], media_root, prompts, output, votes=3, vote_temperature=1.0)
+    assert script.main([*argv, "--direct"]) == 3  # one has no video
+    answers, rows = made(output)
+    groups = [[each["completion"] for each in row["candidates"]] for row in rows if "error" not in row]
+    assert len(groups) == 6 and {len(set(group)) for group in groups} == {3}
+    assert all(text.startswith("<think></think>") for group in groups for text in group)
+    assert [answer in group for answer, group in zip(filter(None, answers), groups, strict=True)] == [True] * 6
+
+
 def test_a_broken_run_ends_with_the_file_of_an_unbroken_one(script, model_paths, media_root, prompts, tmp_path, capfd):
     """Sampled, each row with its own seed; what is wrong with two rows costs these rows."""
     model = small_model(model_paths["qwen2_5_vl"], tmp_path / "model")
