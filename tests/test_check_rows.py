@@ -286,6 +286,7 @@ def test_no_good_rows(check_rows, run, tmp_path, capsys):
     "changes, arguments, message",
     [
         ({"max_frame": 4}, [], "'max_frame' .close: .*max_frames"),
+        ({"holdout": None}, [], "holdout: expected a value, came null. .* default, 0"),
         ({}, ["--no_such_option", "3"], "'no_such_option'"),
         ({}, ["word"], "'word'"),
         ({}, ["--output", "manifest.json"], "ends in .jsonl"),

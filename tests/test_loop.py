@@ -368,6 +368,8 @@ def test_dry_run_finds_what_the_stages_would_stop_at(tmp_path, capsys, monkeypat
                        "model_name_or_path": "outputs/none"}},
         {"name": "d", "recipe": "verify_rollouts.py", "config": "tiny/verify.yaml", "judge_command": ["no-such"]},
         {"name": "e", "recipe": "dpo_video.py", "config": "dpo.yaml"},
+        {"name": "f", "recipe": "dpo_video.py", "config": "dpo.yaml",
+         "overrides": {"pairs": [{"path": "outputs/loop/d-1/pairs", "media_root": "no/videos"}]}},
     ]  # fmt: skip
     Path("dpo.yaml").write_text(yaml.safe_dump({"pairs": [{"path": "own"}, {"path": "./none/pairs"}]}))
     Path("loop.yaml").write_text(yaml.safe_dump({"output_dir": "outputs/loop", "iterations": 2, "iteration": iteration}))
@@ -380,6 +382,7 @@ def test_dry_run_finds_what_the_stages_would_stop_at(tmp_path, capsys, monkeypat
     for told in (
         "judge_command: no program 'no-such'", "stage a-1: .*gone.mp4", "stage b-1: .*'odd'",
         "stage c-1: 'outputs/none': no such folder", "stage e-1: pairs ./none/pairs: expected a folder",
+        "stage f-1: pairs .*media_root 'no/videos': no such folder",
     ):  # fmt: skip
         assert len(re.findall(told, str(ended.value), re.DOTALL)) == 1, (told, lines)
     assert "-2: " not in str(ended.value)  # said once, and what stages make is not looked for

@@ -61,6 +61,12 @@ def look_at_inputs(stage: dict, made: list[str]) -> None:
     for source in map(pair_source, read_sources("pairs", settings.get("pairs")) or []):
         if to_find(source.path):
             pair_files(source)
+        root = source.media_root
+        if root and to_find(root) and not Path(root).expanduser().is_dir():
+            raise LoopError(
+                f"pairs {source.path}: media_root {root!r}: no such folder (looked from {Path.cwd()}). Expected the one "
+                f"that the videos of the rows lie in."
+            )
     model, revision = settings.get("model_name_or_path"), settings.get("model_revision", "main")
     if model and to_find(model):
         find_base(model, None if revision == "main" else revision)

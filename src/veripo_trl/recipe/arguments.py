@@ -5,9 +5,10 @@ The defaults of frames and pixels (`fps`, `max_frames`, `max_pixels` …) are in
 
 import json
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -202,6 +203,7 @@ def parse(dataclasses: tuple, *, default_config: Path, argv: list[str] | None = 
             print(f"config: {config}", flush=True)
         # before the dataclasses are made: one of them may stumble over the value that a mistyped key did not set
         _refuse_unknown(str(config), [key for key in _read_yaml(config) if key != "env"], known)
+        _refuse_null(config, dataclasses)
         argv = ["--config", str(config), *argv]
     with settings_checked():
         *parsed, _, rest = _Parser(dataclasses).parse_args_and_config(
@@ -247,6 +249,19 @@ def _read_yaml(file: Path) -> dict:
     except yaml.YAMLError as error:
         raise ConfigError(f"{file}: expected YAML: {error}") from error
     return content if isinstance(content, dict) else {}
+
+
+def _refuse_null(config: Path, dataclasses: tuple) -> None:
+    """A key without a value, where its option is to have one, would be a TypeError of whatever looks at it first."""
+    empty = {key for key, value in _read_yaml(config).items() if value is None}
+    for kind in dataclasses:
+        hints = get_type_hints(kind) if empty else {}
+        for item in fields(kind):
+            given = item.name in empty and item.default is not None and item.default is not MISSING
+            if given and type(None) not in get_args(hints[item.name]):
+                raise ConfigError(
+                    f"{config}: {item.name}: expected a value, came null. Leave it out for its default, {item.default!r}."
+                )
 
 
 class _Parser(TrlParser):

@@ -81,7 +81,7 @@ def split_holdout(dataset, count: int):
     """
     ids = list(dataset["question_id"])
     if count >= len(ids):
-        raise ConfigError(f"holdout: {count} of {len(ids)} rows of `datasets` leave none to train on. Give fewer.")
+        raise ConfigError(f"holdout: {count} of {len(ids)} rows of `datasets` leave none to train on. Give fewer, or 0.")
     held = set(sorted(ids, key=lambda name: hashlib.sha256(name.encode()).digest())[:count])
     indices = {side: [index for index, name in enumerate(ids) if (name in held) is side] for side in (True, False)}
     return dataset.select(indices[True]), dataset.select(indices[False])
