@@ -211,7 +211,7 @@ def test_all_questions_of_a_turn_together(load, media_root, prompts, tmp_path):
     questions = read_questions(prompts, video_dir=media_root)
     engine = TransformersEngine(model.eval(), encoder, Decoding(max_new_tokens=6, temperature=1.0, seed=1))
     asked, complete = [], engine.complete
-    engine.complete = lambda prompts, indices: asked.append((indices, prompts)) or complete(prompts, indices)
+    engine.complete = lambda prompts, indices, **of: asked.append((indices, prompts)) or complete(prompts, indices, **of)
     streams = StreamEncoder(encoder, clip_tokens=16, max_memory_tokens=100)
     journal = Journal(tmp_path / "a.jsonl", {})
     answer_questions(questions, engine, streams, journal, batch_size=6, num_workers=0)
