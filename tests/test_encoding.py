@@ -83,9 +83,10 @@ def test_a_completion_opens_its_thinking_itself(opened, load, mixed_rows):
     template = encoder.processor.chat_template
     assert template.count("<think>\\n") == 1
     encoder.processor.chat_template = template.replace("<think>\\n", opened)
-    prompt = encoder.encode({**mixed_rows[1], "problem": "What is <think>?"})
-    text = encoder.processor.tokenizer.decode(prompt.input_ids)
-    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n") and "What is <think>?" in text
+    for begun in ("", "<think></think>\n"):
+        prompt = encoder.encode({**mixed_rows[1], "problem": "What is <think>?", "begun": begun})
+        text = encoder.processor.tokenizer.decode(prompt.input_ids)
+        assert text.endswith(f"<|im_end|>\n<|im_start|>assistant\n{begun}") and "What is <think>?" in text
 
 
 def test_shuffled_frames_are_the_same_frames(load, media_root):

@@ -224,9 +224,9 @@ class PromptEncoder:
         (text,) = text_ids(self.processor.tokenizer, [part["text"]])
         part["text"] = STAND_IN
         rendered = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        rendered += row.get("begun", "")
         before, after = rendered.split(STAND_IN)
-        after = after.partition("<think>")[0]  # which Qwen3.5's template puts there: here a completion opens it itself
+        # Qwen3.5's template puts <think> there: here a completion opens it itself.
+        after = after.partition("<think>")[0] + row.get("begun", "")
         return before + after, text, len(self.processor.tokenizer(after)["input_ids"])
 
     def _call_processor(self, text: str, images: list, clips: list[Clip]):
