@@ -212,6 +212,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if args.boxes and not args.pred_path:
         parser.error("--boxes goes with --pred_path")
+    if args.compare and judging.judge != "rules":
+        parser.error("--judge goes with --pred_path and --controls; two runs are compared by our rules")
     if args.compare:
         compare(args.compare)
     elif args.controls:

@@ -53,7 +53,7 @@ from veripo_trl.verifier.judges import RulesJudge
 
 RANK = "VERIPO_EVALUATION_RANK"  # set for the processes of a data-parallel run
 BATCH_SIZES = {"transformers": 8, "vllm": 64}
-SHOWN, VOTES = 10, 8
+SHOWN, VOTES, VOTE_TEMPERATURE = 10, 8, 0.7
 DEFAULTS = {**SEEING, "max_pixels": 256 * 28 * 28}  # VerIPO's, where they have one
 MODEL_FILES = [*PATTERNS["model"], "*model*.bin", "*.jinja"]
 
@@ -112,7 +112,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--direct", action="store_true", help="answer without thinking: it is closed empty before the model begins")
     add("--votes", type=int, default=0, help="candidates per question; the majority's answer counts (default: none)")
-    add("--vote_temperature", type=float, default=0.7, help="of --votes, in place of --temperature")
+    add("--vote_temperature", type=float, help=f"of --votes, in place of --temperature (default: {VOTE_TEMPERATURE})")
     add(
         "--controls",
         action=argparse.BooleanOptionalAction,
@@ -146,9 +146,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--direct, --votes and --controls: not with --streaming, whose control is --max_memory_tokens 0")
     if args.controls and (args.direct or args.perturb):
         parser.error("--controls asks directly and perturbs by itself: leave out --direct and --perturb")
+    if args.vote_temperature is None:
+        args.vote_temperature = VOTE_TEMPERATURE
+    elif not args.votes and args.controls is None:  # each run of --controls is given both, and --no-controls
+        parser.error("--vote_temperature is of --votes and --controls, which are not given")
     if args.votes and not args.controls:
         args.temperature = args.vote_temperature
-    if args.votes and (args.votes < 2 or args.vote_temperature < GREEDY_BELOW):
+    votes = args.votes or (VOTES if args.controls else 0)
+    if votes and (votes < 2 or args.vote_temperature < GREEDY_BELOW):
         parser.error(f"--votes: expected 2 or more, at a --vote_temperature of {GREEDY_BELOW} or more")
     if args.perturb and len(set(args.perturb)) < len(args.perturb):
         parser.error(f"--perturb: expected each kind once, came {' '.join(args.perturb)}")

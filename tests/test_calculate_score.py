@@ -206,7 +206,13 @@ def test_comparison_of_paired_runs():
     nothing = compare_scores(first, first)
     assert (nothing["difference"], nothing["low"], nothing["high"], nothing["p"]) == (0, 0, 0, 1)
     graded = compare_scores(first * 0.3, first * 0.3 + rng.normal(0.1, 0.2, 400))
-    assert graded["test"] == "paired bootstrap" and graded["p"] < 0.01 and graded["low"] > 0.05
+    assert graded["test"] == "paired permutation" and graded["p"] < 0.01 and graded["low"] > 0.05
+    # few questions: 2 · (1/2)^n where all differ to one side, as scipy's permutation test has it
+    for count, p in ((1, 1.0), (2, 0.5), (3, 0.25), (6, 0.03125)):
+        few = compare_scores(np.zeros(count), np.linspace(0.1, 0.6, count))
+        assert few["p"] == pytest.approx(p, abs=0.02), few
+    same = compare_scores(first * 0.3, first * 0.3)
+    assert (same["test"], same["p"]) == ("paired permutation", 1)
 
 
 def scored(**changes):

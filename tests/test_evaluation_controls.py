@@ -125,6 +125,8 @@ def test_a_vote_keeps_its_candidates_and_goes_on(
     [
         (["--votes", "1"], "--votes: expected 2 or more"),
         (["--votes", "4", "--vote_temperature", "0"], "at a --vote_temperature of 1e-05"),
+        (["--controls", "--vote_temperature", "0"], "at a --vote_temperature of 1e-05"),
+        (["--vote_temperature", "1"], "of --votes and --controls, which are not given"),
         (["--direct", "--streaming"], "not with --streaming"),
         (["--controls", "--perturb", "drop"], "perturbs by itself"),
     ],
@@ -167,7 +169,7 @@ def test_the_table_pairs_each_control_with_thinking(tmp_path):
     ):
         control_lines(files["thinking"], RulesJudge())
     written(files["thinking"], [right] * 8)
-    written(files["direct"], [right] * 2 + [wrong] * 5 + [None])
+    written(files["direct"], [right] * 2 + [wrong] * 4 + ["<think></think>" + wrong, None])
     # Two of three say A, but conclude B: the verifier elects the third.
     candidates = [[said("A", "B"), said("A", "B"), right]] * 4 + [[right, wrong, wrong]] * 4
     written(files["voted"], [said("A", "B")] * 4 + [wrong] * 4, candidates)
@@ -180,6 +182,7 @@ def test_the_table_pairs_each_control_with_thinking(tmp_path):
     assert notes[
         0
     ] == "Not there: frames shuffled, no video." and "left out: 1; compared: 7" in " ".join(notes)
+    assert "direct: 1 answers of 7 opened another thinking: they are not direct." in notes
     assert found["thinking"]["paired"] is None and found["thinking"]["ours"] == 1
     direct = found["direct"]
     assert (
@@ -197,7 +200,7 @@ def test_the_table_pairs_each_control_with_thinking(tmp_path):
     )
     shares = [found[name]["ours"] for name in list(found)[2:]]
     assert shares == pytest.approx([0, 1 / 2, 1 / 3, 1])
-    assert found["one vote, on average"]["paired"]["test"] == "paired bootstrap"
+    assert found["one vote, on average"]["paired"]["test"] == "paired permutation"
     written(files["voted"], [right] * 8)
     with pytest.raises(RowError, match="expected the candidates of each question"):
         control_lines(files["thinking"], RulesJudge())

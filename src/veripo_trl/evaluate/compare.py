@@ -120,8 +120,8 @@ def show_controls(output: Path, judge: Judge, cache=None) -> None:
     ]
     print_table(f"{output.stem}, and its controls", shown)
     notes.append(
-        "Differences over the questions that both answered; p by McNemar's exact test, with * from the paired "
-        "bootstrap; none is corrected for how many there are."
+        "Differences over the questions that both answered; p by McNemar's exact test, with * by a paired permutation "
+        "test; none is corrected for how many there are."
     )
     print("", *map(printable, notes), sep="\n")
     file = output.with_suffix(".controls.json")
@@ -160,6 +160,9 @@ def control_lines(output: Path, judge: Judge, cache=None) -> tuple[list[dict], l
     for name in [name for name in files if name not in missing]:
         pairs, told = pair_runs([str(output), str(files[name])])
         notes += [f"{name}: {note}" for note in told]
+        again = sum(after["model_output"].count("<think>") > 1 for _, after in pairs) if name == "direct" else 0
+        if again:  # its thinking was closed before it began
+            notes.append(f"direct: {again} answers of {len(pairs)} opened another thinking: they are not direct.")
         first = np.array([score(before) for before, _ in tqdm(pairs, desc=name, unit="question")])
         ways = {name: [[after] for _, after in pairs]}
         if name == "voted":

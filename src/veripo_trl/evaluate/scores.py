@@ -328,7 +328,7 @@ def compare_scores(first: np.ndarray, second: np.ndarray, *, seed: int = 0) -> d
 
     Returns:
         `first`, `second` (means), `difference` (second − first) with `low` and `high` (95% paired bootstrap), `p`,
-        `test`: "McNemar, exact" where every score is 0 or 1, else "paired bootstrap"; `better`, `worse` (questions on
+        `test`: "McNemar, exact" where every score is 0 or 1, else "paired permutation"; `better`, `worse` (questions on
         which the second is).
     """
     differences = second - first
@@ -337,9 +337,8 @@ def compare_scores(first: np.ndarray, second: np.ndarray, *, seed: int = 0) -> d
     low, high = np.quantile(means, [0.025, 0.975]).tolist()
     if np.isin([first, second], (0.0, 1.0)).all():
         p, test = mcnemar_p(better, worse), "McNemar, exact"
-    else:  # one is added on both sides: a resampling never shows that something is impossible
-        tail = int(min((means <= 0).sum(), (means >= 0).sum())) + 1
-        p, test = min(1.0, 2 * tail / (PAIRED_RESAMPLES + 1)), "paired bootstrap"
+    else:
+        p, test = permutation_p(differences, seed=seed), "paired permutation"
     ends = {"first": float(first.mean()), "second": float(second.mean()), "difference": float(differences.mean())}
     return {**ends, "low": low, "high": high, "p": p, "test": test, "better": better, "worse": worse}
 
@@ -349,3 +348,13 @@ def mcnemar_p(better: int, worse: int) -> float:
     count = better + worse
     tail = sum(math.comb(count, k) for k in range(min(better, worse) + 1))
     return min(1.0, 2 * tail / 2**count)  # Python's integers: exact until the division
+
+
+def permutation_p(differences: np.ndarray, *, seed: int = 0) -> float:
+    """Two-sided p of a mean difference where the two runs' scores are swapped on each question by a coin: McNemar's test
+    for scores between 0 and 1. With few questions that differ it stays large, where a bootstrap's would not."""
+    changed, rng = differences[differences != 0], np.random.default_rng(seed)
+    least = abs(changed.sum()) - 1e-9  # sums in another order round otherwise
+    draws = (abs(changed @ rng.choice((-1.0, 1.0), len(changed))) for _ in range(PAIRED_RESAMPLES))
+    # one is added on both sides: drawing never shows that something is impossible
+    return (sum(drawn >= least for drawn in draws).item() + 1) / (PAIRED_RESAMPLES + 1)
