@@ -103,7 +103,7 @@ def trl_engine(config, encoder: PromptEncoder, *, model, datasets: list):
     options = engine_options(encoder, dtype=engine_dtype(config, model), datasets=datasets)
     # What the policy was loaded from on the Hub (`load_policy` says it); TRL passes no revision.
     engine = engine_class(vllm_generation.LLM, {**options, "revision": getattr(encoder.config, "_commit_hash", None)})
-    client = client_class(vllm_generation.VLLMClient, encoder.config, options)
+    client = client_class(vllm_generation.VLLMClient, encoder.config, options, timeout_s=config.ddp_timeout)
     backend = backend_class(grpo_trainer.VLLMGeneration, vllm_generation)
     with (
         patch.object(vllm_generation, "LLM", engine),
@@ -183,18 +183,35 @@ def engine_class(base: type, options: dict) -> type:
     return VideoLLM
 
 
-def client_class(base: type, config, options: dict) -> type:
-    """TRL's `VLLMClient`, for its server mode."""
+def client_class(base: type, config, options: dict, *, timeout_s: float) -> type:
+    """TRL's `VLLMClient`, for its server mode.
+
+    Args:
+        timeout_s: how long an answer is waited for, once; TRL waits for ever.
+    """
     from requests import RequestException
+    from urllib3.exceptions import ReadTimeoutError
+    from urllib3.util.retry import Retry
+
+    class OnceTimedOut(Retry):
+        """TRL's retries, but none where no answer came: what the server is still at work on would be posted again."""
+
+        def increment(self, method=None, url=None, response=None, error=None, *args, **kwargs):
+            if isinstance(error, ReadTimeoutError):
+                raise error
+            return super().increment(method, url, response, error, *args, **kwargs)
 
     class VideoVLLMClient(base):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
+            self.timeout_s = timeout_s
+            for adapter in self.session.adapters.values():
+                adapter.max_retries.__class__ = OnceTimedOut  # with the numbers that TRL gave it
             self.max_model_len = check_server(self.get_server_info(), options, self.base_url)
 
         def _post(self, url, **kwargs):
             try:
-                return super()._post(url, **kwargs)
+                return super()._post(url, timeout=self.timeout_s, **kwargs)
             except Exception as error:
                 # An answer other than 200 is for TRL an exception of no narrower type.
                 if type(error) is not Exception and not isinstance(error, RequestException):
