@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import make_grpo_trainer, make_tiny_policy, masked_attention, random_pieces, video_rows
+from helpers import (
+    make_grpo_trainer, make_sft_trainer, make_tiny_policy, masked_attention, random_pieces, video_rows,
+)  # fmt: skip
 from test_shared_prefix import varlen_backward, varlen_forward
 from transformers import TrainingArguments
 
@@ -98,3 +100,11 @@ def test_refused(message, model_paths, media_root, tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     with pytest.raises(ConfigError, match=message):
         make_grpo_trainer(model, encoder, video_rows(media_root, 2), tmp_path, **changes)
+
+
+def test_sft_refuses_an_order_of_rows_that_it_would_not_keep(model_paths, media_root, tmp_path, monkeypatch):
+    model, encoder = make_tiny_policy(model_paths["qwen2_5_vl"], use_peft=False)
+    changes = {"prompt_parallel": 2, "per_device_train_batch_size": 1, "train_sampling_strategy": "sequential"}
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(ConfigError, match=r"set train_sampling_strategy: random \(now sequential\)"):
+        make_sft_trainer(model, encoder, video_rows(media_root, 2), tmp_path, **changes)

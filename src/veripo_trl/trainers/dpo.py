@@ -85,7 +85,7 @@ class VideoDPOTrainer(VideoMixin, DPOTrainer):
             )
         kwargs["data_collator"] = DPOCollator(encoder, max_length=kwargs["args"].max_length)
         super().__init__(*args, encoder=encoder, **kwargs)
-        self._share_out_prompts(per_device_train_batch_size=1)
+        self._share_out_prompts(per_device_train_batch_size=1, train_sampling_strategy="random")
         self.precompute_ref_logps = True  # `_compute_loss` hands them over, computed from the same encoded prompts
 
     def _get_train_sampler(self, train_dataset=None):

@@ -69,7 +69,7 @@ class VideoSFTTrainer(VideoMixin, SFTTrainer):
         kwargs["args"] = with_changes(config, dataset_kwargs=prepared)
         kwargs["data_collator"] = SFTCollator(encoder, max_length=config.max_length)
         super().__init__(*args, encoder=encoder, **kwargs)
-        self._share_out_prompts(per_device_train_batch_size=1)
+        self._share_out_prompts(per_device_train_batch_size=1, train_sampling_strategy="random")
 
     def _get_train_sampler(self, train_dataset=None):
         """Rows for groups of processes, each of which computes the answer of its row, and its share of the prompt."""
