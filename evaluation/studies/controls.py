@@ -1,5 +1,5 @@
 """What the studies hold against a method, each as a method of its own: the same run, with what the
-method knows dealt out at random.
+method knows dealt out at random. And judges with hidden faults, for `judge:` of verify_rollouts.py.
 
     PYTHONPATH=evaluation/studies python recipes/grpo_video.py --config tiny/grpo.yaml --loss_type bnpo \\
         --methods controls:PermutedWeights tw_grpo
@@ -7,13 +7,16 @@ method knows dealt out at random.
 Named in `methods:` before the one that it is a control of.
 """
 
+import random
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from veripo_trl.methods import Method
 from veripo_trl.tiny.clips import COLOURS, MAX_COUNT
 from veripo_trl.tiny.questions import LETTERS, NUMBER_WORDS
+from veripo_trl.verifier.judges import RulesJudge
 
 # What a templated thought or answer of the tiny world says; all else is the template.
 SAID = {*COLOURS, *NUMBER_WORDS, *LETTERS, *map(str, range(1, MAX_COUNT + 1))}
@@ -123,3 +126,26 @@ class PermutedLikelihoods(Control):
 
     def _earned(self, accuracy, likelihood, think_tokens):
         return super()._earned(accuracy, dealt_out(likelihood), think_tokens)
+
+
+# ---------------------------------------------------------------------------------- faulty judges
+
+_RULES, _CHANCE, _LAST = RulesJudge(), random.Random(0), []
+_OTHER = {"consistent": "inconsistent", "inconsistent": "consistent", "unknown": "unknown"}
+
+
+async def flipped(item: dict, share: float) -> dict:
+    """The rules' verdict, in a share of the rollouts the opposite one. Drawn anew for each: equal
+    texts are not wronged alike."""
+    found = await _RULES(item)
+    swap = _CHANCE.random() < share
+    return {**found, "consistency": _OTHER[found["consistency"]]} if swap else found
+
+
+flipped_5, flipped_10, flipped_20 = (partial(flipped, share=each) for each in (0.05, 0.1, 0.2))
+
+
+async def dealt_on(item: dict) -> dict:
+    """The verdict of the rollout before: as many of each, and nothing is known of this one."""
+    _LAST.append(await _RULES(item))
+    return _LAST.pop(0) if len(_LAST) > 1 else _LAST[0]

@@ -6,38 +6,24 @@
 For each seed: one cold start, as in `tiny/sft.yaml`; from it each line of ARMS, as in
 `tiny/grpo.yaml` but for what the line says, with as many rollouts (`--steps` times 64). Options
 that are not the study's own go to every GRPO run. A finished run under the output folder is not
-repeated. A run is a process of its own, forked from this one, which has imported everything and
-computed nothing.
+repeated.
 """
 
 import argparse
 import copy
-import importlib.util
 import json
 import math
-import multiprocessing
 import resource
 import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def load_recipe(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)  # first: it sets the environment that torch is imported in
-    return module
-
-
-RECIPES = {name: load_recipe(name) for name in ("sft_video", "grpo_video")}
+from runs import in_own_process, interval, known  # before torch, whose environment it sets
 
 from veripo_trl.data.rollouts import RolloutStore
-from veripo_trl.errors import VeripoError, run
+from veripo_trl.errors import run
 from veripo_trl.files import tables
-from veripo_trl.files.run_folder import RESULTS
 from veripo_trl.methods.t_grpo import shuffle_seed
 from veripo_trl.recipe.held_out import evaluate_policy
 
@@ -91,24 +77,6 @@ ARMS = {
 LOGGED = ("t_grpo/", "token_weights/", "regression/", "care/", "clip_ratio/region_mean", "cispo_")
 
 
-def in_own_process(recipe: str, folder: Path, further: list[str] = (), **options) -> dict:
-    """The results of a run, which is made unless it is finished."""
-    if not (folder / RESULTS).exists():
-        options |= {"output_dir": folder, "save_strategy": "no", "dataloader_num_workers": 0}
-        argv = []
-        for name, value in options.items():
-            argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        argv += further  # the last one given counts
-        print("$", f"{recipe}.py", *argv, flush=True)
-        fork = multiprocessing.get_context("fork")
-        process = fork.Process(target=train, args=(RECIPES[recipe], argv))
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise VeripoError(f"{folder}: its run ended with exit code {process.exitcode}.")
-    return json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-
-
 def train(recipe, argv: list[str]) -> None:
     """A recipe whose results have `study` too, see `measure`."""
     finish = recipe.train
@@ -145,17 +113,9 @@ def bonus_rates(folder: Path) -> dict[str, float]:
     return {name: fmean(some) for name, some in found.items()}
 
 
-def interval(summary: dict, name: str) -> str:
-    return f"{summary[f'{name}_low']:.3f}–{summary[f'{name}_high']:.3f}".replace("nan–nan", "–")
-
-
 def line(seed: int, name: str, results: dict, folder: Path, steps: int) -> dict:
     summaries = [*results["after"].values(), results["study"]["shuffled"]]
-    # JSON has no NaN: where all answers are unreadable, their inconsistency is null
-    greedy, sampled, shuffled = (
-        {key: math.nan if value is None else value for key, value in summary.items()}
-        for summary in summaries
-    )
+    greedy, sampled, shuffled = map(known, summaries)
     history = [entry for entry in results["history"] if "reward" in entry]
     log = {key: [e[key] for e in history if e.get(key) is not None] for key in history[-1]}
     own = {key: fmean(values) for key, values in log.items() if key.startswith(LOGGED) and values}
@@ -220,10 +180,11 @@ def main(argv: list[str] | None = None) -> None:
         for seed in arguments.seeds:
             folder = arguments.output_dir / f"seed{seed}"
             start = folder / "cold_start"
-            in_own_process("sft_video", start, config="tiny/sft.yaml", seed=seed)
+            shared = {"seed": seed, "save_strategy": "no", "dataloader_num_workers": 0}
+            in_own_process("sft_video", start, train, config="tiny/sft.yaml", **shared)
             own = folder / name.lower().replace(",", "").replace(" ", "_")
-            given = {"config": "tiny/grpo.yaml", "model_name_or_path": start, "seed": seed}
-            results = in_own_process("grpo_video", own, further, **given, **changes)
+            given = {"config": "tiny/grpo.yaml", "model_name_or_path": start, **shared}
+            results = in_own_process("grpo_video", own, train, further, **given, **changes)
             lines.append(line(seed, name, results, own, steps))
             before |= {seed: results["before"]} if results["before"] else {}
         table = means(lines)
