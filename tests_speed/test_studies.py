@@ -148,7 +148,8 @@ def judged(judge):
     async def all_of_them():
         return [(await judge(item))["consistency"] for item in items]
     return asyncio.run(all_of_them())
-print(json.dumps([parts.rechecks(answers, [row]), *map(judged, (controls._RULES, controls.flipped_20, controls.dealt_on))]))
+judges = (controls._RULES, controls.flipped_20, controls.dealt_on)
+print(json.dumps([parts.rechecks(answers, [row]), *map(judged, judges)]))
 """
 
 

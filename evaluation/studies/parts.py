@@ -1,7 +1,7 @@
 """Which part of the method does the work? On the tiny world's questions that take several steps.
 
     python evaluation/studies/parts.py --seeds 0 1 2
-    python evaluation/studies/parts.py --lines GRPO "all pairs" "no reflection"   # of LINES below
+    python evaluation/studies/parts.py --lines GRPO "all pairs" "no reflection pairs"   # of LINES below
 
 A line is a run of a recipe that starts from another line's policy, its settings those of
 `recipes/configs/tiny/` but for what LINES and SETTINGS say. All begin with one *base*, which has
