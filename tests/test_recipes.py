@@ -2,13 +2,13 @@
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-import weakref
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.data.schema import rows_to_dataset
 from veripo_trl.errors import ConfigError, VeripoError, run
-from veripo_trl.files.run_folder import holder, only_process, write_results
+from veripo_trl.files.run_folder import holder, only_process, outlive_sigterm, write_results
 from veripo_trl.recipe import held_out
 from veripo_trl.recipe.arguments import ReportArguments, StopArguments
 from veripo_trl.recipe.prepare import open_run
@@ -198,17 +198,20 @@ def test_ctrl_c_ends_in_one_line(capsys):
     )
 
 
-def test_an_error_that_nobody_foresaw_holds_nothing(capsys):
-    """Python's own end would keep its frames, and with them a loader whose worker ignores the first SIGTERM."""
-    loaders = []
+@pytest.mark.parametrize(
+    "error, says",
+    [(ConfigError("broken.mp4"), r"ConfigError: broken.mp4\n"), (KeyError("boom"), r"Traceback .*__getitem__\n.*boom.*")],
+)
+def test_an_error_ends_the_loaders_workers(error, says, capsys):
+    """They outlive the one SIGTERM of Python's end, which would wait for them for ever."""
 
-    def work():
-        loader = DataLoader([0, 1])
-        loaders.append(weakref.ref(loader))
-        raise KeyError("boom")
+    class Videos(list):
+        def __getitem__(self, index):
+            raise error
 
-    assert run(work) == 1 and loaders[0]() is None
-    assert re.search(r"Traceback .*in work\n.*KeyError: 'boom'", capsys.readouterr().err, re.DOTALL)
+    loader = DataLoader(Videos([0]), batch_size=None, num_workers=1, worker_init_fn=outlive_sigterm)
+    assert run(lambda: list(loader)) == 1 and not multiprocessing.active_children()
+    assert re.fullmatch(says, capsys.readouterr().err, re.DOTALL)
 
 
 def test_what_says_finished_is_written_when_the_disk_has_the_rest(tmp_path, monkeypatch):

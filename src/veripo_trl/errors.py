@@ -1,9 +1,12 @@
 """The base of our errors. A command ends in the message of one, without lines of code."""
 
 import contextlib
+import gc
 import io
+import multiprocessing
 import os
 import re
+import signal
 import sys
 import traceback
 
@@ -75,6 +78,18 @@ def first_failure(message: str) -> str:
     return message if own else f"{rank} ends, for another one failed. {first}"
 
 
+def end_workers() -> None:
+    """Of loaders that are left: an error's frames hold them, or a trainer does. Python's end would wait for them, for
+    ever: they outlive the one SIGTERM that it sends."""
+    if workers := [child for child in multiprocessing.active_children() if child.daemon]:
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where a worker is killed
+        for worker in workers:
+            worker.kill()
+            worker.join()
+        gc.collect()
+        signal.signal(signal.SIGCHLD, before)
+
+
 def run(main) -> int | None:
     """A script's `main`, as a command: an error that says what to do ends it in that message, without lines of code."""
     print_under_any_locale()
@@ -84,10 +99,11 @@ def run(main) -> int | None:
         print(first_failure(f"{type(error).__name__}: {error}"), file=sys.stderr, flush=True)
         return 1
     except Exception as error:  # a full disk that a library found, or what nobody foresaw
-        # Said here and not raised: Python would hold its frames, and with them loaders whose workers it then waits for.
         print(first_failure(no_room(error) or traceback.format_exc()), file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         if int(os.environ.get("RANK", "0")) == 0:
             print("\ninterrupted: the same command goes on, from the last checkpoint if there is one", file=sys.stderr)
         return 130
+    finally:
+        end_workers()
