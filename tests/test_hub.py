@@ -311,13 +311,14 @@ def test_a_policy_s_card_tells_what_it_reached_and_how_to_ask_it(load, model_pat
     told = {
         "questions": 1450, "accuracy": 0.5, "accuracy_low": 0.4321, "accuracy_high": 0.5678, "inconsistency": math.nan,
         "inconsistency_low": math.nan, "inconsistency_high": math.nan, "unknown": 1.0, "accurate_and_consistent": 0.0,
-        "accuracy: numerical": 0.25, "mIoU: temporal grounding": 0.61,
+        "accuracy: numerical": 0.25, "mIoU: temporal grounding": 0.61, "ROUGE: free-form": 0.5,
     }  # fmt: skip
     results = {"stage": "GRPO", "steps": 7, "model": "some/base", "before": None, "after": {"sampled": told}}
     card = run_card(folder, results, repo_id="policy", license="mit")
     for line in (
         "| after | sampled | 1,450 | 50.0% (43.2%–56.8%) | – | 100.0% | 0.0% | "
-        "numerical 0.25, mIoU: temporal grounding 0.61 |",
+        "numerical 0.25, mIoU: temporal grounding 0.61, ROUGE: free-form 0.5 |",
+        " counts *unknown* as a miss. Free text is in the accuracy by its ROUGE.\n\n",
         "![Curves of the training](curves.png)",
         f"| prompt template | tiny (hash {encoder.template.hash}) |",
         "| fps | 2 |",

@@ -8,6 +8,7 @@ from accelerate import PartialState
 from veripo_trl.files.disk import read_json
 from veripo_trl.files.run_folder import RESULTS, TRAINED, write_results
 from veripo_trl.files.tables import print_table
+from veripo_trl.hub.cards import shown_name
 from veripo_trl.hub.push import HubError
 from veripo_trl.hub.runs import push_run, run_card
 from veripo_trl.recipe.arguments import ReportArguments
@@ -60,7 +61,7 @@ def train(trainer, heldout, report: ReportArguments, *, checkpoint: str | None, 
             "seconds": dict(trainer.seconds),
             **{name: value() if callable(value) else value for name, value in results.items()},
         }
-        card = run_card(folder, results, repo_id=folder.absolute().name, license=trainer.args.hub_license)
+        card = run_card(folder, results, repo_id=shown_name(str(folder)), license=trainer.args.hub_license)
         (folder / "README.md").write_text(card, encoding="utf-8")
         print(f"\nmodel, {RESULTS} and curves.png are in {folder} ({results['minutes']:.1f} minutes)", flush=True)
         write_results(folder, results, TRAINED if trainer.args.push_to_hub else RESULTS)
