@@ -134,6 +134,12 @@ def test_a_merged_adapter_scores_as_the_adapter_does(model_paths, rows, tmp_path
     for given, message in (("merged other", "a LoRA adapter .* it is a whole model"), ("sft merged", "not there yet")):
         with pytest.raises(ConfigError, match=message):
             runpy.run_path(str(RECIPE))["main"]([str(tmp_path / name) for name in given.split()])
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "adapter_config.json").write_bytes((tmp_path / "sft" / "adapter_config.json").read_bytes())
+    settings = (tmp_path / "sft" / "veripo_trl.json").read_bytes()
+    (tmp_path / "bare" / "veripo_trl.json").write_bytes(settings)
+    with pytest.raises(FileNotFoundError, match="bare': expected an adapter's weights, adapter_model.safetensors"):
+        load_policy(str(tmp_path / "bare"))
     again, _ = load_policy(str(tmp_path / "merged"))
     for row, want, start in zip(rows, expected, bare, strict=True):
         assert (want - start).abs().max() > 1e-2

@@ -296,6 +296,7 @@ MISTAKES = {
     "dtype": ({"dtype": "float99"}, "dtype: expected one of auto, .*; got 'float99'"),
     "not a number": ({"learning_rate": "fast"}, "--learning_rate.*'fast'"),
     "half a JSON": ({"datasets": ['{"path']}, "datasets: expected entries like .*, as JSON; got "),
+    "a null": ({"datasets": [None]}, r"datasets: expected entries like .* got \[None\]: an entry is no mapping"),
     "rewards": ({"reward_weights": [1.0]}, r"weights \(1\) must match number of reward functions \(2\)"),
     "frames": ({"fps": -1.0}, "fps must be above 0"),
     "decoder": ({"video_backend": "none"}, "must be 'decord' or 'pyav', got 'none'"),

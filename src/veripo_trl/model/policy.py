@@ -22,6 +22,7 @@ from transformers.utils import (
 )
 
 from veripo_trl.data.prompts import PromptError, read_template
+from veripo_trl.files.disk import read_json
 from veripo_trl.files.tables import write_json
 from veripo_trl.hub.locate import is_local
 from veripo_trl.media.video import VideoSettings
@@ -139,6 +140,8 @@ def _put_adapter(model, name: str, revision: str | None, saved: bool, lora, trai
     if not saved:
         # The adapter records the revision, so that the next stage loads the same base.
         return get_peft_model(model, lora, revision=revision)
+    if Path(name).is_dir() and not any(Path(name).glob("adapter_model.*")):
+        raise FileNotFoundError(f"{name!r}: expected an adapter's weights, adapter_model.safetensors; there are none.")
     if lora is not None:
         logger.warning(
             "%s is an adapter: it goes on training with its own rank and targets; the LoRA options of this run are not "
@@ -292,7 +295,7 @@ def adapter_config(model_name_or_path: str, revision: str | None = None) -> dict
             "it (recipes/sft_video.py makes outputs/tiny_sft), run that first."
         )
     file = find_adapter_config_file(model_name_or_path, revision=revision)
-    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    return None if file is None else read_json(file, remedy="Take the adapter from a copy.")
 
 
 def find_base(model_name_or_path: str, revision: str | None = None) -> tuple:

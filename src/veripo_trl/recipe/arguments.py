@@ -166,7 +166,10 @@ SHARED = (DataArguments, ReportArguments)  # by every training recipe
 def read_sources(name: str, sources: list | None) -> list | None:
     """The entries of a list of sources: mappings from a YAML, JSON from the command line."""
     try:
-        return sources and [json.loads(item) if isinstance(item, str) else item for item in sources]
+        found = sources and [json.loads(item) if isinstance(item, str) else item for item in sources]
+        if not all(isinstance(item, dict) for item in found or []):
+            raise ValueError("an entry is no mapping")
+        return found
     except ValueError as error:
         raise ConfigError(f'{name}: expected entries like {{"path": "rows.jsonl"}}, as JSON; got {sources!r}: {error}')
 
