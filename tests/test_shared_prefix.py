@@ -180,7 +180,8 @@ def test_bfloat16_is_as_near_as_rounding(fused, batches):
     assert errors[0] < 2 * errors[1]
 
 
-def test_qlora(model_paths, batches):
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_5"])
+def test_qlora(kind, model_paths, batches):
     """4-bit weights on CPU: dequantized alike for both, so that only the order of sums differs."""
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
@@ -188,14 +189,14 @@ def test_qlora(model_paths, batches):
     from veripo_trl.model.policy import LANGUAGE_MODEL_LINEAR, load_policy
 
     model, _ = load_policy(
-        str(model_paths["qwen2_5_vl"]),
+        str(model_paths[kind]),
         lora=LoraConfig(r=4, target_modules=LANGUAGE_MODEL_LINEAR, init_lora_weights=False),
         quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     )
     add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy"))
     model.train()
-    found, gradients = score(model, batches("qwen2_5_vl"), shared=True)
-    expected, plain_gradients = score(model, batches("qwen2_5_vl"), shared=False)
+    found, gradients = score(model, batches(kind), shared=True)
+    expected, plain_gradients = score(model, batches(kind), shared=False)
     torch.testing.assert_close(found.log_probs, expected.log_probs, atol=1e-5, rtol=0)
     assert largest_relative(gradients, plain_gradients) < 1e-4
 

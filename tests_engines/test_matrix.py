@@ -74,6 +74,9 @@ SHARED = {f"{s}, full, prompt shared out": (s, "full", "clips", SHARED_OUT) for 
 ITERATED = {**SHARED_OUT, "steps_per_generation": 1, "num_iterations": 2, "save_strategy": "steps", "save_steps": 1}
 SHARED |= {f"grpo, full, prompt shared out{end}": ("grpo", "full", "clips", ITERATED) for end in ("", ", resumed")}
 CELLS |= SHARED
+# Of another family, with linear attention in some of its layers.
+QWEN3_5 = {"kind": "qwen3_5", "min_pixels": 4096, "max_pixels": 4096}
+CELLS["grpo, full, text beside video, Qwen3.5"] = ("grpo", "full", "text and clip", {**QWEN3_5, "beta": 0.04})
 # What is refused, by which engine, and with which words.
 REFUSED = {
     "dpo, tower trained (fsdp2)": ("fsdp2", "dpo", "clips", TRAINED, {}, "expected no reference model"),
@@ -137,12 +140,18 @@ def data(tmp_path_factory):
     return folder
 
 
-def scenario(engine, name, stage, weights, rows, options, *, data, model, folder) -> dict:
+def kind_of(options: dict) -> str:
+    return options.get("kind", "qwen2_5_vl")
+
+
+def scenario(engine, name, stage, weights, rows, options, *, data, models, folder) -> dict:
     given = {
-        **OPTIONS, **STAGES[stage], **WEIGHTS[weights], "model_name_or_path": model, "output_dir": folder / name,
-        "use_cpu": str(engine == "ddp").lower(), **options,
+        **OPTIONS, **STAGES[stage], **WEIGHTS[weights], "model_name_or_path": models[kind_of(options)],
+        "output_dir": folder / name, "use_cpu": str(engine == "ddp").lower(), **options,
     }  # fmt: skip
     recipe, held_out, environ = given.pop("recipe"), given.pop("held_out", None), {}
+    if given.pop("kind", None) and engine == "fsdp2":
+        environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "Qwen3_5DecoderLayer"
     if held_out:
         given["eval_datasets"] = json.dumps({"path": str(data / f"{held_out}.jsonl"), "media_root": str(data)})
     if engine == "fsdp2" and "train_vision_tower" in options:
@@ -208,7 +217,7 @@ def runs(request, data, model_paths, tmp_path_factory):
     def run(engine: str):
         if engine not in found:
             folder = tmp_path_factory.mktemp(engine)
-            make = {"data": data, "model": model_paths["qwen2_5_vl"], "folder": folder}
+            make = {"data": data, "models": model_paths, "folder": folder}
             scenarios = []
             for cell in (cell for own, cell in RUNS if own == engine and cell in cells):
                 item = scenario(engine, cell, *CELLS[cell], **make)
@@ -257,7 +266,7 @@ def test_steps_are_those_of_ddp(engine, cell, runs, model_paths):
         kept = [RolloutStore(place / cell / "rollouts").read() for place in (folder, reference)]
         assert [row["completion"] for row in kept[0]] == [row["completion"] for row in kept[1]]
         return
-    first = load_file(model_paths["qwen2_5_vl"] / "model.safetensors")
+    first = load_file(model_paths[kind_of(CELLS[cell][3])] / "model.safetensors")
     moved = [float((theirs[key] - first[key]).abs().max()) for key in first.keys() & theirs.keys()]
     assert max(moved or [float(v.abs().max()) for k, v in theirs.items() if "lora_B" in k]) > 1000 * TOLERANCE
     if "tower trained" in cell:

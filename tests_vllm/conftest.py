@@ -43,14 +43,17 @@ def plain_linear_layers() -> None:
     """Let weights be replaced on CPU.
 
     vLLM's CPU backend packs linear weights and drops the originals, so that none can be loaded later. On GPUs weights
-    stay as they are. With plain linear layers the same holds here.
+    stay as they are. With plain linear layers the same holds here, as with the convolutions of linear attention where
+    the processor is taken for one without bfloat16.
     """
+    import vllm.kernels  # noqa: F401  (one library by what the processor is: before that is denied)
     from vllm.model_executor.layers import utils
 
     def plain(layer, remove_weight):
         layer.cpu_linear = torch.nn.functional.linear
 
     utils.dispatch_cpu_unquantized_gemm = plain
+    torch.cpu._is_avx512_bf16_supported = lambda: False
 
 
 plain_linear_layers()

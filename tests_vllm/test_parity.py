@@ -14,9 +14,10 @@ from test_inputs import sampled
 from test_trainer import make_trainer, short_starts  # noqa: F401  (a fixture)
 
 from veripo_trl.shared_prompt.rollout import cut_at_end, sample_completions
+from veripo_trl.vllm import training as backend
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "parity.md"
-FAMILIES = {"qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
+FAMILIES = {"qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL", "qwen3_5": "Qwen3.5"}
 SHOWN = {
     "image": "image",
     "video": "video",
@@ -25,6 +26,7 @@ SHOWN = {
 }
 BOUND = 1e-4  # float32
 SEEN = 1e-2  # the least that a control must differ by
+HALF = {"qwen3_5": (0.2, 0.3)}  # both where vLLM is in bfloat16, as its CPU build has linear attention in nothing else
 TOKENS = 12
 
 
@@ -94,7 +96,7 @@ def measure(kind: str, load, rows, folder) -> dict[str, list[float]]:
     model.eval()
     options = {
         "max_tokens": TOKENS,
-        "seed": 0,
+        "seed": None if kind in HALF else 0,  # a CPU's generator cannot go back, as where a prefill comes in parts
         "logit_bias": trainer.args.generation_kwargs["logit_bias"],
     }
     table = {}
@@ -104,6 +106,7 @@ def measure(kind: str, load, rows, folder) -> dict[str, list[float]]:
             largest_gap(trainer, prompt, by_transformers(model, encoder, encoded(encoder, row)))
         ]
         for change in (None, one_later, twice_as_fast):
+            torch.manual_seed(0)
             (samples,) = sampled(
                 trainer.vllm_generation.llm, [encoded(encoder, row, change)], **options
             )
@@ -113,7 +116,10 @@ def measure(kind: str, load, rows, folder) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_the_table_is_what_is_measured(kind, load, mixed_rows, tmp_path):
+def test_the_table_is_what_is_measured(kind, load, mixed_rows, tmp_path, monkeypatch):
+    bound, seen = HALF.get(kind, (BOUND, SEEN))
+    if kind in HALF:
+        monkeypatch.setattr(backend, "engine_dtype", lambda config, model: torch.bfloat16)
     table = measure(kind, load, mixed_rows[1:], tmp_path)
     lines = {
         f"| {FAMILIES[kind]} | {media} | ": " | ".join(
@@ -137,5 +143,6 @@ def test_the_table_is_what_is_measured(kind, load, mixed_rows, tmp_path):
         measured = [float(cell) for cell in cells.split("|") if cell.strip() not in ("", "–")]
         assert len(written) == len(measured), line
         for gaps in (written, measured):  # in both, and the controls alike
-            assert max(gaps[:2]) < BOUND and min([SEEN, *gaps[2:]]) >= SEEN, (start, gaps, line)
-        assert written[2:] == pytest.approx(measured[2:], rel=0.5), (start, cells, line)
+            assert gaps[0] < BOUND and gaps[1] < bound and min([seen, *gaps[2:]]) >= seen, (start, gaps, line)
+        if kind not in HALF:  # whose rounding, and so what is sampled, is the processor's
+            assert written[2:] == pytest.approx(measured[2:], rel=0.5), (start, cells, line)

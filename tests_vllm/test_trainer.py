@@ -103,6 +103,23 @@ def test_half_precision_stays_within_its_bound(load, mixed_rows, tmp_path):
     assert 0 < max(found) < backend.GAP_BOUNDS[torch.bfloat16] / 4, found
 
 
+@pytest.mark.parametrize("weights", ["full", "lora"])
+def test_linear_attention_follows_the_policy(weights, load, mixed_rows, tmp_path, monkeypatch):
+    """Qwen3.5, before and after weight updates. The engine is in bfloat16, the only dtype in which vLLM's CPU build
+    computes linear attention; the policy is not: what is left between the two is that one's rounding."""
+    monkeypatch.setattr(backend, "engine_dtype", lambda config, model: torch.bfloat16)
+    model, encoder = load("qwen3_5")
+    if weights == "lora":
+        model = as_lora(model, tower=False)
+    trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
+    before = {key: value.clone() for key, value in trained.items()}
+    trainer = make_trainer(model, encoder, mixed_rows, tmp_path)
+    trainer.train()
+    found = [entry["sampling/largest_prompt_gap"] for entry in trainer.state.log_history[:-1]]
+    assert len(found) == 3 and max(found) < backend.GAP_BOUNDS[torch.bfloat16] / 2, found
+    assert max(float((value - before[key]).abs().max()) for key, value in trained.items() if "linear_attn" in key) > 1e-2
+
+
 def test_a_group_may_be_divided_between_processes(load, mixed_rows, tmp_path):
     """A process then has a part of a group: as many samples as it has rows, in their order."""
     model, encoder = load()

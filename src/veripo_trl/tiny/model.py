@@ -224,8 +224,8 @@ def _config(
             "layer_types": ["linear_attention", "linear_attention", "full_attention"],
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 4,
-            "linear_key_head_dim": 32,
-            "linear_value_head_dim": 32,
+            "linear_key_head_dim": 64,  # vLLM's CPU build has no kernel for less
+            "linear_value_head_dim": 64,
         }
         return Qwen3_5Config(text_config=text, vision_config=vision, **shared)
     text["head_dim"] = 32
