@@ -9,7 +9,8 @@ prompt says too.
 Metric: accuracy. VerIPO did not release its file for this benchmark. The official one is lmms-eval's
 (lmms_eval/tasks/videommmu at 2bb5e98): `official` asks in its wording, and `official_score` reads free
 text as it does, which forgives more than our rules: of several letters the last counts, and an open
-answer is right if it contains the truth. Its version 0.7.3 reads letters in another way.
+answer is right if it contains the truth. Its version 0.7.3 reads letters in another way. Of options that
+carry their letter in the data an answer without any letter is compared with the text alone, there with both.
 """
 
 import re
