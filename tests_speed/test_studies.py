@@ -127,7 +127,8 @@ def test_parts(tmp_path):
     assert [line["steps"] for line in result["lines"]] == [2] * 3 + [40]
     lines = {line["line"]: line for line in result["lines"]}
     assert all(line["CPU s"] > 0 for line in lines.values())
-    assert sum(lines["20% flipped"]["pairs"].values()) > 0 == len(lines["direct, cold start"]["pairs"])
+    assert lines["20% flipped"]["pairs"]["consistency"] > 0 == len(lines["direct, cold start"]["pairs"])
+    assert lines["two loops"]["pairs"]["wronged"] == 0 < lines["20% flipped"]["pairs"]["wronged"] < 1
     assert [row["seeds"] for row in result["means"]] == [1] * 4
     left = [int(count) for count in re.findall(r"solved questions, (\d+) rows stay", said)]
     assert len(left) == 2 and left[1] == 4 >= left[0]  # of 2 steps of 2 questions; less what was solved

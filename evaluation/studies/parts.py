@@ -12,6 +12,7 @@ under the output folder is not repeated.
 """
 
 import argparse
+import asyncio
 import json
 import math
 import re
@@ -22,6 +23,8 @@ from statistics import fmean
 
 from runs import in_own_process, interval, known  # before torch, whose environment it sets
 
+from datasets import load_dataset
+
 from veripo_trl.answers.score import score_answer, split_completion
 from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.errors import run
@@ -31,6 +34,7 @@ from veripo_trl.tiny import relatives, steps
 from veripo_trl.tiny.clips import clip_spec
 from veripo_trl.tiny.judge import conclude
 from veripo_trl.tiny.world import make_world
+from veripo_trl.verifier.judges import RulesJudge
 from veripo_trl.verifier.pairs import KINDS, RECHECK
 
 WORLD = Path("outputs/tiny_steps")
@@ -204,12 +208,24 @@ def make_line(name: str, seed: int, output_dir: Path) -> dict:
         made = in_own_process(
             "verify_rollouts", folder.with_name(f"{folder.name}_pairs"), train, **given
         )
-        pairs = made["counts"]["pairs"]
+        pairs = made["counts"]["pairs"] | {"wronged": wronged(Path(f"{folder}_pairs/pairs"))}
         own |= {"pairs": json.dumps({"path": f"{folder}_pairs/pairs", "media_root": str(WORLD)})}
     if recipe == "grpo" and start.startswith("direct"):
         own |= DIRECT
     found = in_own_process(f"{recipe}_video", folder, train, **own)
     return found | {"pairs of a kind": pairs}
+
+
+def wronged(folder: Path) -> float:
+    """Of the consistency pairs the share whose rejected thought the rules do not find inconsistent."""
+    rows = [row for row in load_dataset(str(folder), split="train") if row["kind"] == "consistency"]
+    for row in rows:
+        row["think"], row["answer"] = split_completion(row["rejected"][0]["content"])[:2]
+
+    async def judge() -> list[bool]:
+        return [(await RulesJudge()(row))["consistency"] != "inconsistent" for row in rows]
+
+    return fmean(asyncio.run(judge())) if rows else math.nan
 
 
 def line(seed: int, name: str, results: dict) -> dict:
