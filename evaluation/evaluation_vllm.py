@@ -350,9 +350,9 @@ def main(argv: list[str] | None = None) -> int:
         else files.output.with_name(f"{files.output.name}.engine{rank}")
     )
     for lock in [] if rank is not None else name.parent.glob(f".{name.name}.engine*.lock"):
-        if pid := holder(lock.with_name(lock.name[1:].removesuffix(".lock"))):
+        if other := holder(lock.with_name(lock.name[1:].removesuffix(".lock"))):
             raise ConfigError(
-                f"{name}: process {pid} of a run that was killed still ends its batch. Wait until it ends."
+                f"{name}: process {other} of a run that was killed still ends its batch. Wait until it ends."
             )
     with only_process(name):
         return evaluate(args, argv, files, rank)

@@ -21,6 +21,7 @@ from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.files.disk import FileError
 from veripo_trl.files.run_folder import last_checkpoint
 from veripo_trl.files.secrets import without_secrets
+from veripo_trl.loop import run as loop_run
 from veripo_trl.loop.check import check_settings
 from veripo_trl.loop.judge_server import answers, judge_server
 from veripo_trl.loop.plan import STAGE, LoopError, plan, read_loop, shown
@@ -686,6 +687,27 @@ def test_a_signal_goes_to_the_trainer_alone_which_is_waited_for(number, tmp_path
     assert said.count(f"ended by {number.name}: the same command goes on") == 1
     assert (tmp_path / "outputs/veripo/cold-start/checkpoint").read_text() == number.name
     assert state(tmp_path, "veripo")["cold-start"]["status"] == "stopped" and "ending" not in said
+
+
+def test_no_process_of_this_node_is_signalled_for_a_trainer_on_another(tmp_path, monkeypatch):
+    """Its id may be another process's here."""
+    bystander = subprocess.Popen(["sleep", "99"])
+    monkeypatch.setattr(loop_run, "holder", lambda folder: f"{bystander.pid} on elsewhere")
+    read, seen = os.read, []
+
+    def terminated_at_the_second(*args):
+        seen.append(args)
+        if len(seen) == 2:
+            raise SystemExit(128 + signal.SIGTERM)
+        return read(*args)
+
+    monkeypatch.setattr(os, "read", terminated_at_the_second)
+    launcher = ["sh", "-c", "trap 'echo passed on; exit' TERM; echo up; while :; do sleep 0.05; done"]
+    with pytest.raises(SystemExit):
+        loop_run.run_logged(launcher, tmp_path / "log", dict(os.environ), str(tmp_path))
+    assert bystander.poll() is None and "passed on" in (tmp_path / "log").read_text()
+    bystander.kill()
+    bystander.wait()
 
 
 def test_leftovers_are_ended(tmp_path):

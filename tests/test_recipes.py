@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.data.schema import rows_to_dataset
 from veripo_trl.errors import ConfigError, VeripoError, run
-from veripo_trl.files.run_folder import holder, only_process, outlive_sigterm, write_results
+from veripo_trl.files.run_folder import holder, only_process, outlive_sigterm, process_name, write_results
 from veripo_trl.recipe import held_out
 from veripo_trl.recipe.arguments import ReportArguments, StopArguments
 from veripo_trl.recipe.prepare import open_run
@@ -151,12 +152,13 @@ def test_one_process_works_on_a_run(tmp_path, monkeypatch, model_paths):
     """Every recipe takes the same lock, which ends with its process, however that ends."""
     monkeypatch.chdir(tmp_path)
     other = subprocess.Popen([sys.executable, "-c", HOLD, "outputs/run.jsonl"], stdout=subprocess.PIPE)
-    assert other.stdout.readline() == b"held\n" and holder("outputs/run.jsonl") == other.pid
+    assert other.stdout.readline() == b"held\n"
+    assert holder("outputs/run.jsonl") == f"{other.pid} on {socket.gethostname()}"
     for name, option in (
         ("sft_video", "--output_dir"), ("grpo_video", "--output_dir"), ("dpo_video", "--output_dir"),
         ("verify_rollouts", "--output_dir"), ("check_rows", "--output"), ("veripo", "--output_dir"),
     ):  # fmt: skip
-        with pytest.raises(VeripoError, match=f"run.jsonl: process {other.pid} is at work on it"):
+        with pytest.raises(VeripoError, match=f"run.jsonl: process {other.pid} on .* is at work on it"):
             recipe_module(name).main([option, "outputs/run.jsonl"])
     other.kill()
     other.wait()
@@ -164,7 +166,7 @@ def test_one_process_works_on_a_run(tmp_path, monkeypatch, model_paths):
     with only_process("outputs/run.jsonl"):
         code = "import sys; from veripo_trl.files.run_folder import holder; print(holder(sys.argv[1]))"
         seen = subprocess.run([sys.executable, "-c", code, "outputs/run.jsonl"], capture_output=True, text=True)
-        assert int(seen.stdout) == os.getpid()
+        assert seen.stdout.strip() == process_name()
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == [".run.jsonl.lock"]
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 from pathlib import Path
 
 from veripo_trl.errors import ConfigError, VeripoError
@@ -23,6 +24,11 @@ def _lock_file(folder: str | Path) -> Path:
     """Beside the folder: a finished run's is moved aside."""
     folder = Path(folder).absolute()
     return folder.with_name(f".{folder.name}.lock")
+
+
+def process_name() -> str:
+    """This process as other nodes may speak of it, which see the same disk."""
+    return f"{os.getpid()} on {socket.gethostname()}"
 
 
 @contextlib.contextmanager
@@ -52,33 +58,33 @@ def only_process(folder: str | Path):
                 raise ConfigError(f"{folder} cannot be locked ({error}): choose an output on another disk.") from error
             file.seek(0)
             raise VeripoError(
-                f"{folder}: process {file.read().strip() or 'of another start'} is at work on it. Wait until it ends, "
+                f"{folder}: process {file.read() or 'of another start'} is at work on it. Wait until it ends, "
                 f"end it, or choose another output."
             ) from None
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(process_name())
         file.flush()
         yield
 
 
-def holder(folder: str | Path) -> int | None:
-    """The process that holds a folder by `only_process`, if one does; never to be asked by that process itself."""
+def holder(folder: str | Path) -> str | None:
+    """The `process_name` of who holds a folder by `only_process`, if one does; never to be asked by that one itself."""
     try:
         with open(_lock_file(folder), "r+") as file:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                return int(file.read() or 0) or None
+                return file.read() or None
     except FileNotFoundError:
         pass
     return None
 
 
-def held_by(folder: str | Path, pid: int) -> bool:
-    """Whether `only_process` of that process wrote the folder's lock file that is seen from here. Never to be asked by
-    that process itself: closing the file would end its lock."""
+def held_by(folder: str | Path, name: str) -> bool:
+    """Whether `only_process` of the process of that name wrote the folder's lock file that is seen from here. Never to be
+    asked by that process itself: closing the file would end its lock."""
     try:
-        return _lock_file(folder).read_text(encoding="utf-8") == str(pid)
+        return _lock_file(folder).read_text(encoding="utf-8") == name
     except OSError:
         return False
 

@@ -4,6 +4,7 @@ finished and kept, and which go on."""
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -198,10 +199,10 @@ def run_logged(command: list[str], log: Path, env: dict, output_dir: str) -> int
             return copy()
         except SystemExit as stopped:
             if trainer := holder(output_dir):
+                number = signal.SIGINT if stopped.code == 128 + signal.SIGINT else signal.SIGTERM
+                pid, _, node = trainer.partition(" on ")
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(
-                        trainer,
-                        signal.SIGINT if stopped.code == 128 + signal.SIGINT else signal.SIGTERM,
-                    )
+                    # On another node by way of the launcher, whose processes get no more than torchrun's 30 s.
+                    os.kill(int(pid) if node == socket.gethostname() else process.pid, number)
                 copy()
             raise

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from veripo_trl.errors import ConfigError
 from veripo_trl.files.disk import read_json
-from veripo_trl.files.run_folder import changed_keys, held_by, last_checkpoint, move_finished_aside
+from veripo_trl.files.run_folder import changed_keys, held_by, last_checkpoint, move_finished_aside, process_name
 from veripo_trl.files.secrets import without_secrets
 from veripo_trl.files.tables import write_json
 
@@ -46,8 +46,8 @@ def refuse_separate_disks(output_dir: str) -> None:
     state = PartialState()
     if state.num_processes == 1:
         return
-    pid, deadline = broadcast_object_list([os.getpid()])[0], time.monotonic() + SHARED_WAIT_S
-    while not (seen := state.is_main_process or held_by(output_dir, pid)) and time.monotonic() < deadline:
+    first, deadline = broadcast_object_list([process_name()])[0], time.monotonic() + SHARED_WAIT_S
+    while not (seen := state.is_main_process or held_by(output_dir, first)) and time.monotonic() < deadline:
         time.sleep(1)
     place = f"rank {state.process_index} on {socket.gethostname()} in {os.getcwd()}"
     if elsewhere := gather_object([] if seen else [place]):
