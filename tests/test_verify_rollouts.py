@@ -409,8 +409,10 @@ def test_a_judge_and_a_reward_of_the_users_own(recipe, tmp_path, policy, monkeyp
         recipe.main(config(tmp_path, judge="my_broken_judge:judge"))
     (tmp_path / "my_numbers.py").write_text(
         "async def judge(item):\n    return {'consistency': 'unknown', 'concluded_answer': 4, 'reason': ''}\n\n"
-        "def of_prompts(prompts, completions, **kwargs):\n    return [1.0]\n"
+        "def of_prompts(prompts, completions, **kwargs):\n    return [1.0]\n\ndef plain(item):\n    return {}\n"
     )
+    with pytest.raises(VeripoError, match="judge my_numbers:plain: expected a coroutine, `async def`"):
+        recipe.main(config(tmp_path, judge="my_numbers:plain"))
     with pytest.raises(VeripoError, match="judge my_numbers:judge: expected a dict of texts.*'concluded_answer': 4"):
         recipe.main(config(tmp_path, judge="my_numbers:judge"))
     with pytest.raises(VeripoError, match="rollout .*of_prompts.*'prompts'.*no `prompts` and no `completion_ids`"):

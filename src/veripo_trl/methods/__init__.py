@@ -7,7 +7,7 @@ The contract of a method, ours or a user's own (`module:Mixin`):
   `veripo_trl.trainers.grpo` names; its docstring has formula and source;
 - `OPTIONS` is a dataclass of `options.option` fields. They join the recipe's parser, so that YAML, command line and
   `--help` know them where the method is named; no other option may have their names;
-- the mixin's `__init__` takes an instance of it as the keyword argument `NAME`, and refuses by a ValueError, before
+- the mixin's `__init__` takes an instance of it as the keyword argument `NAME`, and refuses by a ConfigError, before
   `super().__init__`, what it cannot do with the trainer's settings. It may append columns of its own to `reward_funcs`
   (and their weights to `args.reward_weights`);
 - `EXCLUDES` names the methods that it cannot go together with, each with the reason.

@@ -9,6 +9,7 @@ labelled chains: tests/test_judges_rules.py.
 import functools
 import re
 from collections import Counter
+from inspect import isawaitable
 
 from veripo_trl.answers.numbers import read_number
 from veripo_trl.answers.score import answers_match, score_answer, split_completion
@@ -163,7 +164,10 @@ class UserJudge(Judge):
 
     async def __call__(self, item: dict) -> dict:
         self.requests += 1
-        said = await self.judge(item)
+        asked = self.judge(item)
+        if not isawaitable(asked):
+            raise JudgeError(f"judge {self.name}: expected a coroutine, `async def`; what came returned {asked!r:.200}.")
+        said = await asked
         found = said if isinstance(said, dict) else {}
         fits = all(key in found and isinstance(found[key], kind) for key, kind in _KINDS.items())
         if not fits or found["consistency"] not in CONSISTENCIES:
