@@ -204,3 +204,8 @@ def test_the_table_pairs_each_control_with_thinking(tmp_path):
     written(files["voted"], [right] * 8)
     with pytest.raises(RowError, match="expected the candidates of each question"):
         control_lines(files["thinking"], RulesJudge())
+    files["voted"].unlink()
+    written(files["thinking"], [right] * 5 + [wrong] * 2 + [None])
+    lines, notes = control_lines(files["thinking"], RulesJudge())
+    assert (lines[0]["control"], lines[0]["questions"], lines[0]["ours"]) == ("thinking", 7, pytest.approx(5 / 7))
+    assert "thinking: never answered and left out: 1." in notes

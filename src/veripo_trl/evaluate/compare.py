@@ -155,8 +155,7 @@ def control_lines(output: Path, judge: Judge, cache=None) -> tuple[list[dict], l
             scores[key] = our_score(item)
         return scores[key]
 
-    lines = [_line("thinking", [[item] for item in read_with_record(output)], score)]
-    notes = [f"Not there: {', '.join(missing)}."] if missing else []
+    lines, notes = [], [f"Not there: {', '.join(missing)}."] if missing else []
     for name in [name for name in files if name not in missing]:
         pairs, told = pair_runs([str(output), str(files[name])])
         notes += [f"{name}: {note}" for note in told]
@@ -169,7 +168,11 @@ def control_lines(output: Path, judge: Judge, cache=None) -> tuple[list[dict], l
             ways = _votes([after for _, after in pairs], score, judge, cache)
         for label, groups in ways.items():
             lines.append(_line(label, groups, score, first))
-    return lines, notes
+    asked = read_with_record(output)
+    said = [[item] for item in asked if "error" not in (item["made"] or {})]
+    if len(said) < len(asked):
+        notes.append(f"thinking: never answered and left out: {len(asked) - len(said)}.")
+    return [_line("thinking", said, score), *lines], notes
 
 
 def _line(name: str, groups: list[list[dict]], score, first: np.ndarray | None = None) -> dict:
