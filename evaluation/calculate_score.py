@@ -128,6 +128,7 @@ def judge_rows(scored: list[dict], predictions: list[dict], arguments: JudgeArgu
         add_verdicts(scored, predictions, judge, cache)
         told = [f"judged: {judge.summary()} Agreement and kappa: with the rules' verdicts, unknown counted as one."]
         if judge.caches and any(row["problem_type"] == "free-form" for row in scored):
+            judge = None  # a local one lets go of its weights before they are loaded again
             judge = make_judge(replace(arguments, judge_prompt="correctness"))
             add_correctness(scored, predictions, judge, cache)
             free = [row for row in scored if row["right"] is not None]
