@@ -227,6 +227,9 @@ def test_frames_that_fit():
     tokens = 2412 * 64 + 512
     assert fixed + frames_that_fit.update_bytes(text, tokens, 8 * 512, memory) <= 80e9
     assert fixed + frames_that_fit.update_bytes(text, tokens + 128, 8 * 512, memory) > 80e9
+    eight = {"prompt_parallel": 8, "per_device_train_batch_size": 1, "max_completion_length": 2048}
+    eight = frames_that_fit.MemoryArguments(gpu_memory=80, **eight)  # long_video/eight_gpus.yaml
+    assert frames_that_fit.frames_that_fit(config, adapter, eight, 64.0) == {"update": 16600, "rollout": 7410}
     small = frames_that_fit.MemoryArguments(gpu_memory=20)
     assert frames_that_fit.frames_that_fit(config, adapter, small, 64.0) == {"update": 0, "rollout": 0}
 

@@ -60,7 +60,7 @@ class Chat:
     """A loaded policy that answers questions.
 
     Args:
-        model: a Qwen2.5-VL or Qwen3-VL model, or a LoRA adapter of one: a folder or a name on the Hub.
+        model: of a family in `policy.SUPPORTED`, or a LoRA adapter of one: a folder or a name on the Hub.
         device: "cpu", "cuda", "cuda:1"; by default a GPU if there is one. Weights are bfloat16 on it, float32 on a CPU.
         load_in_4bit: quantize the weights while loading (needs bitsandbytes).
         encoding: fields of `DataArguments` that say how prompts are made: `fps, min_frames, max_frames,

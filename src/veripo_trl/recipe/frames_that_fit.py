@@ -38,6 +38,7 @@ class MemoryArguments:
     activation_offloading: bool = option("Layer inputs wait in host memory.", False)
     gradient_checkpointing: bool = option("Without it, no long video fits.", True)
     use_vllm: bool = option("Rollouts by vLLM.", False)
+    prompt_parallel: int = option("GPUs that compute one prompt together, of which this is one.", 1)
 
 
 def report_frames(model_args: ModelConfig, memory: MemoryArguments, encoder: PromptEncoder) -> None:
@@ -77,18 +78,20 @@ def frames_that_fit(config, model_args: ModelConfig, memory: MemoryArguments, pe
     """{"update", "rollout"}: the most frames with which each stays within the GPU's memory."""
     text, room = config.get_text_config(), memory.gpu_memory * 1e9 - fixed_bytes(config, model_args)
     answers = memory.per_device_train_batch_size * memory.max_completion_length
-    groups = max(1, memory.per_device_train_batch_size // memory.num_generations)
+    prompts = max(1, memory.per_device_train_batch_size // memory.num_generations) / memory.prompt_parallel
 
     def largest(fits) -> int:
         pairs = range(1, MOST // 2)
         # Memory grows with frames, but for a step down where the MLP begins to go in pieces.
-        step = bisect(pairs, False, key=lambda pair: groups * pair * 2 * per_frame + TEXT + answers > WHOLE)
+        step = bisect(pairs, False, key=lambda pair: prompts * (pair * 2 * per_frame + TEXT) + answers > WHOLE)
         for part in (pairs[step:], pairs[:step]):
             if count := bisect(part, False, key=lambda pair: not fits(pair * 2 * per_frame + TEXT)):
                 return 2 * part[count - 1]
         return 0
 
-    found = {"update": largest(lambda n: update_bytes(text, groups * n, answers, memory) <= room)}
+    # Where a prompt is shared out: a layer's keys and values of all of it, gathered and in order, and their gradients.
+    gathered = 4 * cache_bytes(text) / text.num_hidden_layers if memory.prompt_parallel > 1 else 0
+    found = {"update": largest(lambda n: update_bytes(text, prompts * n, answers, memory) + gathered * n <= room)}
     if memory.use_vllm:
         found["vLLM"] = largest(lambda n: n + memory.max_completion_length <= text.max_position_embeddings)
     else:
@@ -122,15 +125,23 @@ def update_bytes(text, prompts: float, answers: int, memory: MemoryArguments) ->
     return (prompts + answers) * kept * hidden + max(any_layer, last + prompts * 9.5 * hidden)
 
 
-def rollout_bytes(text, tokens: float, memory: MemoryArguments) -> float:
-    """Prefill of one prompt, then decoding with a copy of its keys and values per completion."""
+def cache_bytes(text) -> int:
+    """Keys and values of a token, in half precision."""
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cache = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * head
+    return 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * head
+
+
+def rollout_bytes(text, tokens: float, memory: MemoryArguments) -> float:
+    """Prefill of one prompt, then decoding with a copy of its keys and values per completion.
+
+    The prefill is of the whole prompt where that is shared out, too: so it is in float32, and in the check at the start.
+    """
+    cache, completions = cache_bytes(text), max(1, memory.num_generations // memory.prompt_parallel)
     hidden, inner = 2 * text.hidden_size, 2 * text.intermediate_size
     prefill = tokens * (cache + 9 * hidden) + in_pieces(tokens) * 3 * inner
-    at_once = min(memory.num_generations, memory.rollout_batch_size or memory.num_generations)
+    at_once = min(completions, memory.rollout_batch_size or completions)
     decode = (tokens + memory.max_completion_length) * cache * at_once
-    return max(prefill, decode + tokens * cache * (at_once < memory.num_generations))
+    return max(prefill, decode + tokens * cache * (at_once < completions))
 
 
 def in_pieces(tokens: float) -> float:
