@@ -128,7 +128,8 @@ def test_a_server_that_refuses_or_is_gone_ends_the_run(server, load, mixed_rows,
     with pytest.raises(VeripoError, match=f"vLLM server at {url}, asked for /inference.*404.*`another` does not exist"):
         trainer.train()
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes what is posted and says nothing
-        client.base_url, client.timeout_s = f"http://127.0.0.1:{silent.getsockname()[1]}", 1
+        client.base_url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        client.session.request.keywords["timeout"] = 1
         with pytest.raises(VeripoError, match="Read timed out.*goes on from the last checkpoint"):
             trainer.train()
         silent.settimeout(0)

@@ -7,6 +7,7 @@ gathering over tensor-parallel groups and server protocol stay its own. Encoded 
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -204,14 +205,14 @@ def client_class(base: type, config, options: dict, *, timeout_s: float) -> type
     class VideoVLLMClient(base):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            self.timeout_s = timeout_s
+            self.session.request = partial(self.session.request, timeout=timeout_s)
             for adapter in self.session.adapters.values():
                 adapter.max_retries.__class__ = OnceTimedOut  # with the numbers that TRL gave it
             self.max_model_len = check_server(self.get_server_info(), options, self.base_url)
 
         def _post(self, url, **kwargs):
             try:
-                return super()._post(url, timeout=self.timeout_s, **kwargs)
+                return super()._post(url, **kwargs)
             except Exception as error:
                 # An answer other than 200 is for TRL an exception of no narrower type.
                 if type(error) is not Exception and not isinstance(error, RequestException):
