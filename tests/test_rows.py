@@ -301,6 +301,7 @@ def test_sources_must_be_a_list_of_dicts(sources):
         ("a.json", b"", r"a.json, line 1: not JSON"),
         ("a.json", b"[]", "no rows in it"),
         ("a.jsonl", b"\n\n", "no rows in it"),
+        ("a.jsonl", b'[{"question_id": "q1"}]', "a.jsonl: expected a row a line, came one list"),
         ("a.json", b'{"data": []}', "expected a JSON list"),
         ("a.json", b'[{"question_id": "q1"},\n  {"question_id": }]', r"a.json, line 2: not JSON"),
         ("a.jsonl", json.dumps(NUMBER).encode() + b'\n\n{"question_id"', r"a.jsonl, line 3: not JSON"),

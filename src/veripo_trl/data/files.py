@@ -61,7 +61,10 @@ def read_file(file: Path) -> list[tuple[str, int, Any]]:
         return numbered(str(file), read_parquet(file).to_pylist())
     if uncompressed(file).suffix == ".jsonl":
         lines = [line for line in numbered(str(file), _content(file).splitlines()) if line[2].strip()]
-        return [(name, number, _parse(line, file, number)) for name, number, line in lines] or numbered(str(file), [])
+        rows = [(name, number, _parse(line, file, number)) for name, number, line in lines] or numbered(str(file), [])
+        if len(rows) == 1 and isinstance(rows[0][2], list):
+            raise RowError(f"{file}: expected a row a line, came one list of rows. That is a .json file: rename it.")
+        return rows
     content = read_json(file)
     if not isinstance(content, list):
         raise RowError(f"{file}: expected a JSON list of rows, came {show(content)}. One row a line is .jsonl.")

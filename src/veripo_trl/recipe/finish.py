@@ -63,7 +63,8 @@ def train(trainer, heldout, report: ReportArguments, *, checkpoint: str | None, 
         }
         card = run_card(folder, results, repo_id=shown_name(str(folder)), license=trainer.args.hub_license)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        print(f"\nmodel, {RESULTS} and curves.png are in {folder} ({results['minutes']:.1f} minutes)", flush=True)
+        curves = f", {RESULTS} and curves.png" if (folder / "curves.png").exists() else f" and {RESULTS}"
+        print(f"\nmodel{curves} are in {folder} ({results['minutes']:.1f} minutes)", flush=True)
         write_results(folder, results, TRAINED if trainer.args.push_to_hub else RESULTS)
     trainer.accelerator.wait_for_everyone()
     if trainer.args.push_to_hub:
