@@ -207,6 +207,8 @@ def test_comparison_of_paired_runs():
     assert (nothing["difference"], nothing["low"], nothing["high"], nothing["p"]) == (0, 0, 0, 1)
     graded = compare_scores(first * 0.3, first * 0.3 + rng.normal(0.1, 0.2, 400))
     assert graded["test"] == "paired permutation" and graded["p"] < 0.01 and graded["low"] > 0.05
+    spread = 1.96 * 0.2 / 20  # of a mean of 400
+    assert graded["high"] - graded["low"] == pytest.approx(2 * spread, rel=0.08)
     # few questions: 2 · (1/2)^n where all differ to one side, as scipy's permutation test has it
     for count, p in ((1, 1.0), (2, 0.5), (3, 0.25), (6, 0.03125)):
         few = compare_scores(np.zeros(count), np.linspace(0.1, 0.6, count))

@@ -55,7 +55,7 @@ ROWS = [  # kind, truths, thinking concludes, answer
     ("multiple choice", ["B"], "B", "B"),
     ("multiple choice", ["B"], "A", "B"),
     ("multiple choice", ["B"], None, "A"),
-    ("free-form", ["a young dog", "a whelp"], "x", "a puppy"),
+    ("free-form", ["a whelp", "a young dog"], "x", "a puppy"),
     ("free-form", ["a young dog"], "x", "a cat"),
     ("free-form", ["a young dog"], "x", "refused"),
     ("free-form", ["a young dog"], "x", "a young dog"),

@@ -343,6 +343,13 @@ def test_a_policy_s_card_tells_what_it_reached_and_how_to_ask_it(load, model_pat
     assert seen.template.hash == encoder.template.hash and seen.loader.settings == encoder.loader.settings
 
 
+def test_a_score_of_free_text_alone_is_no_accuracy_on_a_card(tmp_path):
+    told = {"questions": 3, "accuracy": 0.5, "ROUGE: free-form": 0.5}
+    results = {"stage": "SFT", "steps": 1, "model": "some/base", "after": {"greedy": told}}
+    card = run_card(tmp_path, results, repo_id="me/x", license="mit")
+    assert "| questions | ROUGE (95%) |" in card and "Free text is in" not in card
+
+
 def test_cards_without_facts_have_no_empty_parts(tmp_path):
     card = run_card(tmp_path, {"stage": "SFT", "steps": 1, "model": "some/base"}, repo_id="me/x", license="mit")
     for part in ("## Results", "curves.png", "veripo_trl.json", "| setting |", "| origin |"):
