@@ -245,5 +245,7 @@ def test_the_check_says_how_many_frames_fit(model_paths, tmp_path, monkeypatch, 
     assert "max_frames is 64, which fits." in told and "activation_offloading: true, rollout_batch_size: 2" in told
     with pytest.raises(ConfigError, match="expected gradient_checkpointing: true"):
         check_rows.main([*words, "--gradient_checkpointing", "false"])
+    with pytest.raises(ConfigError, match="prompt_parallel of 1 or more, came 0"):
+        check_rows.main([*words, "--prompt_parallel", "0"])
     with pytest.raises(ConfigError, match="came Qwen3.5, whose linear-attention layers"):
         check_rows.main([*words, "--model_name_or_path", str(model_paths["qwen3_5"])])

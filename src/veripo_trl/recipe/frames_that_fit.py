@@ -42,9 +42,11 @@ class MemoryArguments:
 
 
 def report_frames(model_args: ModelConfig, memory: MemoryArguments, encoder: PromptEncoder) -> None:
-    """Print the table. Raises ConfigError without gradient checkpointing, and for Qwen3.5."""
+    """Print the table. Raises ConfigError without gradient checkpointing, for numbers below 1, and for Qwen3.5."""
     if not memory.gradient_checkpointing:
         raise ConfigError("--gpu_memory: expected gradient_checkpointing: true, without which no long video fits.")
+    if (least := min(memory.num_generations, memory.prompt_parallel)) < 1:
+        raise ConfigError(f"--gpu_memory: expected num_generations and prompt_parallel of 1 or more, came {least}.")
     config, settings = encoder.config, encoder.loader.settings
     if config.model_type == "qwen3_5":
         raise ConfigError(
