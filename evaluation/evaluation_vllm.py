@@ -146,6 +146,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--direct, --votes and --controls: not with --streaming, whose control is --max_memory_tokens 0")
     if args.controls and (args.direct or args.perturb):
         parser.error("--controls asks directly and perturbs by itself: leave out --direct and --perturb")
+    if args.votes and args.controls is None and args.temperature >= GREEDY_BELOW:
+        parser.error("--votes samples at --vote_temperature: give that in place of --temperature")
     if args.vote_temperature is None:
         args.vote_temperature = VOTE_TEMPERATURE
     elif not args.votes and args.controls is None:  # each run of --controls is given both, and --no-controls

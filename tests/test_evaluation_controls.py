@@ -126,6 +126,7 @@ def test_a_vote_keeps_its_candidates_and_goes_on(
         (["--votes", "1"], "--votes: expected 2 or more"),
         (["--votes", "4", "--vote_temperature", "0"], "at a --vote_temperature of 1e-05"),
         (["--controls", "--vote_temperature", "0"], "at a --vote_temperature of 1e-05"),
+        (["--votes", "4", "--temperature", "1"], "give that in place of --temperature"),
         (["--vote_temperature", "1"], "of --votes and --controls, which are not given"),
         (["--direct", "--streaming"], "not with --streaming"),
         (["--controls", "--perturb", "drop"], "perturbs by itself"),
