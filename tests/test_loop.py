@@ -621,6 +621,11 @@ def test_what_a_configuration_names_itself_is_kept(tmp_path, monkeypatch):
     assert align["pairs"] == [{"path": "run/v-1/pairs", "media_root": "clips"}, {"path": "mine", "kinds": ["penalty"]}]
     assert first["leave_out"] is None
     assert second["leave_out"] == ["run/v-1/solved.json"]
+    for own, path in (({"media_root": "videos"}, "run/v-1/pairs"), ({"media_root": "videos", "path": "y"}, "y")):
+        iteration[2]["overrides"] = {"pairs": [own]}  # as the guide has it for rows of one's own
+        loop = {"output_dir": "run", "iterations": 1, "iteration": iteration}
+        (tmp_path / "loop.yaml").write_text(yaml.safe_dump(loop))
+        assert plan(read_loop(str(tmp_path / "loop.yaml")))[2]["settings"]["pairs"] == [own | {"path": path}]
 
 
 def test_a_terminated_loop_ends_what_its_launcher_started(tmp_path):

@@ -162,18 +162,19 @@ def plan(loop: dict, skipped: set[str] = frozenset()) -> list[dict]:
             settings["rollouts"] = rollouts
         if kind == "grpo":
             settings["leave_out"] = list(solved) or None
-        if kind == "dpo" and pairs:
-            # the first of its sources is the loop's own, others are mixed in
-            own, *others = settings.get("pairs") or [{}]
-            own = json.loads(own) if isinstance(own, str) else own
-            own = {key: value for key, value in own.items() if key != "revision"} | {"path": pairs}
-            settings["pairs"] = [own, *others]
         if loop["push_to_hub"] and kind != "sample":
             repo_id = f"{loop['hub_prefix']}-{name}"
             ids = {"hub_pairs_id": f"{repo_id}-pairs", "hub_verdicts_id": f"{repo_id}-verdicts"}
             settings |= ids if kind == "verify" else {"hub_model_id": repo_id}
             settings["push_to_hub"] = True  # privately, unless its configuration says otherwise
         settings |= stage["overrides"]
+        if kind == "dpo" and pairs and isinstance(sources := settings.get("pairs") or [{}], list):
+            # the first of them is the loop's own, unless an override gives it a path; others are mixed in
+            own, *others = sources
+            own = json.loads(own) if isinstance(own, str) else own
+            if "pairs" not in stage["overrides"] or "path" not in own:
+                own = {key: value for key, value in own.items() if key != "revision"} | {"path": pairs}
+            settings["pairs"] = [own, *others]
         refuse_secrets(f"stage {name}", settings)
         if kind == "verify":
             both = bool(settings.get("perturbed")) == ("video" in (settings.get("kinds") or []))
