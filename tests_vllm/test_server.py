@@ -12,6 +12,7 @@ import time
 import urllib.request
 
 import pytest
+import torch
 import two_process_driver as driver
 from conftest import make_row
 from test_trainer import GAP, gaps, make_trainer
@@ -20,9 +21,11 @@ from trl.generation.vllm_client import VLLMClient
 from urllib3.util.retry import Retry
 
 from veripo_trl.errors import VeripoError
+from veripo_trl.vllm import training as backend
 from veripo_trl.vllm.inputs import EngineMismatchError
 from veripo_trl.vllm.training import check_server
 
+DTYPE = {"qwen3_5": "bfloat16"}  # the only one in which vLLM's CPU build has linear attention
 TIMEOUT_S = 400  # until a server answers; half a minute on two idle cores
 
 
@@ -35,10 +38,11 @@ def server(request, model_paths, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log.txt"
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_paths[request.param]),
-        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--logprobs-mode", "processed_logprobs",
+        "--host", "127.0.0.1", "--port", str(port), "--dtype", DTYPE.get(request.param, "float32"),
+        "--logprobs-mode", "processed_logprobs",
         "--no-mm-device-do-normalize", "--enable-scale-out", "--mm-processor-cache-gb", "0", "--enforce-eager",
         "--max-model-len", "1024", "--max-num-seqs", "4", "--limit-mm-per-prompt", '{"image": 30, "video": 0}'
-        if request.param == "qwen3_vl" else '{"image": 2, "video": 2}',
+        if request.param != "qwen2_5_vl" else '{"image": 2, "video": 2}',
     ]  # fmt: skip
     env = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
     with log.open("w") as output:
@@ -90,6 +94,17 @@ def test_a_server_samples_with_the_trainers_log_probs(server, load, mixed_rows, 
     # Each prompt once per batch, and every sync followed by both resets.
     assert calls.count("POST /inference/v1/generate") == 2 * len(mixed_rows) + 2
     assert calls.count("POST /reset_prefix_cache") == calls.count("POST /reset_encoder_cache") == 4
+
+
+@pytest.mark.parametrize("server", ["qwen3_5"], indirect=True)
+def test_linear_attention_is_within_rounding(server, load, mixed_rows, tmp_path, no_weight_sync, monkeypatch):
+    """The trainer is in float32."""
+    monkeypatch.setattr(backend, "engine_dtype", lambda config, model: torch.bfloat16)
+    kind, url, _ = server
+    options = {"vllm_mode": "server", "vllm_server_base_url": url, "learning_rate": 0.0, "max_steps": 1}
+    trainer = make_trainer(*load(kind), mixed_rows, tmp_path, **options)
+    trainer.train()
+    assert trainer.state.log_history[0]["sampling/largest_prompt_gap"] < backend.GAP_BOUNDS[torch.bfloat16] / 2
 
 
 def test_a_row_that_does_not_fit_the_servers_context_is_refused(server, load, mixed_rows, tmp_path, no_weight_sync):
