@@ -362,7 +362,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate_controls(args, argv: list[str]) -> int:
     """Each control by a process of its own, whose engine so has the whole device; then the table."""
-    failed = 0
+    failed, where = 0, {"video_dir": args.video_dir, "limit": args.limit, "benchmark": args.benchmark}
+    if not any(question["row"]["videos"] for question in read_questions(args.prompt_path, **where)):
+        raise RowError(
+            f"--controls: expected questions about videos, to shuffle their frames; none of {args.prompt_path} has one. "
+            f"Ask with --direct and with --votes by themselves."
+        )
     for name, (path, options) in control_files(args.output_path).items():
         votes = (args.votes or VOTES) if name == "voted" else 0
         own = ["--no-controls", "--output_path", str(path), "--votes", str(votes)]

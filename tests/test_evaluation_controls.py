@@ -140,6 +140,14 @@ def test_what_cannot_be_asked_together_is_refused(script, model_paths, capsys, m
     assert message in capsys.readouterr().err
 
 
+def test_controls_of_questions_without_a_video_are_refused_at_once(script, tmp_path):  # noqa: F811
+    row = {"question_id": "q", "problem": "Which?", "solution": "A", "problem_type": "multiple choice", **CHOICE}
+    (tmp_path / "p.json").write_text(json.dumps([row]))
+    argv = ["--model_path", "m", "--output_path", str(tmp_path / "o.json"), "--prompt_path", str(tmp_path / "p.json")]
+    with pytest.raises(RowError, match="--controls: expected questions about videos, .* with --votes by themselves"):
+        script.main([*argv, "--engine", "transformers", "--controls"])
+
+
 def written(path: Path, outputs: list, candidates=None) -> None:
     """A file of predictions and its record: question n has the truth B; None was never answered."""
     rows = [
