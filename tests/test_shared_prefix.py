@@ -454,7 +454,7 @@ def test_other_attention_takes_the_plain_path_and_says_so(fused, batches, monkey
     model.set_attn_implementation("sdpa")
     config = model.config.get_text_config()
     for name, value in (
-        ("layer_types", ["full_attention", "linear_attention"]),
+        ("layer_types", ["full_attention", "chunked_attention"]),
         ("layer_types", ["sliding_attention"] * 2),
         ("attention_dropout", 0.1),
         ("output_router_logits", True),
