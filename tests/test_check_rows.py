@@ -288,6 +288,7 @@ def test_no_good_rows(check_rows, run, tmp_path, capsys):
         ({"max_frame": 4}, [], "'max_frame' .close: .*max_frames"),
         ({"holdout": None}, [], "holdout: expected a value, came null. .* default, 0"),
         ({}, ["--no_such_option", "3"], "'no_such_option'"),
+        ({}, ["--max_frame", "3"], "'max_frame' .close: .*max_frames"),  # not taken for the one that begins so
         ({}, ["word"], "'word'"),
         ({}, ["--output", "manifest.json"], "ends in .jsonl"),
         ({"datasets": None}, [], "datasets"),

@@ -209,7 +209,7 @@ def parse(dataclasses: tuple, *, default_config: Path, argv: list[str] | None = 
         _refuse_null(config, dataclasses)
         argv = ["--config", str(config), *argv]
     with settings_checked():
-        *parsed, _, rest = _Parser(dataclasses).parse_args_and_config(
+        *parsed, _, rest = _Parser(dataclasses, allow_abbrev=False).parse_args_and_config(
             args=argv, return_remaining_strings=True, separate_remaining_strings=True
         )
     for item, setting in ((item, setting) for item in parsed for setting in fields(item)):
