@@ -50,7 +50,10 @@ class FrameCache:
         try:
             with open(path, "rb") as file:
                 checksum, header = file.readline(), file.readline()
-                frames = np.fromfile(file, np.uint8)
+                try:
+                    frames = np.fromfile(file, np.uint8)
+                except ValueError:  # shorter by now than what was read of it
+                    frames = np.empty(0, np.uint8)
         except OSError:  # absent, or removed by another process just now
             return None
         if checksum != checksum_line(header, frames.data):
