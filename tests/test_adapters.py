@@ -145,6 +145,9 @@ def test_a_merged_adapter_scores_as_the_adapter_does(model_paths, rows, tmp_path
         assert (want - start).abs().max() > 1e-2
         for policy in (loaded, merged, again):
             torch.testing.assert_close(plain_log_probs(policy, encoder, row, [150, 160, 170]), want, atol=1e-5, rtol=0)
+    (tmp_path / "sft" / "veripo_trl.json").unlink()  # as peft alone saves one
+    runpy.run_path(str(RECIPE))["main"]([str(tmp_path / "sft"), str(tmp_path / "silent")])
+    assert read_settings(str(tmp_path / "silent")) == {}
 
 
 def test_a_qlora_adapter_merges_into_the_whole_weights(model_paths, rows, tmp_path):

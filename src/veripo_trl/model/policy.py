@@ -234,7 +234,8 @@ def merge_adapter(name: str, folder: str | Path, *, revision: str | None = None,
     model.merge_and_unload().save_pretrained(folder)
     processor.save_pretrained(folder)
     share_weights(folder)
-    if settings := read_settings(name, revision):
+    settings = read_settings(name, revision)
+    if "prompt_template" in settings:  # else neither the adapter nor its base says how it sees
         template = asdict(settings["prompt_template"])
         write_json(Path(folder) / SETTINGS_FILE, {**settings, "prompt_template": template, "base_weights": None})
 
