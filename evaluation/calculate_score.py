@@ -10,7 +10,6 @@ thinking length in tokens) is then missing or told in words.
 """
 
 import argparse
-import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -122,9 +121,7 @@ def notes_on(scored: list[dict], predictions: list[dict], pred_path: str) -> lis
 def judge_rows(scored: list[dict], predictions: list[dict], arguments: JudgeArguments, path: Path) -> list[str]:
     """Ask a judge about consistency, and a model also whether free text is right; sentences on what it took."""
     judge = make_judge(arguments)
-    with contextlib.ExitStack() as stack:
-        if cache := open_cache(arguments.verdict_cache, judge, beside=path):
-            stack.enter_context(cache)
+    with open_cache(arguments.verdict_cache, judge, beside=path) as cache:
         add_verdicts(scored, predictions, judge, cache)
         told = [f"judged: {judge.summary()} Agreement and kappa: with the rules' verdicts, unknown counted as one."]
         if judge.caches and any(row["problem_type"] == "free-form" for row in scored):
@@ -219,7 +216,8 @@ def main(argv: list[str] | None = None) -> None:
         compare(args.compare)
     elif args.controls:
         judge = make_judge(judging)
-        show_controls(Path(args.controls), judge, open_cache(judging.verdict_cache, judge, beside=args.controls))
+        with open_cache(judging.verdict_cache, judge, beside=args.controls) as cache:
+            show_controls(Path(args.controls), judge, cache)
     else:
         score(args.pred_path, args.boxes, judging)
 

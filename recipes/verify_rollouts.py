@@ -13,7 +13,6 @@ from veripo_trl.start import start
 
 start()  # before torch and tqdm are imported
 
-import contextlib
 import os
 import sys
 import time
@@ -63,12 +62,12 @@ def verify(arguments: VerifyArguments, options: PairOptions) -> None:
     policies = {item["values"]: item["counts"] for item in pc.value_counts(rollouts["policy"]).to_pylist()}
     tokenizer = recipe.load_tokenizer(arguments.tokenizer, found, policies)
     judge = recipe.make_judge(arguments)
-    cache = recipe.open_cache(arguments.verdict_cache, judge, beside=arguments.output_dir)
+    opened = recipe.open_cache(arguments.verdict_cache, judge, beside=arguments.output_dir)
     # after all that can be wrong with the arguments
     folder = recipe.open_folder(arguments.output_dir)
     save_arguments(str(folder), arguments, options)
 
-    with cache or contextlib.nullcontext():
+    with opened as cache:
         verdicts = verify_stream(
             files.rows_of(judged),
             judge=judge,

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from judge_server import JudgeServer, Reply, honest_verdict
@@ -13,9 +14,11 @@ from veripo_trl.data.schema import rows_to_dataset
 from veripo_trl.errors import ConfigError
 from veripo_trl.recipe.arguments import ReportArguments
 from veripo_trl.recipe.held_out import verdicts_on
+from veripo_trl.recipe.verify_stage import open_cache
 from veripo_trl.verifier.checks import agreement
 from veripo_trl.verifier.judge_prompts import judge_messages, load_judge_prompt, read_reply
 from veripo_trl.verifier.judges import JudgeError
+from veripo_trl.verifier.reply_cache import CacheError
 
 SCRIPT = Path(__file__).resolve().parent.parent / "evaluation" / "calculate_score.py"
 SYNONYMS = {"a puppy": "a young dog"}
@@ -187,3 +190,12 @@ def test_the_prompt_for_correctness_hides_nothing_and_cannot_be_closed():
         with pytest.raises(ValueError, match="wrong schema"):
             read_reply(json.dumps(dict(zip(keys.split(), ["x", True, "r"], strict=True))), asks)
     assert prompt.version != load_judge_prompt("consistency").version
+
+
+def test_a_cache_is_closed_behind_its_work_an_empty_one_too(tmp_path):
+    with open_cache(None, SimpleNamespace(caches=True), beside=tmp_path / "run") as cache:
+        assert len(cache) == 0 and cache.path.parent == tmp_path
+    with pytest.raises(CacheError, match="closed database"):
+        len(cache)
+    with open_cache(None, SimpleNamespace(caches=False), beside=tmp_path / "run") as cache:
+        assert cache is None

@@ -35,22 +35,19 @@ LINES = [
 ]
 
 
-def study(folder: Path, *lines: str) -> tuple[dict, str]:
-    small = [
-        "--per_device_train_batch_size",
-        "16",
-        "--report_max_new_tokens",
-        "8",
-        "--logging_steps",
-        "1",
-    ]
-    given = ["--seeds", "0", "--steps", "2", "--json", "methods.json", "--only", *lines, *small]
+def small(program: str, folder: Path, file: str, *given: str) -> tuple[dict, str]:
+    """(what a study wrote to `file`, what it said), from a program that makes it small."""
     found = subprocess.run(
-        [sys.executable, "-c", SMALL, str(ROOT / "evaluation" / "studies"), *given],
+        [sys.executable, "-c", program, str(ROOT / "evaluation" / "studies"), "--seeds", "0", "--json", file, *given],
         cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-4000:]
-    return json.loads((folder / "methods.json").read_text()), found.stdout
+    return json.loads((folder / file).read_text()), found.stdout
+
+
+def study(folder: Path, *lines: str) -> tuple[dict, str]:
+    options = ["--per_device_train_batch_size", "16", "--report_max_new_tokens", "8", "--logging_steps", "1"]
+    return small(SMALL, folder, "methods.json", "--steps", "2", "--only", *lines, *options)
 
 
 def test_methods(tmp_path):
@@ -108,13 +105,7 @@ sys.exit(parts.main())
 
 
 def parts(folder: Path, *lines: str) -> tuple[dict, str]:
-    given = ["--seeds", "0", "--json", "parts.json", "--lines", *lines]
-    found = subprocess.run(
-        [sys.executable, "-c", SMALL_PARTS, str(ROOT / "evaluation" / "studies"), *given],
-        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
-    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-4000:]
-    return json.loads((folder / "parts.json").read_text()), found.stdout
+    return small(SMALL_PARTS, folder, "parts.json", "--lines", *lines)
 
 
 def test_parts(tmp_path):

@@ -19,7 +19,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
-from runs import in_own_process, interval, known  # before torch, whose environment it sets
+from runs import in_own_process, known, scores  # before torch, whose environment it sets
 
 from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.errors import run
@@ -127,11 +127,7 @@ def line(seed: int, name: str, results: dict, folder: Path, steps: int) -> dict:
     return {
         "arm": name,
         "seed": seed,
-        "sampled": sampled["accuracy"],
-        "95%": interval(sampled, "accuracy"),
-        "greedy": greedy["accuracy"],
-        "inconsistent": sampled["inconsistency"],
-        "95% ": interval(sampled, "inconsistency"),
+        **scores(sampled, greedy),
         "unknown": sampled["unknown"],
         "consistent if right": sampled["accurate_and_consistent"]
         / (sampled["accuracy"] or math.nan),

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from statistics import fmean
 
-from runs import in_own_process, interval, known  # before torch, whose environment it sets
+from runs import in_own_process, known, scores  # before torch, whose environment it sets
 
 from datasets import load_dataset
 
@@ -234,11 +234,7 @@ def line(seed: int, name: str, results: dict) -> dict:
     return {
         "line": name,
         "seed": seed,
-        "sampled": sampled["accuracy"],
-        "95%": interval(sampled, "accuracy"),
-        "greedy": greedy["accuracy"],
-        "inconsistent": sampled["inconsistency"],
-        "95% ": interval(sampled, "inconsistency"),
+        **scores(sampled, greedy),
         "both right": sampled["accurate_and_consistent"],
         **{key: sampled[key] for key in kept},
         "tokens": sampled["completion_tokens"],

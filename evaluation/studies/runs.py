@@ -49,5 +49,17 @@ def known(summary: dict) -> dict:
     return {key: math.nan if value is None else value for key, value in summary.items()}
 
 
-def interval(summary: dict, name: str) -> str:
-    return f"{summary[f'{name}_low']:.3f}–{summary[f'{name}_high']:.3f}".replace("nan–nan", "–")
+def scores(sampled: dict, greedy: dict) -> dict:
+    """What a line says of its policy on the held-out questions."""
+
+    def interval(name: str) -> str:
+        low, high = sampled[f"{name}_low"], sampled[f"{name}_high"]
+        return f"{low:.3f}–{high:.3f}".replace("nan–nan", "–")
+
+    return {
+        "sampled": sampled["accuracy"],
+        "95%": interval("accuracy"),
+        "greedy": greedy["accuracy"],
+        "inconsistent": sampled["inconsistency"],
+        "95% ": interval("inconsistency"),
+    }

@@ -253,11 +253,11 @@ def make_judge(arguments: JudgeArguments) -> Judge:
     )
 
 
-def open_cache(path: str | None, judge: Judge, *, beside: str | Path) -> VerdictCache | None:
-    """The cache of the judge's replies, if it keeps them in one: at `path`, or `beside` what is written. Raises
-    CacheError if that cannot be opened."""
+def open_cache(path: str | None, judge: Judge, *, beside: str | Path) -> contextlib.AbstractContextManager:
+    """What to enter for the cache of the judge's replies, at `path` or `beside` what is written; for None, if it keeps
+    them in none. Raises CacheError at once if it cannot be opened."""
     if not judge.caches:
-        return None
+        return contextlib.nullcontext()
     cache = VerdictCache(path or Path(beside).absolute().parent / "verdict_cache.sqlite")
     print(f"verdict cache: {cache.path}, {len(cache)} replies", flush=True)
     return cache
