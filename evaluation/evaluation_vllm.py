@@ -20,6 +20,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -329,14 +330,21 @@ def run_engines(args, argv: list[str], journal: Journal, bar) -> None:
             bar.update(len(journal.lines) - bar.n)
     finally:
         for child in children:
-            if child.poll() is None:
-                child.terminate()
+            child.terminate()
+        for child in children:
             child.wait()
     journal.read()
     if failed := [rank for rank, child in enumerate(children) if child.returncode]:
         raise VeripoError(
             f"Engine {failed[0]} ended with an error, see above. What is answered is kept."
         )
+
+
+def interrupt(number: int, frame) -> None:
+    """A signal as Ctrl-C, so that who starts processes ends them. SIGTERM only once: a scheduler or a terminal signals
+    them as well."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -372,7 +380,12 @@ def evaluate_controls(args, argv: list[str]) -> int:
         votes = (args.votes or VOTES) if name == "voted" else 0
         own = ["--no-controls", "--output_path", str(path), "--votes", str(votes)]
         print(f"{name}: {path}", flush=True)
-        code = subprocess.call([sys.executable, __file__, *argv, *own, *options])
+        process = subprocess.Popen([sys.executable, __file__, *argv, *own, *options])
+        try:
+            code = process.wait()
+        finally:
+            process.terminate()  # nothing, where it has ended
+            process.wait()
         if code not in (0, 3):
             raise VeripoError(f"{name} ended with an error, see above. The same command goes on from there.")
         failed = failed or code
@@ -476,4 +489,7 @@ def evaluate(args, argv: list[str], files: OutputFiles, rank: int | None) -> int
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a script
+            signal.signal(number, interrupt)
     sys.exit(run(main))

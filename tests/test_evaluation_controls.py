@@ -1,6 +1,10 @@
 """The controls of an evaluation: votes and who wins them, thinking closed before it began, and the table."""
 
 import json
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -146,6 +150,40 @@ def test_controls_of_questions_without_a_video_are_refused_at_once(script, tmp_p
     argv = ["--model_path", "m", "--output_path", str(tmp_path / "o.json"), "--prompt_path", str(tmp_path / "p.json")]
     with pytest.raises(RowError, match="--controls: expected questions about videos, .* with --votes by themselves"):
         script.main([*argv, "--engine", "transformers", "--controls"])
+
+
+# A control's process: it says that it is there, and when SIGTERM ended it.
+CONTROL = """
+import pathlib, signal, sys, time
+def ended(*_):
+    pathlib.Path("ended").touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, ended)
+pathlib.Path("there").touch()
+time.sleep(60)
+"""
+
+
+def test_a_signal_to_controls_ends_the_one_at_work(script, media_root, prompts, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    Path("control.py").write_text(CONTROL)
+    monkeypatch.setattr(script, "__file__", "control.py")
+
+    def send():
+        while not Path("there").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    argv = ["--model_path", "m", "--output_path", "o.json", "--prompt_path", str(prompts), "--video_dir", str(media_root)]
+    before = signal.signal(signal.SIGTERM, script.interrupt)
+    try:
+        threading.Thread(target=send, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            script.main([*argv, "--engine", "transformers", "--controls"])
+        assert Path("ended").exists()
+        os.kill(os.getpid(), signal.SIGTERM)  # a second one, as from a scheduler
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def written(path: Path, outputs: list, candidates=None) -> None:
