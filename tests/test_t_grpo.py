@@ -86,6 +86,12 @@ def test_what_the_bonus_does_to_advantages(accuracy, form, plain, with_bonus):
     assert advantages(rewards + bonus, "group")[0].tolist() == pytest.approx(with_bonus, abs=1e-4)
 
 
+@pytest.mark.parametrize(("scale", "size"), [("none", 0.5), ("batch", 1.2245), ("group", 0.707)])
+def test_advantages_are_scaled_as_trls(scale, size):
+    found = advantages(torch.tensor([[1.0, 0.0], [0.5, 0.5]]), scale)
+    assert found.flatten().tolist() == pytest.approx([size, -size, 0, 0], abs=1e-3)
+
+
 def test_a_shuffle_moves_frames_and_nothing_else(load, media_root):
     for seed in range(200):
         order = shuffled_order(4, seed)
@@ -144,7 +150,8 @@ def rows(media_root):
 
 
 def test_extra_rollouts_see_shuffled_frames_and_fill_the_columns(load, rows, tmp_path, sampled):
-    trainer = make_trainer(load, rows, tmp_path / "run", max_steps=1)
+    options = TGRPOOptions(length_range=[1, 9], temporal_threshold=0.3)
+    trainer = make_trainer(load, rows, tmp_path / "run", options=options, max_steps=1)
     scored = []
 
     def reward(completion_ids, **kwargs):
@@ -169,16 +176,18 @@ def test_extra_rollouts_see_shuffled_frames_and_fill_the_columns(load, rows, tmp
     assert len(stored) == 16 and trainer.reward_func_names == ["accuracy_reward", "temporal_reward", "length_reward"]
     groups = torch.tensor(accuracies).view(4, 4)
     against = torch.tensor([shuffled[:2], [NAN] * 2, [NAN] * 2, shuffled[2:]])
-    temporal = temporal_bonus(groups, against, ratio=1.0, threshold=0.1)
+    temporal = temporal_bonus(groups, against, ratio=1.0, threshold=0.3)
     assert [row["rewards"]["temporal_reward"] for row in stored] == temporal.flatten().tolist()
     tokens = torch.tensor([row["completion_tokens"] for row in stored]).view(4, 4)
-    length = length_bonus(groups, tokens, threshold=0.1, between=(1, 9))
+    length = length_bonus(groups, tokens, threshold=0.3, between=(1, 9))
     assert [row["rewards"]["length_reward"] for row in stored] == length.flatten().tolist() and length.sum() > 4
     total = groups + 0.3 * temporal + 0.2 * length
     assert [row["advantage"] for row in stored] == pytest.approx(advantages(total, "group").flatten().tolist(), abs=1e-5)
     logged = trainer.state.log_history[0]
     assert logged["t_grpo/bonus_rate"] == pytest.approx(temporal[[0, 3]].mean().item())
     assert logged["t_grpo/accuracy_shuffled"] == pytest.approx(sum(shuffled) / 4)
+    assert logged["t_grpo/accuracy_ordered"] == pytest.approx(groups[[0, 3]].mean().item())
+    assert ((groups > 0.1) != (groups > 0.3)).any()  # the threshold is the option's
     change = (advantages(total, "group") - advantages(groups, "group")).abs().mean().item()
     assert logged["t_grpo/advantage_change"] == pytest.approx(change, abs=1e-5)
 
@@ -330,9 +339,9 @@ def test_it_goes_together_with(other, changes, load, rows, tmp_path, sampled):
 @pytest.mark.parametrize(
     ("options", "changes", "message"),
     [
-        ({"temporal_rollouts": -1}, {}, "groups of two or more, and 0 to 4 temporal_rollouts; got -1"),
+        ({"temporal_rollouts": -1}, {}, "expected 0 to 4 temporal_rollouts, num_generations; got -1"),
         ({"temporal_rollouts": 5}, {}, "got 5"),
-        ({}, {"num_generations": 1}, "of groups of two or more|at least 2"),
+        ({}, {"num_generations": 1}, "at least 2"),
         ({"temporal_accuracy": "tiou"}, {}, "temporal_accuracy: expected one of rewards .accuracy.; got 'tiou'"),
         ({"length_range": [3]}, {}, "length_range: expected fewest and most tokens"),
         ({}, {"multi_objective_aggregation": "normalize_then_sum"}, "no bonus has its size"),

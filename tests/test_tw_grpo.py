@@ -1,6 +1,7 @@
 """TW-GRPO's token weights: the worked numbers, by blocks and packed, and in TRL's loss."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -59,6 +60,13 @@ def test_divergence_is_the_ratio_of_geometric_and_harmonic_means():
     expected = float((geometric * inverse).sum() - 2)
     found = divergence(probabilities.log()[:, None], torch.ones(2, 1, dtype=torch.bool))
     assert expected == pytest.approx(0.5) and found.tolist() == pytest.approx([expected])
+
+
+def test_differences_are_bounded():
+    """By ±11, as released, else a word that one rollout all but rules out would be all of D."""
+    log_probs = torch.tensor([[[0.0, -30.0]], [[-30.0, 0.0]]])
+    found = divergence(log_probs, torch.ones(2, 1, dtype=torch.bool))
+    assert found.tolist() == pytest.approx([math.exp(11) + math.exp(-11) - 2], rel=1e-5)
 
 
 @pytest.mark.parametrize(("top_k", "expected"), [(2, 0.0), (3, None), (4, None), (20, None)])
@@ -248,12 +256,15 @@ def test_a_resumed_run_ends_like_an_unbroken_one(make_trainer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("options", "changes", "message"),
     [
-        ({"importance_sampling_level": "sequence"}, "importance_sampling_level: token"),
-        ({"per_device_train_batch_size": 2, "steps_per_generation": 4}, "whole groups"),
+        ({}, {"importance_sampling_level": "sequence"}, "importance_sampling_level: token"),
+        ({}, {"per_device_train_batch_size": 2, "steps_per_generation": 4}, "whole groups"),
+        ({"token_weight_max": 0.5}, {}, "a largest weight, a block and a top_k of at least 1"),
+        ({"token_weight_block": 0}, {}, "at least 1"),
+        ({"token_weight_top_k": 0}, {}, "at least 1"),
     ],
 )
-def test_refused(changes, message, make_trainer):
+def test_refused(options, changes, message, make_trainer):
     with pytest.raises(ConfigError, match=message):
-        make_trainer(TWGRPOOptions(), **changes)
+        make_trainer(TWGRPOOptions(**options), **changes)

@@ -9,7 +9,7 @@ The contract of a method, ours or a user's own (`module:Mixin`):
   `--help` know them where the method is named; no other option may have their names;
 - the mixin's `__init__` takes an instance of it as the keyword argument `NAME`, and refuses by a ConfigError, before
   `super().__init__`, what it cannot do with the trainer's settings. It may append columns of its own to `reward_funcs`
-  (and their weights to `args.reward_weights`);
+  (and their weights to `args.reward_weights`: `bonuses.add_bonuses`);
 - `EXCLUDES` names the methods that it cannot go together with, each with the reason.
 
 The first of `methods:` is the outermost: its overrides run first, and `super()` of the last is the trainer.

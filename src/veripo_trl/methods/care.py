@@ -36,15 +36,16 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 
 from veripo_trl.answers.plain import words_of
 from veripo_trl.answers.score import extract_answer
 from veripo_trl.errors import ConfigError, VeripoError
 from veripo_trl.methods import Method
+from veripo_trl.methods.bonuses import add_bonuses
 from veripo_trl.options import option
 from veripo_trl.shared_prompt.rollout import left_pad
-from veripo_trl.trainers.checkpoints import with_changes
 
 FILE = "care_slow_copy.safetensors"  # in a checkpoint
 RIGHT_OVER = 0.1  # accuracy, as released
@@ -101,11 +102,6 @@ def thinking_of(text: str) -> str:
     return re.sub(r"</?\w+>", "", text.partition("<answer>")[0]).strip()
 
 
-def care_reward(completions: list, **kwargs) -> list[None]:
-    """Room for the bonus, which needs the group."""
-    return [None] * len(completions)
-
-
 class StepEnd(TrainerCallback):
     """Calls a function of nothing every `steps` optimizer steps."""
 
@@ -123,15 +119,11 @@ class CARE(Method):
     NAME, OPTIONS = "care", CAREOptions
 
     def __init__(self, *args, care: CAREOptions, **kwargs):
-        config, functions = kwargs["args"], list(kwargs["reward_funcs"])
-        names = [function.__name__.removesuffix("_reward") for function in functions]
-        found = [name for name in names if name.startswith("accuracy")]
-        compared = care.care_accuracy or (found or [None])[0]
-        check_settings(config, care, names, compared)
-        self._care, self._compared, self._column = care, names.index(compared), len(functions)
-        weights = [*(config.reward_weights or [1.0] * len(functions)), care.care_bonus]
-        kwargs["args"] = with_changes(config, reward_weights=weights)
-        kwargs["reward_funcs"] = [*functions, care_reward]
+        check_settings(care)
+        self._care = care
+        self._compared, self._column = add_bonuses(
+            kwargs, {"care_reward": care.care_bonus}, accuracy=care.care_accuracy, setting="care: care_accuracy"
+        )
         self._slow: dict[str, torch.Tensor] = {}  # float32, on the host; empty until it is needed
         super().__init__(*args, **kwargs)
         if self._dist.is_zero3 or self._dist.is_fsdp:
@@ -215,17 +207,16 @@ class CARE(Method):
     @torch.no_grad()
     def _measured(self, completions: list[list[int]]) -> torch.Tensor:
         """Of this process's rows c, tokens of thinking, and whether it is the answer alone; float (rows, 3)."""
-        tokenizer, width = self._tokenizer, max(map(len, completions))
-        gaps = [width - len(row) for row in completions]
-        ids, mask = left_pad(self._active, tokenizer.pad_token_id)
-        own = [row + [tokenizer.pad_token_id] * gap for row, gap in zip(completions, gaps, strict=True)]
-        own_mask = [[1] * (width - gap) + [0] * gap for gap in gaps]
+        tokenizer, lengths = self._tokenizer, torch.tensor(list(map(len, completions)))
+        prompt_ids, prompt_mask = left_pad(self._active, tokenizer.pad_token_id)
+        ids = pad_sequence(list(map(torch.tensor, completions)), True, tokenizer.pad_token_id)
+        mask = torch.arange(ids.size(1)) < lengths[:, None]
         with self._slow_in_place():
             logps, *_ = self._get_per_token_logps_and_entropies(
                 self.model,
-                torch.cat([ids, torch.tensor(own)], 1).to(self.accelerator.device),
-                torch.cat([mask, torch.tensor(own_mask)], 1).to(self.accelerator.device),
-                width,
+                torch.cat([prompt_ids, ids], 1).to(self.accelerator.device),
+                torch.cat([prompt_mask, mask], 1).to(self.accelerator.device),
+                ids.size(1),
                 self.args.per_device_train_batch_size,
             )
         found, texts = [], tokenizer.batch_decode(completions, skip_special_tokens=True)
@@ -239,14 +230,10 @@ class CARE(Method):
         return torch.tensor(found)
 
 
-def check_settings(config, options: CAREOptions, names: list[str], compared: str | None) -> None:
+def check_settings(options: CAREOptions) -> None:
     """Refuse what the bonus cannot be computed with."""
     problem = None
-    if compared not in names:
-        problem = f"care_accuracy: expected one of rewards ({', '.join(names)}); got {compared!r}."
-    elif config.multi_objective_aggregation != "sum_then_normalize":
-        problem = "multi_objective_aggregation standardises columns, so that no bonus has its size."
-    elif not 0 < options.care_likelihood_cap <= 1 or not 0 <= options.care_decay <= 1:
+    if not 0 < options.care_likelihood_cap <= 1 or not 0 <= options.care_decay <= 1:
         problem = f"expected a cap in (0, 1] and a decay in [0, 1]; got {options}."
     elif min(options.care_margin, options.care_min_think_tokens, options.care_every_steps - 1) < 0:
         problem = f"expected no margin or floor below 0, and moves every step or more; got {options}."

@@ -36,9 +36,10 @@ from trl.trainer.utils import nanstd
 
 from veripo_trl.errors import ConfigError
 from veripo_trl.methods import Method
+from veripo_trl.methods.bonuses import add_bonuses
 from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder
 from veripo_trl.options import option
-from veripo_trl.trainers.checkpoints import with_changes
+from veripo_trl.trainers.grpo import total_rewards
 
 
 @dataclass
@@ -99,16 +100,6 @@ def shuffle_seed(seed: int, epoch: int, question_id: str) -> int:
     return int.from_bytes(digest[:8], "big")
 
 
-def temporal_reward(completions: list, **kwargs) -> list[None]:
-    """Room for the bonus, which needs the group."""
-    return [None] * len(completions)
-
-
-def length_reward(completions: list, **kwargs) -> list[None]:
-    """Room for the bonus, which needs the group."""
-    return [None] * len(completions)
-
-
 class ShufflingCollator:
     """A collator's rows with `shuffled`: their prompt on shuffled frames, or None for a repeat of the loader's, in
     evaluation, and where no order of frames makes a difference. Rows that share a prompt share it."""
@@ -142,20 +133,15 @@ class TGRPO(Method):
     OPTIONS = TGRPOOptions
 
     def __init__(self, *args, t_grpo: TGRPOOptions, **kwargs):
-        config, functions = kwargs["args"], list(kwargs["reward_funcs"])
+        config = kwargs["args"]
         if t_grpo.temporal_rollouts is None:
             t_grpo = replace(t_grpo, temporal_rollouts=config.num_generations // 2)
-        names = [function.__name__.removesuffix("_reward") for function in functions]
-        found = [name for name in names if name.startswith("accuracy")]
-        compared = t_grpo.temporal_accuracy or (found or [None])[0]
-        check_settings(config, t_grpo, names, compared)
+        check_settings(config, t_grpo)
         self._t_grpo = t_grpo
-        self._accuracy_column = names.index(compared)
-        self._bonus_columns = [len(functions), len(functions) + 1]
-        weights = config.reward_weights or [1.0] * len(functions)
-        weights = [*weights, t_grpo.temporal_bonus, t_grpo.length_bonus]
-        kwargs["args"] = with_changes(config, reward_weights=weights)
-        kwargs["reward_funcs"] = [*functions, temporal_reward, length_reward]
+        weights = {"temporal_reward": t_grpo.temporal_bonus, "length_reward": t_grpo.length_bonus}
+        self._accuracy_column, *self._bonus_columns = add_bonuses(
+            kwargs, weights, accuracy=t_grpo.temporal_accuracy, setting="t_grpo: temporal_accuracy"
+        )
         # of a generation's extra rollouts: row and shuffled prompt; completions
         self._extra: list[tuple[int, EncodedPrompt]] = []
         self._extra_ids: list[list[int]] = []
@@ -201,7 +187,6 @@ class TGRPO(Method):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         # of all processes
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        others = [column for column in range(rewards.size(1)) if column not in self._bonus_columns]
         unscorable = rewards.isnan().all(1)
         rewards[:, self._bonus_columns] = 0.0
         if self.model.training:
@@ -216,9 +201,10 @@ class TGRPO(Method):
             long = length_bonus(accuracy, tokens, between=options.length_range, **over)
             # in place: the store of rollouts keeps this very tensor
             rewards[:, temporal], rewards[:, length] = earned.flatten(), long.flatten()
-            self._log_bonus(rewards, others, unscorable, accuracy, shuffled, earned)
         for column in self._bonus_columns:
             rewards[unscorable, column] = torch.nan  # else TRL would take them for a reward of 0
+        if self.model.training:
+            self._log_bonus(rewards, accuracy, shuffled, earned)
         return rewards
 
     def _score_extra(self, inputs: list[dict], prompts: list) -> list[float]:
@@ -241,13 +227,14 @@ class TGRPO(Method):
                 scores[index] = torch.nan if score is None else score
         return scores
 
-    def _log_bonus(self, rewards, others, unscorable, accuracy, shuffled, earned) -> None:
+    def _log_bonus(self, rewards, accuracy, shuffled, earned) -> None:
         metrics, weights = self._metrics["train"], self.reward_weights.to(rewards.device)
-        found = []
-        for columns in (others, list(range(rewards.size(1)))):
-            total = (rewards[:, columns] * weights[columns]).nansum(1)
-            total = total.masked_fill(unscorable, torch.nan)
-            found.append(advantages(total.view_as(accuracy), self.scale_rewards))
+        without = weights.clone()
+        without[self._bonus_columns] = 0.0
+        found = [
+            advantages(total_rewards(rewards, each).view_as(accuracy), self.scale_rewards)
+            for each in (without, weights)
+        ]
         change = (found[1] - found[0]).abs().nan_to_num().mean()
         metrics["t_grpo/advantage_change"].append(change.item())
         compared = ~shuffled.isnan().all(1)  # groups of questions whose frames were shuffled
@@ -257,18 +244,14 @@ class TGRPO(Method):
             metrics["t_grpo/accuracy_shuffled"].append(shuffled[compared].nanmean().item())
 
 
-def check_settings(config, options: TGRPOOptions, names: list[str], compared: str | None) -> None:
+def check_settings(config, options: TGRPOOptions) -> None:
     """Refuse what the bonus cannot be computed with."""
     size, extra, between = config.num_generations, options.temporal_rollouts, options.length_range
     problem = None
-    if size < 2 or not 0 <= extra <= size:
-        problem = f"expected groups of two or more, and 0 to {size} temporal_rollouts; got {extra}."
-    elif compared not in names:
-        problem = f"temporal_accuracy: expected one of rewards ({', '.join(names)}); got {compared!r}."
+    if not 0 <= extra <= size:
+        problem = f"expected 0 to {size} temporal_rollouts, num_generations; got {extra}."
     elif len(between) != 2 or between[0] > between[1]:
         problem = f"length_range: expected fewest and most tokens, like [320, 512]; got {between}."
-    elif config.multi_objective_aggregation != "sum_then_normalize":
-        problem = "multi_objective_aggregation standardises each column, so that no bonus has its size."
     elif extra and config.use_vllm and config.vllm_mode == "colocate" and config.vllm_tensor_parallel_size > 1:
         problem = (
             "vLLM's tensor parallelism takes as many rollouts from every process, but only questions with a video have "
