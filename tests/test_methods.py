@@ -87,6 +87,29 @@ def test_options_of_a_named_method_are_the_recipes(grpo, tmp_path, capsys):
     assert "--own_size" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("method", "setting", "message"),
+    [
+        ("t_grpo", "length_range: 320", r"length_range: expected list\[int\], came 320"),
+        ("t_grpo", "length_range: [320, null]", r"expected list\[int\], came \[320, None\]"),
+        ("t_grpo", "temporal_rollouts: true", r"expected int \| None, came True. Leave it out for its default, None"),
+        ("tw_grpo", "token_weight_block: 2.5", "expected int, came 2.5"),
+        ("reg_grpo", "regression_floor: [0.1]", "expected float, came .0.1."),
+        ("grounding_curriculum", "difficulty_files: a.json", "expected list.str. | None, came 'a.json'"),
+        ("tw_grpo", "{token_weight_block: '8', token_weight_max: 2, token_weight_top_k: null}", None),
+    ],
+)
+def test_a_value_of_another_type_is_refused(method, setting, message, grpo, tmp_path):
+    """Of a YAML: argparse looks at the command line's, and at texts."""
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump({"methods": [method], **yaml.safe_load(setting)}))
+    if message is None:
+        assert parsed(grpo, "--config", str(file))[-1].token_weight_block == 8
+    else:
+        with pytest.raises(ConfigError, match=message):
+            parsed(grpo, "--config", str(file))
+
+
 def test_mixins_come_before_the_trainer_in_order():
     make = with_methods(Trainer, ["test_methods:Own", "test_methods:Later"], [OwnOptions(), Later.OPTIONS()])
     made = make("start")

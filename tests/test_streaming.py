@@ -14,6 +14,7 @@ from conftest import make_row
 from veripo_trl import chat
 from veripo_trl.data.prompts import PromptError, build_messages, build_target, load_template
 from veripo_trl.data.streaming import Memory, taught_rows, turn_row, windows
+from veripo_trl.errors import ConfigError
 from veripo_trl.evaluate.generate import Decoding, TransformersEngine
 from veripo_trl.evaluate.questions import read_questions
 from veripo_trl.evaluate.run import OutputFiles, answer_questions
@@ -190,7 +191,7 @@ def test_what_is_not_shown_in_turns(load, media_root):
     with pytest.raises(PromptError, match="'q'.*expected one video, came 2"):
         streams.encode(make_row("q", media_root, videos=["wide.mp4", "fast.mp4"]))
     for limits in ({"clip_tokens": 0}, {"max_memory_tokens": -1}):
-        with pytest.raises(ValueError, match="clip_tokens >= 1 and max_memory_tokens >= 0"):
+        with pytest.raises(ConfigError, match="clip_tokens >= 1 and max_memory_tokens >= 0"):
             StreamEncoder(encoder, **limits)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from veripo_trl.data.prompts import PromptError
 from veripo_trl.data.streaming import NOTES, Memory, turn_row, window_time, windows
+from veripo_trl.errors import ConfigError
 from veripo_trl.model.encoding import EncodedPrompt, PromptEncoder, PromptTooLongError, as_shown
 
 CLIP_TOKENS, MAX_MEMORY_TOKENS = 5000, 4096  # the defaults; the first is VST's
@@ -83,7 +84,7 @@ class StreamEncoder:
     def __post_init__(self):
         if self.clip_tokens < 1 or self.max_memory_tokens < 0:
             limits = {"clip_tokens": self.clip_tokens, "max_memory_tokens": self.max_memory_tokens}
-            raise ValueError(f"expected clip_tokens >= 1 and max_memory_tokens >= 0; got {limits}")
+            raise ConfigError(f"expected clip_tokens >= 1 and max_memory_tokens >= 0; got {limits}")
 
     @property
     def template(self):

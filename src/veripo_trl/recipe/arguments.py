@@ -7,8 +7,10 @@ import json
 import os
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
+from inspect import formatannotation
 from pathlib import Path
-from typing import get_args, get_type_hints
+from types import UnionType
+from typing import Union, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -206,7 +208,7 @@ def parse(dataclasses: tuple, *, default_config: Path, argv: list[str] | None = 
             print(f"config: {config}", flush=True)
         # before the dataclasses are made: one of them may stumble over the value that a mistyped key did not set
         _refuse_unknown(str(config), [key for key in _read_yaml(config) if key != "env"], known)
-        _refuse_null(config, dataclasses)
+        _refuse_types(config, dataclasses)
         argv = ["--config", str(config), *argv]
     with settings_checked():
         *parsed, _, rest = _Parser(dataclasses, allow_abbrev=False).parse_args_and_config(
@@ -254,17 +256,37 @@ def _read_yaml(file: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def _refuse_null(config: Path, dataclasses: tuple) -> None:
-    """A key without a value, where its option is to have one, would be a TypeError of whatever looks at it first."""
-    empty = {key for key, value in _read_yaml(config).items() if value is None}
+def _refuse_types(config: Path, dataclasses: tuple) -> None:
+    """A value that is not of its option's type would be an error of whatever looks at it first."""
+    given = _read_yaml(config)
     for kind in dataclasses:
-        hints = get_type_hints(kind) if empty else {}
+        hints = get_type_hints(kind)
         for item in fields(kind):
-            given = item.name in empty and item.default is not None and item.default is not MISSING
-            if given and type(None) not in get_args(hints[item.name]):
-                raise ConfigError(
-                    f"{config}: {item.name}: expected a value, came null. Leave it out for its default, {item.default!r}."
-                )
+            value = given.get(item.name, item.default)
+            if value is not item.default and not _fits(value, hints[item.name]):
+                expected = "a value" if value is None else formatannotation(hints[item.name])
+                default = "" if item.default is MISSING else f" Leave it out for its default, {item.default!r}."
+                came = "null" if value is None else repr(value)
+                raise ConfigError(f"{config}: {item.name}: expected {expected}, came {came}.{default}")
+
+
+def _fits(value, hint, *, listed: bool = False) -> bool:
+    """Whether a YAML's value is of an option's type, as far as null, numbers and lists go.
+
+    Args:
+        listed: whether it is an entry of a list, where argparse reads no text as a number.
+    """
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, each, listed=listed) for each in get_args(hint))
+    if get_origin(hint) is list:
+        if not isinstance(value, list):
+            return isinstance(value, dict)  # `read_sources` says what it expects, of entries too
+        return all(_fits(each, *get_args(hint), listed=True) for each in value)
+    if hint is type(None):
+        return value is None
+    if hint in (int, float):
+        return type(value) in (int, hint) or (isinstance(value, str) and not listed)
+    return value is not None or listed
 
 
 class _Parser(TrlParser):
