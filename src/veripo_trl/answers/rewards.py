@@ -3,7 +3,7 @@ own as `module:function`, and weighs them by `reward_weights`.
 
 Each is a column: logged, stored and weighed by itself. An accuracy scores every row by its own type, one type's rows in
 its own way. What belongs to some types only is None for other rows: TRL leaves it out of their sum and of its mean (a
-row with None from every reward has no advantage).
+row with None from every reward has no advantage). `batch` and `columns` below are what `accuracy_reward` takes.
 """
 
 import functools
@@ -37,9 +37,11 @@ def completion_text(completion: str | list[dict]) -> str:
     )
 
 
-def _scores(completions, solution, problem_type, options, own: dict[str, Callable], *, others=True) -> list:
-    """A score for each completion: by `own[its type]`, of what is read and the truth; else by the type's own accuracy, or
-    None where `others` is false."""
+def _scores(
+    own: dict[str, Callable], /, completions, solution, problem_type, options=None, *, others=True, **columns
+) -> list:
+    """A score for each completion, given with all columns of its batch: by `own[its type]`, of what is read and the
+    truth; else by the type's own accuracy, or None where `others` is false."""
     options = options if options is not None else [None] * len(completions)
     return [
         _score(extract_answer(completion_text(completion)), kind, truth, tuple(choices or ()), own.get(kind))
@@ -61,24 +63,24 @@ def accuracy_reward(
     completions: list, solution: Sequence[str], problem_type: Sequence[str], options: Sequence | None = None, **kwargs
 ) -> list[float]:
     """Accuracy in [0, 1] of the only <answer> span of each completion, each row by its own problem type."""
-    return _scores(completions, solution, problem_type, options, {})
+    return _scores({}, completions, solution, problem_type, options)
 
 
-def accuracy_relative_error_reward(completions, solution, problem_type, options=None, **kwargs) -> list[float]:
+def accuracy_relative_error_reward(*batch, **columns) -> list[float]:
     """As `accuracy_reward`, with 1 - relative error (Video-R1's) for regression rows."""
-    return _scores(completions, solution, problem_type, options, {"regression": relative_accuracy})
+    return _scores({"regression": relative_accuracy}, *batch, **columns)
 
 
-def accuracy_soft_reward(completions, solution, problem_type, options=None, **kwargs) -> list[float]:
+def accuracy_soft_reward(*batch, **columns) -> list[float]:
     """As `accuracy_reward`, with partial credit (TW-GRPO's) for choices: the share of the right letters that are named,
     0 with a wrong one. Report `accuracy` beside it: naming one sure letter pays."""
-    return _scores(completions, solution, problem_type, options, {"multiple choice": partial_credit})
+    return _scores({"multiple choice": partial_credit}, *batch, **columns)
 
 
-def yes_no_first_reward(completions, solution, problem_type, options=None, **kwargs) -> list[float]:
+def yes_no_first_reward(*batch, **columns) -> list[float]:
     """As `accuracy_reward`, with the first word alone for free-form rows whose truth begins with yes or no
     (VideoHallu's), where ROUGE would count the words around it."""
-    return _scores(completions, solution, problem_type, options, {"free-form": yes_no_or_rouge})
+    return _scores({"free-form": yes_no_or_rouge}, *batch, **columns)
 
 
 def accuracy_absolute_range(max_range: float = 100.0) -> Callable[..., list[float]]:
@@ -86,8 +88,8 @@ def accuracy_absolute_range(max_range: float = 100.0) -> Callable[..., list[floa
     _check("accuracy_absolute_range: max_range", max_range)
     own = {"regression": functools.partial(absolute_range, max_range=max_range)}
 
-    def accuracy_absolute_range_reward(completions, solution, problem_type, options=None, **kwargs) -> list[float]:
-        return _scores(completions, solution, problem_type, options, own)
+    def accuracy_absolute_range_reward(*batch, **columns) -> list[float]:
+        return _scores(own, *batch, **columns)
 
     return accuracy_absolute_range_reward
 
@@ -95,31 +97,31 @@ def accuracy_absolute_range(max_range: float = 100.0) -> Callable[..., list[floa
 # ----------------------------------------------------------------------------------------------- of some types only
 
 
-def tiou_reward(completions, solution, problem_type, options=None, **kwargs) -> list[float | None]:
+def tiou_reward(*batch, **columns) -> list[float | None]:
     """Temporal IoU of temporal grounding and of object and time."""
     own = {"temporal grounding": tiou, "object and time": object_tiou}
-    return _scores(completions, solution, problem_type, options, own, others=False)
+    return _scores(own, *batch, others=False, **columns)
 
 
-def tiou_time_r1_reward(completions, solution, problem_type, options=None, **kwargs) -> list[float | None]:
+def tiou_time_r1_reward(*batch, **columns) -> list[float | None]:
     """Temporal IoU times how near both ends are (Time-R1's), of temporal grounding rows with a duration."""
-    return _scores(completions, solution, problem_type, options, {"temporal grounding": tiou_time_r1}, others=False)
+    return _scores({"temporal grounding": tiou_time_r1}, *batch, others=False, **columns)
 
 
-def grounded_letter_reward(completions, solution, problem_type, options=None, **kwargs) -> list[float | None]:
+def grounded_letter_reward(*batch, **columns) -> list[float | None]:
     """1 for the right letter of a grounded choice."""
-    return _scores(completions, solution, problem_type, options, {"grounded choice": grounded_letter}, others=False)
+    return _scores({"grounded choice": grounded_letter}, *batch, others=False, **columns)
 
 
-def grounded_tiou_reward(completions, solution, problem_type, options=None, **kwargs) -> list[float | None]:
+def grounded_tiou_reward(*batch, **columns) -> list[float | None]:
     """Temporal IoU of a grounded choice, whatever its letter."""
-    return _scores(completions, solution, problem_type, options, {"grounded choice": grounded_tiou}, others=False)
+    return _scores({"grounded choice": grounded_tiou}, *batch, others=False, **columns)
 
 
-def box_iou_reward(completions, solution, problem_type, options=None, **kwargs) -> list[float | None]:
+def box_iou_reward(*batch, **columns) -> list[float | None]:
     """IoU of box grounding rows."""
     own = {"box grounding": PROBLEM_TYPES["box grounding"].score}
-    return _scores(completions, solution, problem_type, options, own, others=False)
+    return _scores(own, *batch, others=False, **columns)
 
 
 def object_id_maker(needs_overlap: bool = False) -> Callable[..., list[float | None]]:
@@ -127,8 +129,8 @@ def object_id_maker(needs_overlap: bool = False) -> Callable[..., list[float | N
     asks for none)."""
     own = {"object and time": object_id_in_time if needs_overlap else object_id}
 
-    def object_id_reward(completions, solution, problem_type, options=None, **kwargs) -> list[float | None]:
-        return _scores(completions, solution, problem_type, options, own, others=False)
+    def object_id_reward(*batch, **columns) -> list[float | None]:
+        return _scores(own, *batch, others=False, **columns)
 
     return object_id_reward
 
@@ -138,8 +140,8 @@ def exponential_error(tau: float = 10.0, scale: float = 1.5) -> Callable[..., li
     _check("exponential_error: tau", tau)
     own = {"regression": functools.partial(exponential, tau=tau)}
 
-    def exponential_error_reward(completions, solution, problem_type, options=None, **kwargs) -> list[float | None]:
-        scores = _scores(completions, solution, problem_type, options, own, others=False)
+    def exponential_error_reward(*batch, **columns) -> list[float | None]:
+        scores = _scores(own, *batch, others=False, **columns)
         return [None if score is None else scale * score for score in scores]
 
     return exponential_error_reward
