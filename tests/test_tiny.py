@@ -170,7 +170,7 @@ def test_splits_depend_on_the_seed_and_share_nothing():
 
 def test_too_few_clips_are_refused():
     with pytest.raises(ValueError, match="raise clips or lower questions"):
-        plan_split(SplitSize(clips=10, questions=100), {"count": 0.35, "order": 0.55, "list": 0.1})
+        plan_split(SplitSize(clips=10, questions=100))
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_world_has_its_files_and_is_reused(world):
 
 
 def test_world_is_the_same_from_the_same_seed(world, tmp_path):
-    again = make_world(tmp_path / "again", sizes=SMALL, workers=1)
+    again = make_world(tmp_path / "again", sizes=SMALL)
     for path in world.root.rglob("*"):
         if path.is_file():
             assert path.read_bytes() == (again.root / path.relative_to(world.root)).read_bytes(), path

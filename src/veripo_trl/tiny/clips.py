@@ -32,6 +32,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "diamond", "triangle")
 KINDS = ("count", "order", "marked", "change", "progress", "stream", "steps")
 STREAM_LENGTH = 4
+STREAM_STAY = [NUM_FRAMES // STREAM_LENGTH] * STREAM_LENGTH
 TURN = NUM_FRAMES // 2  # the first frame of a progress clip's second leg
 DIGITS = {  # 3 x 5, drawn twice as large: a mark of 6 x 10 pixels
     1: ("010", "110", "010", "010", "111"),
@@ -75,32 +76,30 @@ def _order_spec(rng: np.random.Generator) -> dict:
     # Every shape stays for two frames at least; the two spare frames go to any of them.
     stay = np.full(ORDER_LENGTH, 2)
     np.add.at(stay, rng.integers(0, ORDER_LENGTH, size=NUM_FRAMES - 2 * ORDER_LENGTH), 1)
-    bounds = [0, *np.cumsum(stay).tolist()]
-    shapes = []
-    for number, colour in enumerate(colours):
-        radius = float(rng.uniform(9.0, 13.0))
-        start, end = rng.uniform(radius, SIZE - radius, size=(2, 2))
-        shapes.append(_shape(rng, colour, radius, start, end, bounds[number], bounds[number + 1]))
-    return {"kind": "order", "colours": colours, "shapes": shapes}
+    return _one_by_one("order", colours, stay.tolist(), rng)
 
 
 def _stream_spec(rng: np.random.Generator) -> dict:
     colours = [str(name) for name in rng.permutation(list(COLOURS))[:STREAM_LENGTH]]
-    return _one_by_one("stream", colours, rng)
+    return _one_by_one("stream", colours, STREAM_STAY, rng)
 
 
 def _steps_spec(rng: np.random.Generator) -> dict:
     palette = [str(name) for name in rng.permutation(list(COLOURS))[:3]]
     colours = [str(name) for name in rng.choice(palette, STREAM_LENGTH)]
-    return {**_one_by_one("steps", colours, rng), "palette": palette}
+    return {**_one_by_one("steps", colours, STREAM_STAY, rng), "palette": palette}
 
 
-def _one_by_one(kind: str, colours: list[str], rng: np.random.Generator) -> dict:
-    stay, shapes = NUM_FRAMES // STREAM_LENGTH, []
-    for number, colour in enumerate(colours):
+def _one_by_one(
+    kind: str, colours: list[str], stay: list[int], rng: np.random.Generator
+) -> dict:
+    """`stay`: for how many frames each is there."""
+    shapes, first = [], 0
+    for colour, frames in zip(colours, stay, strict=True):
         radius = float(rng.uniform(9.0, 13.0))
         start, end = rng.uniform(radius, SIZE - radius, size=(2, 2))
-        shapes.append(_shape(rng, colour, radius, start, end, number * stay, (number + 1) * stay))
+        shapes.append(_shape(rng, colour, radius, start, end, first, first + frames))
+        first += frames
     return {"kind": kind, "colours": colours, "shapes": shapes}
 
 

@@ -40,22 +40,20 @@ SHARES = {"count": 0.35, "order": 0.55, "list": 0.10}
 PLANTED_SHARE = 0.2
 
 
-def plan_split(size: SplitSize, shares: dict[str, float]) -> dict[str, int]:
+def plan_split(size: SplitSize) -> dict[str, int]:
     """Split a size into `{"count", "order", "list"}` questions and `{"count_clips",
     "order_clips"}`.
 
     A count clip serves one question. Raises ValueError where the order clips left over are too few
     or none.
     """
-    if abs(sum(shares.values()) - 1) > 1e-6 or set(shares) != set(PROBLEM_TYPES):
-        raise ValueError(f"shares: expected {sorted(PROBLEM_TYPES)} adding up to 1, got {shares}")
-    count = round(size.questions * shares["count"])
-    listing = round(size.questions * shares["list"])
+    count = round(size.questions * SHARES["count"])
+    listing = round(size.questions * SHARES["list"])
     order = size.questions - count - listing
     needed = max(-(-order // len(ORDINALS)), listing)
     if size.clips - count < needed:
         raise ValueError(
-            f"{size.questions} questions with shares {shares} need {count} count clips and at least {needed} order "
+            f"{size.questions} questions with shares {SHARES} need {count} count clips and at least {needed} order "
             f"clips, but clips is {size.clips}: raise clips or lower questions"
         )
     # More clips than questions would leave clips that nobody asks about.
@@ -74,7 +72,6 @@ def make_split(
     *,
     seed: int = 0,
     size: SplitSize | None = None,
-    shares: dict[str, float] | None = None,
     planted_share: float = PLANTED_SHARE,
 ) -> tuple[list[dict], dict[str, tuple[str, list[int]]]]:
     """Make the rows of one split and say which clips they need.
@@ -83,8 +80,7 @@ def make_split(
     key)` that `clips.make_clip` draws it from. Rows lack `media_root`: the folder that the paths
     are relative to.
     """
-    size = size or SIZES[split]
-    plan = plan_split(size, shares or SHARES)
+    plan = plan_split(size or SIZES[split])
     code = SPLITS.index(split)
     clips = {}
     for kind in ("count", "order"):
@@ -113,11 +109,16 @@ def make_split(
         spec = clip_spec(*clips[path])
         row = _FAMILIES[family](spec, ordinal, number in planted, rng)
         rows.append({**row, "videos": [path], "images": [], "data_source": f"tiny-{family}"})
+    return numbered(rows, split, rng), clips
+
+
+def numbered(rows: list[dict], split: str, rng: np.random.Generator) -> list[dict]:
+    """A split's rows in another order, with their ids, and without thoughts unless it trains them."""
     shuffled = [rows[index] for index in rng.permutation(len(rows))]
     for number, row in enumerate(shuffled):
         row["question_id"] = f"tiny-{split}-{number:05d}"
         row["process"] = row["process"] if split == "train" else None
-    return shuffled, clips
+    return shuffled
 
 
 def _planted_rows(families: list[str], share: float, rng: np.random.Generator) -> set[int]:

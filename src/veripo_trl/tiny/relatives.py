@@ -25,7 +25,7 @@ from veripo_trl.tiny.clips import (
     clip_spec,
     draw_clip,
 )
-from veripo_trl.tiny.questions import LETTERS, ORDINALS, SPLITS
+from veripo_trl.tiny.questions import LETTERS, ORDINALS, SPLITS, numbered
 
 SIZES = {
     "train": 4500,
@@ -284,11 +284,7 @@ def make_split(
             rows.append(
                 {**row, "videos": videos, "images": list(images), "data_source": f"tiny-{name}"}
             )
-    shuffled = [rows[index] for index in rng.permutation(len(rows))]
-    for number, row in enumerate(shuffled):
-        row["question_id"] = f"tiny-{split}-{number:05d}"
-        row["process"] = row["process"] if split == "train" else None
-    return shuffled, media
+    return numbered(rows, split, rng), media
 
 
 def template_texts(questions: list[str] = ()) -> list[str]:

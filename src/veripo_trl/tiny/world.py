@@ -45,26 +45,11 @@ class World:
     `media_root`."""
 
     root: Path
-
-    @property
-    def train(self) -> Path:
-        return self.root / "train.jsonl"
-
-    @property
-    def rl(self) -> Path:
-        return self.root / "rl.jsonl"
-
-    @property
-    def dev(self) -> Path:
-        return self.root / "dev.jsonl"
-
-    @property
-    def heldout(self) -> Path:
-        return self.root / "heldout.jsonl"
-
-    @property
-    def model(self) -> Path:
-        return self.root / "model"
+    train: Path
+    rl: Path
+    dev: Path
+    heldout: Path
+    model: Path
 
 
 def make_world(
@@ -72,19 +57,16 @@ def make_world(
     *,
     seed: int = 0,
     sizes: dict[str, SplitSize] | None = None,
-    shares: dict[str, float] | None = None,
     planted_share: float = PLANTED_SHARE,
-    workers: int | None = None,
     questions: list[str] | None = None,
     hold: int = 1,
 ) -> World:
     """Return the world at `root`, making it first if the folder is missing or empty.
 
-    `questions`: families of `relatives.FAMILIES` instead of the world's own questions; `shares` and
-    `planted_share` do not apply then. `sizes` overrides splits by name (a number of questions each
-    where `questions` is given). `hold`: each frame of a clip is shown so many times. Raises
-    WorldError if the folder holds a world of other settings, a damaged one or something else: it is
-    never deleted. `workers` (threads, by default one per core) does not change the result.
+    `questions`: families of `relatives.FAMILIES` instead of the world's own questions, without
+    `planted_share`. `sizes` overrides splits by name (a number of questions each where `questions`
+    is given). `hold`: each frame of a clip is shown so many times. Raises WorldError if the folder
+    holds a world of other settings, a damaged one or something else: it is never deleted.
     """
     unknown = set(sizes or {}) - set(SPLITS)
     if unknown:
@@ -102,7 +84,7 @@ def make_world(
             "sizes": {
                 name: dataclasses.asdict({**SIZES, **(sizes or {})}[name]) for name in SPLITS
             },
-            "shares": shares or SHARES,
+            "shares": SHARES,
             "planted_share": planted_share,
         }
     if hold > 1:
@@ -110,7 +92,7 @@ def make_world(
     root.parent.mkdir(parents=True, exist_ok=True)
     with _lock(root.with_name(f".{root.name}.lock")):
         if not root.is_dir() or not any(root.iterdir()):
-            _build(root, settings, workers or os.cpu_count() or 1)
+            _build(root, settings)
         return _open(root, settings)
 
 
@@ -142,21 +124,14 @@ def _open(root: Path, settings: dict) -> World:
         raise WorldError(
             f"{root}: this world was made with {'; '.join(differing) or 'further settings'}: {remedy}"
         )
-    world = World(root)
-    for path in (
-        world.train,
-        world.rl,
-        world.dev,
-        world.heldout,
-        world.model / "model.safetensors",
-        root / "clips",
-    ):
+    splits, model = [root / f"{split}.jsonl" for split in SPLITS], root / "model"
+    for path in (*splits, model / "model.safetensors", root / "clips"):
         if not path.exists():
             raise WorldError(f"{path}: missing from the world at {root}: {remedy}")
-    return world
+    return World(root, *splits, model)
 
 
-def _build(root: Path, settings: dict, workers: int) -> None:
+def _build(root: Path, settings: dict) -> None:
     for leftover in root.parent.glob(f".{root.name}.building-*"):
         shutil.rmtree(leftover)  # of a process that was killed: whoever builds holds the lock
     building = root.with_name(f".{root.name}.building-{os.getpid()}")
@@ -164,13 +139,13 @@ def _build(root: Path, settings: dict, workers: int) -> None:
     try:
         clips = {}
         for split in SPLITS:
-            rows, needed = _split(split, **settings)
+            rows, needed = _split(split, settings)
             clips.update(needed)
             (building / f"{split}.jsonl").write_text(
                 "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
             )
         (building / "clips").mkdir()
-        with ThreadPoolExecutor(workers) as pool:  # the encoder works outside Python's lock
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # the encoder works outside Python's lock
 
             def make(item: tuple[str, tuple]) -> None:
                 make_clip(building / item[0], *item[1], hold=settings.get("hold", 1))
@@ -196,20 +171,13 @@ def _build(root: Path, settings: dict, workers: int) -> None:
         raise
 
 
-def _split(
-    split: str,
-    *,
-    version: int,
-    seed: int,
-    sizes: dict,
-    questions: list[str] | None = None,
-    hold: int = 1,
-    **planned,
-) -> tuple:
+def _split(split: str, settings: dict) -> tuple:
     """(rows, media) of a split, by a world's settings."""
-    if questions:
-        return relatives.make_split(split, questions=questions, seed=seed, size=sizes[split])
-    return make_split(split, seed=seed, size=SplitSize(**sizes[split]), **planned)
+    seed, size = settings["seed"], settings["sizes"][split]
+    if "questions" in settings:
+        return relatives.make_split(split, questions=settings["questions"], seed=seed, size=size)
+    planted_share = settings["planted_share"]
+    return make_split(split, seed=seed, size=SplitSize(**size), planted_share=planted_share)
 
 
 def main() -> None:
