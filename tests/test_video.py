@@ -474,24 +474,23 @@ BAD_FILES = {
     "cut after the header": (cut_fast_start, "truncated"),
     "audio only": (audio_only, r"no video stream \(it has: audio\)"),
     "unknown codec": (unknown_codec, r"no video stream \(it has: unknown codec\)"),
-    "zero frames": (zero_frames, "no frames|no video stream"),
-    "text": (lambda path: path.write_text("not a video\n" * 100), "text file"),
+    "zero frames": (zero_frames, "(no frames|no video stream).*leave the row out"),
+    "text": (lambda path: path.write_text("not a video\n" * 100), "text file.*leave the row out"),
     "noise": (lambda path: path.write_bytes(bytes(range(256)) * 40), "no container"),
     "header and noise": (lambda path: path.write_bytes(b"\x1a\x45\xdf\xa3" + bytes(4000)), "cannot be decoded"),
-    "HLS": (playlist("#EXTM3U\n#EXTINF:4,\nsecret.ts\n#EXT-X-ENDLIST\n"), "playlist"),
+    "HLS": (playlist("#EXTM3U\n#EXTINF:4,\nsecret.ts\n#EXT-X-ENDLIST\n"), "playlist.*leave the row out"),
     "HLS after a mark": (playlist("\ufeff\n#EXTM3U\n#EXTINF:4,\nsecret.ts\n"), "playlist"),
     "concat": (playlist("ffconcat version 1.0\nfile secret.ts\n"), "playlist"),
 }
 
 
-@pytest.mark.parametrize("backend", ["decord", "pyav"])
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_files(tmp_path, load_clip, name, backend):
+def test_bad_files(tmp_path, load_clip, name):
     write, message = BAD_FILES[name]
     path = tmp_path / "bad.mp4"
     write(path)
     with pytest.raises(VideoError, match=message) as error:
-        load_clip(path, row_id="row-7", backend=backend)
+        load_clip(path, row_id="row-7")
     assert "'row-7'" in str(error.value) and "bad.mp4" in str(error.value)
 
 
@@ -500,11 +499,11 @@ def test_an_unreadable_file_keeps_the_decoding_process(tmp_path):
     loader = VideoLoader(SMALL)
     good = make_clip(tmp_path / "good.mp4")
     loader.load(good, row_id=1)
-    pid = loader._process.pid
+    pid = loader._process._process.pid
     with pytest.raises(VideoError):
         loader.load(tmp_path / "bad.mkv", row_id=2)
     assert numbers(loader.load(good, row_id=3))[-1] == 31
-    assert loader._process.pid == pid and loader._process.restarts == 0
+    assert loader._process._process.pid == pid
     loader.close()
 
 

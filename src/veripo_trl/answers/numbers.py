@@ -116,9 +116,7 @@ def _close(value: float, truth: float) -> bool:
     return error <= 1e-9 * max(1.0, abs(truth)) or (error <= 0.005 + 1e-9 and error <= 0.02 * abs(truth))
 
 
-def same_number(answer: Number | None, truth: Number | None) -> bool:
-    if answer is None or truth is None:
-        return False
+def same_number(answer: Number, truth: Number) -> bool:
     return any(_close(value, true_value) for value, true_value in comparable(answer, truth))
 
 

@@ -37,7 +37,6 @@ class FrameCache:
     def __init__(self, directory, *, max_bytes: int):
         self.directory = Path(directory)
         self.max_bytes = max_bytes
-        self.damaged = 0
         self._allowance = 0  # bytes that may be written before the next scan
         self._writable = True
 
@@ -57,7 +56,6 @@ class FrameCache:
         except OSError:  # absent, or removed by another process just now
             return None
         if checksum != checksum_line(header, frames.data):
-            self.damaged += 1
             path.unlink(missing_ok=True)
             return None
         # The time of the last use, which eviction goes by: atime is often not kept.

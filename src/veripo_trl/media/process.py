@@ -45,15 +45,10 @@ class DecodeProcess:
 
     def __init__(self):
         self._process = self._stderr = None
-        self.owner, self.lock, self.restarts = os.getpid(), threading.Lock(), 0
+        self.owner, self.lock = os.getpid(), threading.Lock()
 
     def __reduce__(self):
         return DecodeProcess, ()
-
-    @property
-    def pid(self):
-        """Process id of the running worker, or None."""
-        return None if self._process is None else self._process.pid
 
     def start(self):
         """Start the process unless it runs. Raises DecoderError."""
@@ -128,7 +123,7 @@ class DecodeProcess:
         return buffer
 
     def _lose(self, patience_s=0.0):
-        """Kill, reap and count the process; returns how it ended, with the last line it wrote."""
+        """Kill and reap the process; returns how it ended, with the last line it wrote."""
         process, stderr = self._process, self._stderr
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(patience_s)  # its pipe closes a moment before it is gone
@@ -137,7 +132,6 @@ class DecodeProcess:
         stderr.seek(0)
         lines = stderr.read()[-4000:].decode(errors="replace").strip().splitlines()
         self.close()
-        self.restarts += 1
         ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return ended + (f": {lines[-1]}" if lines else "")
 

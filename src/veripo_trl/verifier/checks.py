@@ -47,7 +47,7 @@ def agreement(first: Sequence[str], second: Sequence[str]) -> dict[str, float]:
 
 
 def check_rollouts(
-    rollouts: list[dict], *, tokenizer, ngram: int = 10, reward: Callable = accuracy_reward
+    rollouts: list[dict], *, tokenizer, reward: Callable = accuracy_reward
 ) -> list[dict]:
     """Check a batch of rollouts.
 
@@ -75,7 +75,7 @@ def check_rollouts(
             {
                 "format_ok": is_well_formed(completion),
                 "accuracy": _accuracy(rollout, reward),
-                "repetition": repetition_share(completion if think is None else think, ngram=ngram),
+                "repetition": repetition_share(completion if think is None else think),
                 "think_tokens": 0,
                 "think": think,
                 "answer": answer,

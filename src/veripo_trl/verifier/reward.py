@@ -38,7 +38,8 @@ def consistency(judge: str = "rules", prompt: str = "consistency", **server) -> 
 
     def consistency_reward(completions, problem_type, options=None, log_metric=None, **kwargs) -> list[float | None]:
         options = options if options is not None else [None] * len(completions)
-        rows = list(zip(map(completion_text, completions), problem_type, map(_hashed, options), strict=True))
+        options = [tuple(some or ()) for some in options]  # hashed below
+        rows = list(zip(map(completion_text, completions), problem_type, options, strict=True))
         distinct = list(dict.fromkeys(rows))
         items = [judged_item(text, problem_type=kind, options=some) for text, kind, some in distinct]
         said = dict(zip(distinct, judge_stream(items, judge=asked), strict=True))
@@ -63,10 +64,6 @@ def _judge(judge: str, prompt: str, server: dict) -> Judge:
         "consistency: expected judge: rules, judge: server with url and model, or judge: module:function; came "
         f"judge: {judge} with {', '.join(sorted(server)) or 'nothing'}."
     )
-
-
-def _hashed(options) -> tuple:
-    return tuple(options or ())
 
 
 def _found(judge: Judge, verdict: dict) -> str:

@@ -30,14 +30,13 @@ def verify_stream(
     judge,
     tokenizer,
     cache: VerdictCache | None = None,
-    ngram: int = 10,
     reward: Callable = accuracy_reward,
 ) -> Iterator[dict]:
     """Verify rollouts, lazily. Not from within a coroutine: the event loop of the judge's requests runs in here.
 
     Args:
         rollouts: dicts as `RolloutStore` reads them.
-        judge, cache: of `judge_stream`. tokenizer, ngram, reward: of `check_rollouts`.
+        judge, cache: of `judge_stream`. tokenizer, reward: of `check_rollouts`.
 
     Yields:
         One verdict per rollout, in input order: `rollout_id, question_id, format_ok, accuracy, concluded_answer,
@@ -51,7 +50,7 @@ def verify_stream(
 
     def items() -> Iterator[dict]:
         while batch := list(itertools.islice(rollouts, BATCH)):
-            checks = check_rollouts(batch, tokenizer=tokenizer, ngram=ngram, reward=reward)
+            checks = check_rollouts(batch, tokenizer=tokenizer, reward=reward)
             for rollout, check in zip(batch, checks, strict=True):
                 task = {key: rollout[key] for key in ("problem_type", "options")}
                 spans = {key: check.pop(key) for key in ("think", "answer")}
