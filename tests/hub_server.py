@@ -104,7 +104,6 @@ class HubServer:
         self.tokens = {
             token: {"user": USER, "role": "write"},
             "hf_read_only": {"user": USER, "role": "read"},
-            "hf_foreign": {"user": "somebody", "role": "write"},
         }
         self.token, self.verbose, self.page_size = token, verbose, page_size
         self.repos: dict[str, Repo] = {}
