@@ -90,10 +90,10 @@ def test_qwen3_vl_frames_are_blocks_of_their_own():
 @pytest.mark.parametrize(
     ("ids", "grids", "message"),
     [
-        ([START, *[VIDEO] * 3, END], [[1, 4, 4]], "before its grid does"),
-        ([START, *[VIDEO] * 5, END], [[1, 4, 4]], "more video tokens"),
+        ([START, *[VIDEO] * 3, END], [[1, 4, 4]], "ends at 4, its grids end at 5"),
+        ([START, *[VIDEO] * 5, END], [[1, 4, 4]], "ends at 6, its grids end at 5"),
         ([START, END], [[1, 4, 4]], "lacks the tokens"),
-        ([START, VIDEO, END], None, "more video tokens"),
+        ([START, VIDEO, END], None, "ends at 2, its grids end at 1"),
     ],
 )
 def test_tokens_and_grids_that_differ_are_refused(ids, grids, message):

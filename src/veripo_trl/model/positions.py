@@ -73,12 +73,7 @@ def mrope_positions(
             parts.append(np.broadcast_to(np.arange(end - start) + position, (3, end - start)))
             position += end - start
             continue
-        while start < end:
-            if not blocks[kind]:
-                raise ValueError(
-                    f"The prompt has {end - start} more {kind} tokens than its {kind} grids account for. Expected "
-                    f"grids of {_tokens(image_grid_thw, merge)} image and {_tokens(video_grid_thw, merge)} video tokens."
-                )
+        while start < end and blocks[kind]:
             t, h, w, step = blocks[kind].pop()
             time = np.array([math.floor(i * step) for i in range(t)])
             # (3, t, h, w) flattened to (3, t · h · w): time, row and column of each token, in the order of its ids
@@ -88,7 +83,7 @@ def mrope_positions(
             start += t * h * w
         if start != end:
             raise ValueError(
-                f"A run of {kind} tokens ends {start - end} tokens before its grid does: expected "
+                f"A run of {kind} tokens ends at {end}, its grids end at {start}: expected "
                 f"{_tokens(image_grid_thw, merge)} image and {_tokens(video_grid_thw, merge)} video tokens in the prompt."
             )
     left = {kind: len(items) for kind, items in blocks.items() if items}
