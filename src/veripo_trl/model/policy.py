@@ -241,17 +241,11 @@ def merge_adapter(name: str, folder: str | Path, *, revision: str | None = None,
 
 
 def check_base(adapter: str, revision: str | None, base: str, base_weights: str | None) -> None:
-    """Raise ValueError unless a base model is the one that an adapter was trained on: by the `weights_hash` that our
-    adapters record, else by its name."""
-    recorded = read_settings(adapter, revision).get("base_weights")
-    own = str((adapter_config(adapter, revision) or {}).get("base_model_name_or_path"))
-    if recorded is None:
-        same = own == base or Path(own).is_dir() and Path(own).resolve() == Path(base).resolve()
-    else:
-        same = recorded == base_weights
-    if not same:
+    """Raise ValueError where an adapter records that it was trained on other weights than its base has now, of the
+    `weights_hash` base_weights."""
+    if read_settings(adapter, revision).get("base_weights") not in (None, base_weights):
         raise ValueError(
-            f"The adapter {adapter!r} was trained on other weights than those of {base!r}: its base is {own!r}, as it "
+            f"The adapter {adapter!r} was trained on other weights than those of {base!r}: its base is {base!r}, as it "
             f"was then. A merged model, or one that was trained again since, is another. Give the adapter alone as the "
             f"model; where its base lies is base_model_name_or_path in its adapter_config.json."
         )
