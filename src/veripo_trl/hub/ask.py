@@ -39,8 +39,6 @@ def ask(call: Callable[[], T], what: str, remedy: str) -> T:
     while True:
         try:
             return call()
-        except HubError:
-            raise
         except CLIENT_ERRORS as error:
             reason = _reason(error)
             if token := get_token():

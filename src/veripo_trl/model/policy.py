@@ -21,7 +21,7 @@ from transformers.utils import (
     find_adapter_config_file,
 )
 
-from veripo_trl.data.prompts import PromptError, read_template
+from veripo_trl.data.prompts import read_template
 from veripo_trl.files.disk import read_json
 from veripo_trl.files.tables import write_json
 from veripo_trl.hub.locate import is_local
@@ -211,8 +211,6 @@ def read_settings(model_name_or_path: str, revision: str | None = None) -> dict:
         ):
             raise ValueError(f"it has {settings}")
         return settings | {"prompt_template": read_template(settings["prompt_template"], shown)}
-    except PromptError:
-        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{shown} is not what this version writes beside a policy ({', '.join(SEEING)}, base_weights): "

@@ -247,10 +247,5 @@ def save_tiny_model(
     share_weights(path)
     processor.save_pretrained(path)
     # transformers writes one processor_config.json; vLLM reads the video part from a file of its own.
-    video = json.loads((path / "processor_config.json").read_text(encoding="utf-8"))[
-        "video_processor"
-    ]
-    (path / "video_preprocessor_config.json").write_text(
-        json.dumps(video, indent=2) + "\n", encoding="utf-8"
-    )
+    processor.video_processor.save_pretrained(path)
     return path

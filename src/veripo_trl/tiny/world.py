@@ -28,6 +28,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from veripo_trl.errors import VeripoError
+from veripo_trl.files.disk import read_json
 from veripo_trl.tiny import relatives
 from veripo_trl.tiny.clips import make_clip
 from veripo_trl.tiny.questions import PLANTED_SHARE, SHARES, SIZES, SPLITS, SplitSize, make_split
@@ -111,15 +112,12 @@ def _open(root: Path, settings: dict) -> World:
         raise WorldError(
             f"{root}: expected a tiny world or an empty folder, but there is no world.json: {remedy}"
         )
-    try:
-        found = json.loads(marker.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise WorldError(f"{marker}: expected JSON, got {error}: {remedy}") from error
+    found = read_json(marker, remedy=f"To go on, {remedy}.")
     if found != settings:
         differing = [
-            f"{name} {found.get(name) if isinstance(found, dict) else found!r} instead of {value}"
+            f"{name} {found.get(name)} instead of {value}"
             for name, value in settings.items()
-            if not isinstance(found, dict) or found.get(name) != value
+            if found.get(name) != value
         ]
         raise WorldError(
             f"{root}: this world was made with {'; '.join(differing) or 'further settings'}: {remedy}"
