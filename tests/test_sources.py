@@ -356,6 +356,16 @@ SOLE = {"image_name": "ep7_012.png", "data_source": "sim",
         "prompt": json.dumps([{"role": "system", "content": "expert"}, {"role": "user", "content": [
             {"type": "image"}, {"type": "text", "text": "previous progress 30%"}]},
             {"role": "assistant", "content": "45%"}])}  # fmt: skip
+
+
+def vst_sft(video):
+    stream = {"type": "text_stream", "text_stream": [[20, 24.0, "A man sits."], [24, 26, " "], [26, 30, "He goes."]],
+              "qa_stream": [[30, 30, "Who goes?", "The man."]]}  # fmt: skip
+    shown = [{"type": "video", "video": video, "video_start": 20, "video_end": 30},
+             {"type": "text", "text": "Watch.", "previous": "Time=0.0-20.0s A door.\n"}]  # fmt: skip
+    return [{"role": "user", "content": shown}, {"role": "assistant", "content": [stream]}]
+
+
 WATCHED = {"question_id": "w", "problem": "Which is first?", "options": ["A. red", "B. blue"], "solution": "A",
            "problem_type": "multiple choice", "process": "So A.", "videos": ["v/1.mp4"], "data_source": "mine",
            "thoughts": [[0, 4, "It is red."], [4, 8.5, "It is blue."]], "end": 10}  # fmt: skip
@@ -467,6 +477,14 @@ SOURCES = [
                                           "reward_model": {"ground_truth": ["Yes"], "style": "rule"}}],
      [{"question_id": "vst-x1-0", "options": ["A. red", "B. blue"], "solution": "A", "problem_type": "multiple choice"},
       {"question_id": "vst-x1-1", "problem_type": "yes/no", "solution": "yes"}], {}),
+    ("vst_sft", "train.jsonl", [vst_sft("v/1.mp4"), vst_sft(["1.png"]), [0, 512]],
+     [{"question_id": "vst-sft-train-0-0", "problem_type": "thought", "process": "A man sits.", "options": [],
+       "problem": "Notes so far:\nTime=0.0-20.0s A door.\nTime=20.0-24.0s", "solution": "A man sits.",
+       "videos": ["v/1_20.00-24.00.mp4"], "cut": {"video": "v/1.mp4", "start": 20, "end": 24.0}},
+      {"question_id": "vst-sft-train-0-2", "videos": ["v/1_26.00-30.00.mp4"], "process": "He goes.",
+       "problem": "Notes so far:\nTime=0.0-20.0s A door.\nTime=20.0-24.0s A man sits.\nTime=26.0-30.0s"}],
+     {"left out: its video is a list of images": 1, "left out: a question, without thinking": 1,
+      "left out: a thought without a text or a time": 1}),
     ("turns", "a.jsonl", [WATCHED],
      [{"question_id": "w-0", "problem_type": "thought", "problem": "Time=0.0-4.0s", "process": "It is red.",
        "options": [], "videos": ["v/1_0.00-4.00.mp4"], "cut": {"video": "v/1.mp4", "start": 0, "end": 4}},
@@ -568,6 +586,7 @@ BROKEN = [  # of the official format: source, file, content, what the error says
     ("primo_r1", "a.json", [PRIMO | {"init_frame_path": None}], "init_frame_path: expected a non-empty text; came null"),
     ("vst", "a.json", [VST | {"reward_model": {"ground_truth": "12"}}], "reward_model: expected ground_truth as a list"),
     ("turns", "a.jsonl", [WATCHED | {"thoughts": [[0, 4, "x"], [5, 8, "y"]]}], "thoughts: expected clips from 0"),
+    ("vst_sft", "a.jsonl", [vst_sft("v.mp4"), [{"role": "user", "content": []}]], "not in the official form of .*_sft"),
     ("turns", "a.jsonl", [WATCHED | {"end": 8}], "thoughts: expected clips from 0"),
     ("turns", "a.jsonl", [WATCHED | {"videos": ["a", "b"]}], "videos: expected one video"),
     ("stvg_r1", "a.json", {"31": GROUNDING | {"objectid": ["2", None, 1]}}, "objectid: expected a whole number or null"),

@@ -96,6 +96,13 @@ SAME_BATCH = {
     # a prompt computed by both processes, each with half of its completions
     "prompt over both": ("two clips", 2, {**SHARED_OUT, "num_iterations": 2, "max_steps": 4, "beta": 0.1}),
     "prompt over both, t_grpo": ("two clips", 2, {**SHARED_OUT, "max_steps": 2, "methods": "t_grpo"}),
+    "prompt over both, care": (
+        "two clips", 2,
+        {
+            **SHARED_OUT, "methods": "care", "max_steps": 2, "care_every_steps": 1, "care_decay": 0.5,
+            "care_min_think_tokens": 1,
+        },
+    ),
 }  # fmt: skip
 # "whole groups" again, broken off by the death of one process in its second step, and resumed.
 BROKEN = ("clips", 4, {"max_steps": 2, "save_strategy": "steps", "save_steps": 1})

@@ -4,8 +4,7 @@ Form: one video in `videos`, `thoughts` [[start, end, text], …] in seconds, on
 and without gaps, and `end`, where the last clip ends, which the question (and its `process`) comes with.
 Each becomes a row of type "thought" about its part of the video, with the earlier ones in its problem.
 Traps: the parts are made beforehand, by `evaluation/cut_videos.py`, which takes this source as --source. The
-memory has no limit here. VST's own 154,785 SFT rows (message lists with video_start and video_end) are of
-columns that were not seen: write them in this form.
+memory has no limit here.
 """
 
 from veripo_trl.data.schema import FieldError, show

@@ -4,7 +4,7 @@ Source: https://github.com/1ranGuan/VST (train.parquet on the Hub, 11,000 rows),
 code Apache-2.0, sources' own terms; Ego4D's part is not distributed. Columns: data_source (the kind of the
 question: multiple choice, numerical, yes or no), question (options in its last lines), video_context (path),
 reward_model {ground_truth: [..]}, extra_info {duration, origin_id}; prompt is not read. The SFT rows
-(154,785, a thought per clip) are not read.
+(154,785, a thought per clip) are `vst_sft`'s.
 Traps: origin_id repeats, so the row's index is in the id; options beyond E are never right in their code,
 here they are.
 """
