@@ -2,8 +2,10 @@
 
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import documented, give_completions, make_grpo_trainer, video_rows
 
 from veripo_trl.answers.rewards import (
@@ -21,6 +23,7 @@ from veripo_trl.answers.score import SolutionError
 from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.errors import ConfigError
 from veripo_trl.report.read import accuracy_name
+from veripo_trl.trainers.grpo import VideoGRPOTrainer
 
 GOOD = "<think>t</think><answer>{}</answer>"
 
@@ -268,8 +271,9 @@ def test_rows_that_no_reward_scores_are_told_before_training(names, says):
         check_reward_truths(names, rows)
 
 
-def test_a_mixed_batch_in_a_training_step(load, media_root, tmp_path, monkeypatch):
-    """A row that a reward says nothing of is neither in its mean nor in the row's sum; what none scores moves nothing."""
+def test_a_mixed_batch_in_a_training_step(load, media_root, tmp_path, monkeypatch, caplog):
+    """A row that a reward says nothing of is neither in its mean nor in the row's sum; what none scores moves nothing. A
+    reward that says nothing of any row is named."""
     model, encoder = load()
     kinds = [("temporal grounding", "5 to 11"), ("grounded choice", "B; 5 to 11"), ("yes/no", "yes")]
     rows = [{**row, "problem_type": kind, "solution": truth, "options": []}
@@ -277,23 +281,50 @@ def test_a_mixed_batch_in_a_training_step(load, media_root, tmp_path, monkeypatc
     answers = ["5 to 11", "8 to 14", "B; 5 to 11", "A; 5 to 11", "yes", "no"]
     ids = [encoder.processor.tokenizer(GOOD.format(answer))["input_ids"] for answer in answers]
     trainer = make_grpo_trainer(model, encoder, rows, tmp_path, max_completion_length=64)
-    names = ["tiou", "grounded_letter"]
+    names = ["tiou", "grounded_letter", "box_iou"]
     trainer.reward_funcs, trainer.reward_func_names = reward_functions(names, None), [f"{name}_reward" for name in names]
-    trainer.reward_weights = trainer.reward_weights.new_ones(2)
-    trainer.reward_processing_classes = [None, None]
+    trainer.reward_weights = trainer.reward_weights.new_ones(3)
+    trainer.reward_processing_classes = [None] * 3
     trainer.rollout_store = RolloutStore(tmp_path / "rollouts")
     give_completions(trainer, ids, monkeypatch)
     trainer.train()
+    assert caplog.text.count("rewards: box_iou_reward gave None or NaN for every rollout of the first 1") == 1
     log = trainer.state.log_history[0]
     assert log["rewards/tiou_reward/mean"] == pytest.approx(2 / 3) and log["rewards/grounded_letter_reward/mean"] == 0.5
     assert log["reward"] == pytest.approx((1 + 1 / 3 + 1 + 0) / 4) and math.isfinite(log["train_loss"])
     stored = {row["completion"].split("<answer>")[1].split("<")[0]: row for row in trainer.rollout_store.read()}
     given = {answer: stored[answer]["rewards"] for answer in answers}
-    assert given["5 to 11"] == {"tiou_reward": 1, "grounded_letter_reward": None}
-    assert given["A; 5 to 11"] == {"tiou_reward": None, "grounded_letter_reward": 0}
+    assert given["5 to 11"] == {"tiou_reward": 1, "grounded_letter_reward": None, "box_iou_reward": None}
+    assert given["A; 5 to 11"] == {"tiou_reward": None, "grounded_letter_reward": 0, "box_iou_reward": None}
     assert set(given["yes"].values()) == {None}
     signs = [stored[answer]["advantage"] for answer in answers]
     assert signs[0] > 0 > signs[1] and signs[2] > 0 > signs[3] and signs[4:] == [0, 0]
+
+
+# What two rewards give for every rollout, by generation batch, in runs of so many steps; after which batch one is named.
+NAMED = {
+    "at the end of a short run": ([(0, None), (0, None)], 2, 1),
+    "in a long run": ([(0, None)] * 12, 12, 9),
+    "no longer: it has scored": ([(0, None), (0, 1), (0, None)], 3, None),
+    "no: TRL has warned of each row": ([(None, None)] * 2, 2, None),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_when_a_reward_that_scores_nothing_is_named(name, caplog):
+    batches, steps, named = NAMED[name]
+    trainer = SimpleNamespace(
+        _heard=[], args=SimpleNamespace(steps_per_generation=2, gradient_accumulation_steps=2), num_iterations=1,
+        accelerator=SimpleNamespace(is_main_process=True), reward_func_names=["mine", "other"],
+        state=SimpleNamespace(max_steps=steps),
+    )  # fmt: skip
+    said = []
+    for trainer.state.global_step, values in enumerate(batches):
+        values = [math.nan if value is None else value for value in values]
+        trainer._scored = {"rewards": torch.tensor([values] * 4)}
+        VideoGRPOTrainer._name_silent_rewards(trainer)
+        said.append(caplog.text.count("gave None or NaN"))
+    assert said == [int(named is not None and batch >= named) for batch in range(len(batches))]
 
 
 def test_a_reward_of_the_users_own(tmp_path, monkeypatch):

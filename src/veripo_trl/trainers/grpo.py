@@ -14,6 +14,7 @@ places:
 5. problem types: nothing here, see `veripo_trl.answers` and the prompt templates.
 """
 
+import logging
 import os
 import time
 from contextlib import nullcontext
@@ -53,6 +54,9 @@ VLLM_SAMPLING = (
     "logit_bias", "allowed_token_ids", "bad_words", "structured_outputs",
 )  # fmt: skip
 
+logger = logging.getLogger(__name__)
+
+HEARD_OUT = 10  # generation batches after which a reward that scored no rollout is named: some rows' type may be rare
 STORED = ("question_id", "problem", "options", "problem_type", "solution", "videos", "images", "data_source")
 
 
@@ -159,6 +163,7 @@ class VideoGRPOTrainer(VideoMixin, GRPOTrainer):
         self._resumed_questions: list[str] | None = None  # of a generation batch that a checkpoint was amid
         self._active: list[EncodedPrompt] = []  # prompts of the rows that a forward is running on
         self._scored: dict = {}  # what `_calculate_rewards` saw last
+        self._heard: list[torch.Tensor] = []  # which functions scored any rollout, by generation batch of this start
 
     # Loading
 
@@ -252,6 +257,7 @@ class VideoGRPOTrainer(VideoMixin, GRPOTrainer):
         output["row_index"] = torch.arange(len(inputs), device=output["prompt_ids"].device)
         output["generation"] = torch.full_like(output["row_index"], self._generation)
         if mode == "train":
+            self._name_silent_rewards()
             for prompt in {id(prompt): prompt for prompt in prompts}.values():
                 self.seconds["load (in workers)"] += prompt.load_s
                 self.seconds["encode (in workers)"] += prompt.encode_s
@@ -313,6 +319,24 @@ class VideoGRPOTrainer(VideoMixin, GRPOTrainer):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._scored = {"completions": completions, "ids": completion_ids_list, "rewards": rewards}
         return rewards
+
+    def _name_silent_rewards(self) -> None:
+        """Warn once of functions that scored no rollout of the first batches, or of all of a shorter run. TRL warns of a
+        row that none scored, and takes a function's None and NaN for "not of this row"."""
+        if len(self._heard) == HEARD_OUT:
+            return
+        self._heard.append(~self._scored["rewards"].isnan().all(0).cpu())  # of all processes: alike in each
+        steps = self.args.steps_per_generation * self.num_iterations / self.args.gradient_accumulation_steps
+        last = self.state.global_step + steps >= self.state.max_steps
+        heard = torch.stack(self._heard).any(0).tolist()
+        silent = [name for name, one in zip(self.reward_func_names, heard, strict=True) if not one]
+        if silent and any(heard) and (last or len(self._heard) == HEARD_OUT) and self.accelerator.is_main_process:
+            logger.warning(
+                "rewards: %s gave None or NaN for every rollout of the first %d generation batches, and had no effect. "
+                "If they are of rows that are still to come, all is well; else correct what they give, or remove them.",
+                ", ".join(silent),
+                len(self._heard),
+            )
 
     def _store_rollouts(self, rows: list[dict], advantages: list[float]) -> None:
         rank, step = self.accelerator.process_index, self.state.global_step
