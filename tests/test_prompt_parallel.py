@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import (
     make_grpo_trainer, make_sft_trainer, make_tiny_policy, masked_attention, random_pieces, video_rows,
 )  # fmt: skip
@@ -108,3 +109,17 @@ def test_sft_refuses_an_order_of_rows_that_it_would_not_keep(model_paths, media_
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     with pytest.raises(ConfigError, match=r"set train_sampling_strategy: random \(now sequential\)"):
         make_sft_trainer(model, encoder, video_rows(media_root, 2), tmp_path, **changes)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_row_of_several_processes_is_counted_once(count, model_paths, mixed_rows, tmp_path, monkeypatch):
+    """`num_tokens` is TRL's, of prompts and answers, whether prompts are shared or not."""
+    model, encoder = make_tiny_policy(model_paths["qwen2_5_vl"], use_peft=False)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    monkeypatch.setattr(dist, "new_subgroups", lambda **options: (None, None))  # of processes that are not there
+    rows = mixed_rows[:1] if count > 1 else [mixed_rows[0], mixed_rows[0], mixed_rows[2]]
+    trainer = make_sft_trainer(model, encoder, rows, tmp_path, prompt_parallel=count)
+    monkeypatch.setattr(trainer.accelerator, "gather_for_metrics", lambda own: torch.stack([own] * count))
+    stock = sum(len(trainer.data_collator([row])["input_ids"][0]) for row in rows)
+    trainer.compute_loss(trainer.model.train(), trainer.data_collator(rows))
+    assert trainer._metrics["train"]["num_tokens"] == [stock]

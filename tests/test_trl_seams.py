@@ -128,6 +128,8 @@ def test_attributes_that_trl_sets():
         assert f"self.{name} = " in source, f"GRPOTrainer no longer sets {name}"
     for trainer in (GRPOTrainer, SFTTrainer, DPOTrainer):
         assert "self._total_train_tokens = 0" in inspect.getsource(trainer)
+    for trainer in (SFTTrainer, DPOTrainer):
+        assert "self._total_train_tokens += num_tokens_in_batch // self._tp_size" in inspect.getsource(trainer)
     source = inspect.getsource(Trainer)
     for line in (
         "self._tr_loss = ", "self._total_loss_scalar = 0.0", "self._initial_global_step = self.state.global_step",

@@ -149,9 +149,27 @@ def run_different(case, rows, models) -> dict:
     return {"name": case["name"], "said": every}
 
 
+def count_tokens(trainer) -> list[dict]:
+    """Has a trainer note the tokens of this process's rows by step, and what `num_tokens` grew by. Not in an epoch's last
+    step, of which `gather_for_metrics` leaves out what it takes for repeated rows."""
+    steps, compute_loss = [], trainer.compute_loss
+
+    def noted(model, inputs, *args, **kwargs):
+        before = trainer._total_train_tokens
+        loss = compute_loss(model, inputs, *args, **kwargs)
+        if not trainer.accelerator.gradient_state.end_of_dataloader:
+            own, counted = int(inputs["attention_mask"].sum()), trainer._total_train_tokens - before
+            steps.append({"own": own, "counted": counted})
+        return loss
+
+    trainer.compute_loss = noted
+    return steps
+
+
 def run_steps(case, rows, models) -> dict:
     """Weights after four steps of SFT or DPO on the same rows: with prompts shared out, whole, and shared out and resumed
-    from the second step. How far each of the latter is from the first, and how far that one moved."""
+    from the second step. How far each of the latter is from the first, and how far that one moved; and how far
+    `num_tokens` is from the tokens of each group's rows."""
     from helpers import make_dpo_trainer, make_sft_trainer, make_tiny_policy, pair_dataset
 
     rows, kept = [rows[name] for name in case["rows"]], []
@@ -171,11 +189,17 @@ def run_steps(case, rows, models) -> dict:
             trainer.prompt_group = None
             sampler = RowsForGroups(trainer.train_dataset, case["count"], seed=trainer.args.seed)
             trainer._get_train_sampler = lambda *args, sampler=sampler: sampler
+        if way == "shared out":
+            steps = count_tokens(trainer)
         trainer.train(resume_from_checkpoint=str(checkpoint) if way == "resumed" else None)
         kept.append({name: p.detach() for name, p in model.named_parameters()})
     apart = [max(float((kept[0][name] - other[name]).abs().max()) for name in first) for other in [*kept[1:], first]]
     every = [None] * dist.get_world_size()
-    dist.all_gather_object(every, dict(zip([*case["others"], "start"], apart, strict=True)))
+    dist.all_gather_object(every, [step["own"] for step in steps])
+    once = map(sum, zip(*every[:: case["count"]], strict=True))
+    miscounted = max(abs(step["counted"] - own) for step, own in zip(steps, once, strict=True))
+    found = dict(zip([*case["others"], "start"], apart, strict=True))
+    dist.all_gather_object(every, {**found, "miscounted tokens": miscounted})
     return {"name": case["name"], "processes": every}
 
 

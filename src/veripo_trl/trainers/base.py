@@ -112,6 +112,7 @@ class VideoMixin(CheckpointMixin):
             raise ConfigError(f"prompt_parallel: {count}: {'; '.join(problems)}.")
         timeout = timedelta(seconds=self.args.ddp_timeout)
         self.prompt_group, _ = dist.new_subgroups(group_size=count, timeout=timeout)
+        self._tp_size = count  # of SFT's and DPO's `num_tokens`: a group's processes are given the same rows
 
     # The first batch
 
