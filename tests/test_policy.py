@@ -32,6 +32,7 @@ from veripo_trl.model.policy import (
 from veripo_trl.recipe.arguments import DataArguments, ReportArguments
 from veripo_trl.recipe.build import make_encoder, make_policy, see_as_trained
 from veripo_trl.recipe.finish import train
+from veripo_trl.recipe.training_rows import rows_folder
 
 EVALUATION = Path(__file__).resolve().parent.parent / "evaluation" / "evaluation_vllm.py"
 
@@ -205,7 +206,9 @@ def trained(base, folder, media_root, *, own_words: Path | None = None, **option
     changes = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None, "learning_rate": 1e-2}
     changes["hub_license"] = "mit"
     trainer = make_trainer(model, make_encoder(model, processor, seen), rows, folder, **changes)
+    rows_folder(folder).mkdir()  # as several processes leave it
     train(trainer, None, ReportArguments(), checkpoint=None, title="")
+    assert not rows_folder(folder).exists()
     assert not (Path(folder) / "checkpoint-1" / "README.md").exists()  # TRL's, as a killed run would leave it
     return trainer
 

@@ -56,7 +56,8 @@ def record_reads(record: Record) -> None:
 
     def recording_check(self):
         accelerator = self.accelerator
-        record.add("world", size=accelerator.num_processes, index=accelerator.process_index)
+        rows = [file["filename"] for file in self.train_dataset.cache_files]  # mapped ones
+        record.add("world", size=accelerator.num_processes, index=accelerator.process_index, rows=rows)
         record.reader = "guard"
         check(self)
         record.reader = "training"

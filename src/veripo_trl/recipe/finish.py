@@ -1,5 +1,6 @@
 """A trainer's run to its end: training, the saved policy, tables, curves, card and results, and the push to the Hub."""
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from veripo_trl.hub.runs import push_run, run_card
 from veripo_trl.recipe.arguments import ReportArguments
 from veripo_trl.recipe.console import show_steps
 from veripo_trl.recipe.held_out import HeldOutEvaluation
+from veripo_trl.recipe.training_rows import rows_folder
 from veripo_trl.report.plots import save_charts, training_charts
 
 
@@ -66,6 +68,7 @@ def train(trainer, heldout, report: ReportArguments, *, checkpoint: str | None, 
         curves = f", {RESULTS} and curves.png" if (folder / "curves.png").exists() else f" and {RESULTS}"
         print(f"\nmodel{curves} are in {folder} ({results['minutes']:.1f} minutes)", flush=True)
         write_results(folder, results, TRAINED if trainer.args.push_to_hub else RESULTS)
+        shutil.rmtree(rows_folder(trainer.args.output_dir), ignore_errors=True)  # none reads them any more
     trainer.accelerator.wait_for_everyone()
     if trainer.args.push_to_hub:
         finish_push(trainer.args)

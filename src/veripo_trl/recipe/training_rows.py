@@ -38,12 +38,18 @@ def _once(make: Callable, output_dir: str | None, name: str):
     state = PartialState()
     if output_dir is None or state.num_processes == 1:
         return make()
-    run = Path(output_dir).absolute()
-    folder = run.with_name(f".{run.name}.rows") / name
+    folder = rows_folder(output_dir) / name
     if state.is_main_process:
         make().save_to_disk(folder)
     state.wait_for_everyone()
     return load_from_disk(folder)
+
+
+def rows_folder(output_dir: str) -> Path:
+    """Where a run of several processes has its rows while it runs: beside its folder, as a finished one of its name is
+    only moved aside later. Every start writes them anew."""
+    run = Path(output_dir).absolute()
+    return run.with_name(f".{run.name}.rows")
 
 
 def _training_rows(data_args: DataArguments, seed: int):
