@@ -68,6 +68,7 @@ SEAMS = {
         "structured_outputs_regex generation_kwargs"
     ),
     (VLLMClient, "reset_prefix_cache"): "self",
+    (VLLMClient, "check_server"): "self total_timeout retry_interval",
     (VLLMClient, "get_server_info"): "self",
     (VLLMClient, "_post"): "self url kwargs",
     (SFTTrainer, "_get_train_sampler"): "self train_dataset",

@@ -3,6 +3,8 @@
 import logging
 import math
 import pickle
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -13,9 +15,10 @@ from conftest import make_row
 
 from veripo_trl.answers.rewards import REWARDS
 from veripo_trl.data.schema import rows_to_dataset
-from veripo_trl.errors import ConfigError
+from veripo_trl.errors import ConfigError, VeripoError
 from veripo_trl.model.encoding import vision_token_ids
 from veripo_trl.trainers.grpo import VideoGRPOConfig, VideoGRPOTrainer
+from veripo_trl.vllm import training
 from veripo_trl.vllm.inputs import EngineMismatchError, content_key, engine_options, longest_prompt, media_items
 from veripo_trl.vllm.training import GapWatch, bias_logits, engine_config, largest_gap
 
@@ -100,6 +103,49 @@ def test_the_engine_is_of_the_policys_revision(model_paths, tmp_path, monkeypatc
             assert vllm_generation.LLM(model="tester/tiny").revision == first
         model.save_pretrained(tmp_path / "saved")
     assert first not in (tmp_path / "saved" / "config.json").read_text()
+
+
+# What a server says to /health, each time it is asked: nothing, or a status; and what is said of it.
+HEALTH = {"silent": ([None], "Read timed out"), "ill": ([503] * 9, "503"), "starting": ([503, 503, 200], None)}
+
+
+@pytest.mark.parametrize("name", HEALTH)
+def test_a_server_is_not_waited_for_for_ever(name, monkeypatch):
+    import requests
+    from trl.generation.vllm_client import VLLMClient
+
+    statuses, said = HEALTH[name]
+    over = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            status = statuses.pop(0) if self.path == "/health" else None
+            if status is None:
+                over.wait(10)
+                return
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setattr(training, "HEALTH_S", 0.2)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = object.__new__(training.client_class(VLLMClient, None, {}, timeout_s=0.2))
+        client.base_url, client.session = f"http://127.0.0.1:{server.server_port}", requests.Session()
+        waits = {"total_timeout": 0.3 if said else 5.0, "retry_interval": 0.05}
+        if said:
+            with pytest.raises(VeripoError, match=rf"{client.base_url}: expected .*/health within 0.3 s.*came .*{said}"):
+                client.check_server(**waits)
+        else:
+            client.check_server(**waits)
+            assert not statuses
+        with pytest.raises(requests.ReadTimeout):  # what the client asks next
+            client.session.get(f"{client.base_url}/v1/models")
+        over.set()
+        server.shutdown()
 
 
 def test_workers_keep_to_one_thread_beside_the_cpu_engine(load, mixed_rows, monkeypatch):

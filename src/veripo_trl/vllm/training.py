@@ -5,6 +5,7 @@ gathering over tensor-parallel groups and server protocol stay its own. Encoded 
 """
 
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -32,6 +33,7 @@ from veripo_trl.vllm.inputs import (
 
 logger = logging.getLogger(__name__)
 
+HEALTH_S = 5  # at least, for a server to say that it is up
 MOST_REQUESTS = 64  # of a process to a server at a time, as TRL's client has it
 
 # What vLLM's log-probabilities contain.
@@ -190,7 +192,8 @@ def client_class(base: type, config, options: dict, *, timeout_s: float) -> type
     Args:
         timeout_s: how long an answer is waited for, once; TRL waits for ever.
     """
-    from requests import RequestException
+    import requests
+    from trl.generation import vllm_client
     from urllib3.exceptions import ReadTimeoutError
     from urllib3.util.retry import Retry
 
@@ -205,17 +208,36 @@ def client_class(base: type, config, options: dict, *, timeout_s: float) -> type
     class VideoVLLMClient(base):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
+            self.max_model_len = check_server(self.get_server_info(), options, self.base_url)
+
+        def check_server(self, total_timeout=0.0, retry_interval=2.0):
+            """TRL's, which would wait for ever: for an answer, and for a server that answers with an error."""
             self.session.request = partial(self.session.request, timeout=timeout_s)
             for adapter in self.session.adapters.values():
                 adapter.max_retries.__class__ = OnceTimedOut  # with the numbers that TRL gave it
-            self.max_model_len = check_server(self.get_server_info(), options, self.base_url)
+            deadline = time.monotonic() + total_timeout
+
+            def get(url):
+                answer = requests.get(url, timeout=max(HEALTH_S, deadline - time.monotonic()))
+                answer.raise_for_status()
+                return answer
+
+            asked = SimpleNamespace(get=get, exceptions=requests.exceptions)
+            try:
+                with patch.object(vllm_client, "requests", asked):
+                    super().check_server(total_timeout, retry_interval)
+            except requests.ConnectionError as error:
+                raise VeripoError(
+                    f"The vLLM server at {self.base_url}: expected it to answer /health within {total_timeout:g} s "
+                    f"(vllm_server_timeout); came {error.__cause__}. Start it, or look into its log."
+                ) from error
 
         def _post(self, url, **kwargs):
             try:
                 return super()._post(url, **kwargs)
             except Exception as error:
                 # An answer other than 200 is for TRL an exception of no narrower type.
-                if type(error) is not Exception and not isinstance(error, RequestException):
+                if type(error) is not Exception and not isinstance(error, requests.RequestException):
                     raise
                 raise VeripoError(
                     f"The vLLM server at {self.base_url}, asked for {url.removeprefix(self.base_url)}: {error}. Its log "
