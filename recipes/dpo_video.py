@@ -4,8 +4,8 @@
     accelerate launch -q recipes/dpo_video.py --config qwen2_5_vl_3b_lora/dpo.yaml \\
         --model_name_or_path outputs/qwen2_5_vl_3b_grpo --pairs '{"path": "my-org/my-pairs", "media_root": "clips"}'
 
-`model_name_or_path` is the policy that made the rollouts. It is the reference too: its full weights, or, where it is an
-adapter, a frozen copy of that. A run that was broken off goes on from its last checkpoint.
+`model_name_or_path` is the policy that made the rollouts; a warning names another. It is the reference too: its full
+weights, or, where it is an adapter, a frozen copy of that. A run that was broken off goes on from its last checkpoint.
 """
 
 from veripo_trl.start import start
@@ -47,7 +47,9 @@ def run_stage(data_args, report, pair_args, training_args, model_args) -> int | 
     prepare_machine(training_args, tiny_world=data_args.tiny_world, tiny_questions=data_args.tiny_questions)
     model_args, data_args, inputs = resolve(model_args, data_args)
     template = load_template(data_args.prompt_template)
-    pairs, pair_inputs = load_pairs(pair_args.pairs, template=template, allow_urls=data_args.allow_urls)
+    pairs, pair_inputs = load_pairs(
+        pair_args.pairs, template=template, allow_urls=data_args.allow_urls, policy=model_args.model_name_or_path
+    )
     if training_args.process_index == 0:
         check_media(pairs, allow_urls=data_args.allow_urls)
     heldout = load_eval_rows(data_args, output_dir=training_args.output_dir)

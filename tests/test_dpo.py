@@ -245,6 +245,26 @@ def test_stored_pairs_load_as_rows(mixed_rows, media_root, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("policy", "changes", "warned"),
+    [
+        ("outputs/grpo", {}, False),
+        ("outputs/grpo/checkpoint-50", {}, False),
+        ("me/grpo", {}, False),  # pushed under the run's name
+        ("outputs/sft", {}, False),  # it made the first rollouts
+        ("outputs/loop/align-1", {}, True),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", {}, True),
+        ("outputs/sft-2", {"chosen_ids": ["a"]}, True),
+        ("outputs/sft", {"chosen_ids": ["a"], "policy": None}, False),  # nothing is known
+    ],
+)
+def test_a_policy_that_did_not_sample_the_pairs_is_named(policy, changes, warned, mixed_rows, tmp_path, caplog):
+    known = {"chosen_ids": ["grpo/step0-part0-rank0-1"], "policy": "outputs/sft"}
+    path = write_pairs(tmp_path / "pairs", [stored_pair(mixed_rows[0], **{**known, **changes})] * 2)
+    load_pairs([{"path": path}], template=load_template("tiny"), policy=policy)
+    assert caplog.text.count(f"model_name_or_path is {policy}; the pairs were sampled by ") == warned
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"prompt_template": "0123"}, "template of hash 0123"),

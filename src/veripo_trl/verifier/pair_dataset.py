@@ -1,5 +1,7 @@
 """Reads preference pairs, as recipes/verify_rollouts.py wrote them, into the dataset that DPO trains on."""
 
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +13,15 @@ from veripo_trl.data.prompts import PromptTemplate
 from veripo_trl.data.rows import read_rows
 from veripo_trl.data.schema import RowError, row_error, rows_to_dataset
 from veripo_trl.files.disk import read_parquet
+from veripo_trl.hub.cards import shown_name
 from veripo_trl.hub.locate import fetch, locate
 from veripo_trl.verifier.files import PAIR_COLUMNS, refuse_other_template
 from veripo_trl.verifier.pairs import KINDS
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,18 @@ class PairSource:
 
 
 def load_pairs(
-    sources: list[dict], *, template: PromptTemplate, allow_urls: bool = False
+    sources: list[dict],
+    *,
+    template: PromptTemplate,
+    allow_urls: bool = False,
+    policy: str | None = None,
 ) -> tuple["Dataset", dict[str, dict]]:
     """Read and check preference pairs.
 
     Args:
         template: of this run: pairs whose rollouts were made with another wording are refused, since DPO would train
             on prompts that the policy never saw.
+        policy: folder or Hub name of what is to be trained; a warning tells of pairs that others seem to have sampled.
 
     Returns:
         Rows with `chosen` and `rejected` (texts), `rejected_finished`, `kind`; and what came from the Hub, {path:
@@ -76,6 +86,8 @@ def load_pairs(
             f"inconsistent, rollouts: look at the table that verify_rollouts.py printed."
         )
     rows, pairs = zip(*found, strict=True)
+    if policy is not None and PartialState().is_main_process:
+        name_other_policy(pairs, policy)
     dataset = rows_to_dataset(rows)
     for column in ("chosen", "rejected", "rejected_finished", "kind"):
         dataset = dataset.add_column(column, [pair[column] for pair in pairs])
@@ -100,6 +112,22 @@ def _read(
         raise row_error(problems)
     texts = [{side: pair[side][0]["content"] for side in ("chosen", "rejected")} for pair in pairs]
     return [(row, pair | text) for row, pair, text in zip(rows, pairs, texts, strict=True)]
+
+
+def name_other_policy(pairs: Iterable[dict], policy: str) -> None:
+    """Warn where a policy has the name neither of a run whose rollouts were chosen, which their ids begin with, nor of
+    what such a run started from. Names are all that is known."""
+    runs = {name.split("/")[0] for pair in pairs for name in pair["chosen_ids"] or () if "/" in name}
+    starts = {pair["policy"] for pair in pairs} - {None}
+    own = {*Path(policy).expanduser().resolve().parts[-2:]}  # of a checkpoint the run's too
+    if (runs | starts) and not runs & own and shown_name(policy) not in starts:
+        logger.warning(
+            "model_name_or_path is %s; the pairs were sampled by %s, which started from %s. DPO expects the policy that "
+            "sampled them, which is its reference too. If it is that one under another name, all is well.",
+            policy,
+            ", ".join(sorted(runs)) or "unknown runs",
+            ", ".join(sorted(starts)) or "an unknown policy",
+        )
 
 
 def pair_source(given: dict) -> PairSource:
