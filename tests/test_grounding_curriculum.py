@@ -12,6 +12,7 @@ from transformers import set_seed
 
 from conftest import make_row
 from veripo_trl.data.rollouts import RolloutStore
+from veripo_trl.data.schema import RowError
 from veripo_trl.errors import ConfigError
 from veripo_trl.media.video import Clip
 from veripo_trl.methods import load_methods, with_methods
@@ -200,6 +201,9 @@ def test_shares_are_of_the_chosen_rows_and_their_steps(load, rows, tmp_path, eva
     shares = [[added(index, {"epochs": epochs}).get("shown") for epochs in (0.0, 1.0, 1.5, 2.0)] for index in (0, 1)]
     assert shares[0] == [None] * 4
     assert [shown and shown.level for shown in shares[1]] == [0.75, 0.5, 0.25, None]
+    choice = {**rows[2], "problem_type": "multiple choice", "options": ["A. it", "B. he"], "solution": "B"}
+    trainer.train_dataset = [choice] * 2
+    assert added(1, {"epochs": 0.0}) == {}  # nothing but spans can be masked around
 
 
 def test_without_masks_the_steps_are_plain_grpos(load, rows, tmp_path, evaluated):
@@ -251,6 +255,9 @@ def test_what_it_cannot_do_is_refused(load, rows, tmp_path, evaluated):
     ):
         with pytest.raises(ConfigError, match=message):
             make_trainer(load, rows, tmp_path, given=GroundingCurriculumOptions(**options))
+    few = make_trainer(load, rows, tmp_path, given=GroundingCurriculumOptions([file]), per_device_train_batch_size=16)
+    with pytest.raises(RowError, match="The 4 training rows fill no batch"):
+        few.get_train_dataloader()
     others = [*rows, {**rows[0], "question_id": "new"}]
     with pytest.raises(ConfigError, match="1 of 5 training rows are not answered in them .'new' first"):
         make_trainer(load, others, tmp_path, given=GroundingCurriculumOptions([file]))

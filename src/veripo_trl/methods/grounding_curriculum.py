@@ -135,7 +135,7 @@ class GroundingCurriculum(Method):
         per_step = self.args.generation_batch_size * self.args.gradient_accumulation_steps
         epochs = self.args.num_train_epochs
         if self.args.max_steps > 0:
-            epochs = self.args.max_steps / math.ceil(len(sampler) / per_step)
+            epochs = self.args.max_steps / max(1, math.ceil(len(sampler) / per_step))
 
         def marks(index: int, marks: dict) -> dict:
             share = min(1 - marks["epochs"] / (given.mask_until * epochs), given.mask_largest)
