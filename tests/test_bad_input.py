@@ -205,12 +205,11 @@ def test_a_file_that_decoding_refuses(workers, run, recipe):
     run.assert_nothing_ran(before)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_prompt_over_the_limit(workers, run, recipe):
+def test_a_prompt_over_the_limit(run, recipe):
     write_video(run.media / "bad.mp4", frames=8, height=56, width=56)
     before = run.written()
     with pytest.raises(PromptTooLongError) as caught:
-        run.start(recipe, [run.good_row(), run.bad_row(problem="Which? " * 90)], workers=workers, max_prompt_tokens=70)
+        run.start(recipe, [run.good_row(), run.bad_row(problem="Which? " * 90)], max_prompt_tokens=70)
     assert_clear(caught.value, "Row 'bad'", "bad.mp4", r"has \d+ tokens", "max_prompt_tokens=70", "Raise the limit")
     run.assert_nothing_ran(before)
 

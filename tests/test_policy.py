@@ -149,36 +149,34 @@ def test_quantized_weights_without_an_adapter_are_refused(model_paths):
         make_policy(model_args, DataArguments())
 
 
-def test_a_reference_has_the_policys_revision(model_paths, tmp_path, monkeypatch):
-    """TRL loads it by name alone, perhaps from another machine's cache: the main branch as it is now."""
-    asked = []
-    read = PreTrainedConfig.get_config_dict.__func__
+@pytest.fixture
+def asked(monkeypatch):
+    """(name, revision) of each model whose config is read."""
+    names, read = [], PreTrainedConfig.get_config_dict.__func__
 
     def record(cls, name, **kwargs):
-        asked.append((str(name), kwargs.get("revision")))
+        names.append((str(name), kwargs.get("revision")))
         return read(cls, name, **kwargs)
 
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", classmethod(record))
+    return names
+
+
+def test_a_reference_has_the_policys_revision(asked, model_paths, tmp_path):
+    """TRL loads it by name alone, perhaps from another machine's cache: the main branch as it is now."""
     base = str(model_paths["qwen2_5_vl"])
     model_args = ModelConfig(model_name_or_path=base, model_revision="first")
     model, processor = make_policy(model_args, DataArguments())
     encoder = make_encoder(model, processor, DataArguments())
-    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", classmethod(record))
+    asked.clear()
     trainer = make_grpo_trainer(model, encoder, [make_row("text", tmp_path)], tmp_path, beta=0.1)
     assert type(trainer.ref_model) is type(model)
     assert asked and set(asked) == {(base, "first")}
 
 
-def test_revisions_reach_what_they_belong_to(model_paths, tmp_path, monkeypatch):
+def test_revisions_reach_what_they_belong_to(asked, model_paths, tmp_path):
     """`model_revision` is the model's; an adapter records it as its base's, and the next stage loads that base."""
-    asked = []
-    read = PreTrainedConfig.get_config_dict.__func__
-
-    def record(cls, name, **kwargs):
-        asked.append((str(name), kwargs.get("revision")))
-        return read(cls, name, **kwargs)
-
     base = str(model_paths["qwen2_5_vl"])
-    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", classmethod(record))
     options = {"use_peft": True, "lora_r": 4}
     model_args = ModelConfig(model_name_or_path=base, model_revision="first", **options)
     model, _ = make_policy(model_args, DataArguments())
