@@ -345,6 +345,7 @@ def test_it_goes_together_with(other, changes, load, rows, tmp_path, sampled):
         ({"temporal_accuracy": "tiou"}, {}, "temporal_accuracy: expected one of rewards .accuracy.; got 'tiou'"),
         ({"length_range": [3]}, {}, "length_range: expected fewest and most tokens"),
         ({}, {"multi_objective_aggregation": "normalize_then_sum"}, "no bonus has its size"),
+        ({}, {"reward_weights": [1.0, 2.0]}, r"weights \(2\) must match number of reward functions \(1\)"),
     ],
 )
 def test_what_it_cannot_do_is_refused(options, changes, message, load, rows, tmp_path):

@@ -32,9 +32,10 @@ def add_bonuses(
             f"{config.multi_objective_aggregation}, which standardises each column, so that no bonus has its size."
         )
     given = config.reward_weights or [1.0] * len(functions)
-    kwargs["args"] = with_changes(config, reward_weights=[*given, *weights.values()])
-    kwargs["reward_funcs"] = [*functions, *map(_empty, weights)]
-    return [names.index(accuracy), *range(len(functions), len(kwargs["reward_funcs"]))]
+    if len(given) == len(functions):  # else TRL refuses them, and shall tell the recipe's own numbers
+        kwargs["args"] = with_changes(config, reward_weights=[*given, *weights.values()])
+        kwargs["reward_funcs"] = [*functions, *map(_empty, weights)]
+    return [names.index(accuracy), *range(len(functions), len(functions) + len(weights))]
 
 
 def _empty(name: str):
