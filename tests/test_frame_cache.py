@@ -1,10 +1,12 @@
 """The cache of decoded frames: what it goes by, damage, its bound, several processes."""
 
+import errno
 import multiprocessing
 import os
 import time
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,6 +123,23 @@ def test_scans_are_rare_and_clear_what_killed_writers_left(tmp_path, monkeypatch
     for number in range(50):
         cache.put(f"{number:064d}", np.zeros((2, 28, 28, 3), dtype=np.uint8), {})
     assert len(scans) == 1 and not old.exists() and new.exists()
+
+
+def test_a_read_only_cache_is_read(tmp_path, monkeypatch):
+    """A read-only disk refuses to remove what is not there, too."""
+    frames, cache = np.zeros((2, 28, 28, 3), dtype=np.uint8), FrameCache(tmp_path, max_bytes=10**9)
+    cache.put("aa" + "0" * 62, frames, {})
+    cache.put("ab" + "0" * 62, frames, {})
+    cache.path("ab" + "0" * 62).write_bytes(b"damaged")
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for owner, name in ((Path, "unlink"), (os, "replace"), (os, "utime")):
+        monkeypatch.setattr(owner, name, refuse)
+    assert cache.get("ab" + "0" * 62) is None and (cache.get("aa" + "0" * 62)[0] == frames).all()
+    with pytest.warns(UserWarning, match="Read-only file system; this process goes on"):
+        cache.put("aa" + "1" * 62, frames, {})
 
 
 def test_a_cache_that_cannot_be_written_is_warned_of_once(tmp_path):

@@ -56,7 +56,8 @@ class FrameCache:
         except OSError:  # absent, or removed by another process just now
             return None
         if checksum != checksum_line(header, frames.data):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # as below
+                path.unlink()
             return None
         # The time of the last use, which eviction goes by: atime is often not kept.
         with contextlib.suppress(OSError):  # removed meanwhile, or a cache that others own
@@ -71,19 +72,19 @@ class FrameCache:
         size = len(checksum) + len(header) + len(data)
         if not self._writable or size > self.max_bytes:
             return
-        path, temporary = self.path(key), None
+        path = self.path(key)
+        # open() gives it the mode of other files, mkstemp would give it to the owner alone
+        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
         try:
             self._make_room(size)
             path.parent.mkdir(parents=True, exist_ok=True)
-            # open() gives it the mode of other files, mkstemp would give it to the owner alone
-            temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
             with open(temporary, "xb") as file:
                 file.writelines((checksum, header, data))
             os.replace(temporary, path)
         except OSError as error:
             self._writable = False
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # absent; a read-only disk says that it is one, whether it is there or not
+                temporary.unlink()
             warnings.warn(
                 f"frame cache {self.directory}: {error}; this process goes on without writing to it",
                 stacklevel=3,
