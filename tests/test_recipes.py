@@ -23,6 +23,7 @@ from veripo_trl.errors import ConfigError, VeripoError, run
 from veripo_trl.files.run_folder import holder, only_process, outlive_sigterm, process_name, write_results
 from veripo_trl.recipe import held_out
 from veripo_trl.recipe.arguments import ReportArguments, StopArguments
+from veripo_trl.recipe.finish import train
 from veripo_trl.recipe.prepare import open_run
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -177,7 +178,7 @@ def test_a_cold_start_that_was_stopped_on_purpose_is_not_trained_further(load, m
     def run(threshold, resume=None):
         model, encoder = load()
         trainer = make_sft_trainer(model, encoder, mixed_rows, tmp_path, max_steps=6, save_strategy="steps", save_steps=4)
-        stop = StopArguments(stop_at_accuracy=threshold, stop_check_steps=1)
+        stop = StopArguments(stop_datasets=[{"path": "-"}], stop_at_accuracy=threshold, stop_check_steps=1)
         stopper = held_out.StopAtAccuracy(trainer, ReportArguments(report_max_new_tokens=2), stop)
         trainer.train(resume_from_checkpoint=resume)
         return trainer.state.global_step, stopper.seen()
@@ -187,6 +188,29 @@ def test_a_cold_start_that_was_stopped_on_purpose_is_not_trained_further(load, m
     assert steps == 1 and [look["step"] for look in history] == [1]
     steps, history = run(2.0, resume=str(tmp_path / "checkpoint-1"))
     assert steps == 6 and [look["step"] for look in history] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "message"),
+    [
+        # with report_before: false an evaluation begins when all is trained
+        (ReportArguments, {"report_batch_size": 0}, "report_batch_size: expected 1 or more; got 0"),
+        (ReportArguments, {"report_samples": 0}, "report_samples: expected 1 or more"),
+        (ReportArguments, {"report_max_new_tokens": -1}, "report_max_new_tokens: expected 1 or more"),
+        (StopArguments, {"stop_at_accuracy": 0.9}, "stop_datasets: expected rows, with stop_at_accuracy; got None"),
+        (StopArguments, {"stop_check_steps": 0}, "stop_check_steps: expected 1 or more"),
+    ],
+)
+def test_settings_of_an_evaluation_are_looked_at_before_anything_is_trained(kind, given, message):
+    with pytest.raises(ConfigError, match=message):
+        kind(**given)
+
+
+def test_a_run_of_no_step_saves_the_policy_that_it_was_given(load, mixed_rows, tmp_path):
+    trainer = make_sft_trainer(*load(), mixed_rows[:1], tmp_path, max_steps=0)
+    train(trainer, None, ReportArguments(), checkpoint=None, title="")
+    assert json.loads((tmp_path / "results.json").read_text())["steps"] == 0
+    assert (tmp_path / "model.safetensors").exists()
 
 
 def test_ctrl_c_ends_in_one_line(capsys):

@@ -22,6 +22,7 @@ from veripo_trl.model.policy import SEEING
 from veripo_trl.options import option
 from veripo_trl.recipe.console import silence
 from veripo_trl.verifier.judge_prompts import load_judge_prompt
+from veripo_trl.verifier.pairs import check_setting
 from veripo_trl.verifier.server_judge import ServerJudge
 
 
@@ -96,6 +97,8 @@ class ReportArguments:
     report_before: bool = option("Evaluate before training too.", True)
 
     def __post_init__(self):
+        for name in ("report_batch_size", "report_samples", "report_max_new_tokens"):
+            check_setting(self, name, getattr(self, name) >= 1, "1 or more")
         self.report_judge_kwargs = read_mapping("report_judge_kwargs", self.report_judge_kwargs)
         given, server = (self.report_judge_kwargs or {}).keys(), self.report_judge == "server"
         known = {"verdict_cache", *(setting.name for setting in fields(ServerJudge))}
@@ -122,6 +125,9 @@ class StopArguments:
 
     def __post_init__(self):
         self.stop_datasets = read_sources("stop_datasets", self.stop_datasets)
+        stops = self.stop_at_accuracy is not None
+        check_setting(self, "stop_datasets", self.stop_datasets or not stops, "rows, with stop_at_accuracy")
+        check_setting(self, "stop_check_steps", self.stop_check_steps >= 1, "1 or more")
 
 
 @dataclass

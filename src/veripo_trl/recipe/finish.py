@@ -48,10 +48,11 @@ def train(trainer, heldout, report: ReportArguments, *, checkpoint: str | None, 
         if rows := evaluation.table():
             print_table(f"{title} (consistency judged by {report.report_judge})", rows)
         steps = max(state.global_step, 1)
-        print_table(
-            "Seconds per step (load and encode run in the loader's workers where there are any)",
-            [{"part": part, "seconds": seconds / steps} for part, seconds in trainer.seconds.items()],
-        )
+        if trainer.seconds:  # of no step there are none
+            print_table(
+                "Seconds per step (load and encode run in the loader's workers where there are any)",
+                [{"part": part, "seconds": seconds / steps} for part, seconds in trainer.seconds.items()],
+            )
         save_charts(folder / "curves.png", training_charts(state.log_history), title=folder.name)
         results = {
             "stage": trainer._name,
