@@ -16,6 +16,7 @@ import pytest
 import yaml
 from helpers import make_sft_trainer
 from torch.utils.data import DataLoader
+from trl import ModelConfig
 
 from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.data.schema import rows_to_dataset
@@ -24,7 +25,7 @@ from veripo_trl.files.run_folder import holder, only_process, outlive_sigterm, p
 from veripo_trl.recipe import held_out
 from veripo_trl.recipe.arguments import ReportArguments, StopArguments
 from veripo_trl.recipe.finish import train
-from veripo_trl.recipe.prepare import open_run
+from veripo_trl.recipe.prepare import open_run, save_arguments
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -138,6 +139,27 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path, capsys):
     assert said.count("broken off while it was written") == 2
     assert "checkpoint-4 cannot be continued: optimizer.pt missing" in said
     assert "checkpoint-6 cannot be continued: rng_state.pth missing, or not of the size" in said
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "changed"),
+    [
+        ({"use_peft": True}, {"use_peft": False, "lora_r": 8}, "(use_peft: True → False)"),
+        ({"use_peft": True, "lora_r": 8}, {"use_peft": True, "lora_r": 4}, "(lora_r: 8 → 4)"),
+        ({"lora_r": 8}, {"lora_r": 4, "lora_alpha": 1}, None),  # without LoRA it says nothing
+        ({"use_peft": True, "lora_alpha": 8}, {"use_peft": True}, None),
+    ],
+)
+def test_a_checkpoint_of_other_weights_is_not_gone_on_from(then, now, changed, tmp_path, capsys):
+    save_arguments(str(tmp_path), ModelConfig(**then))
+    before = (tmp_path / "_arguments.json").read_text()
+    if changed is None:
+        save_arguments(str(tmp_path), ModelConfig(**now), resumed=True)
+        assert "goes on with changed settings: lora_" in capsys.readouterr().out
+        return
+    with pytest.raises(ConfigError, match=rf"cannot go on .*{re.escape(changed)}\. Start it as it was; or give another"):
+        save_arguments(str(tmp_path), ModelConfig(**now), resumed=True)
+    assert (tmp_path / "_arguments.json").read_text() == before
 
 
 HOLD = """

@@ -20,6 +20,8 @@ from veripo_trl.files.tables import write_json
 
 # Named so that the trainer's push leaves it out: it may hold paths of this machine.
 ARGUMENTS_FILE = "_arguments.json"
+# What decides which weights a checkpoint holds, and what its optimizer keeps of them; the first three without LoRA.
+WEIGHTS = ("use_peft", "train_vision_tower", "optim", "lora_r", "lora_target_modules", "lora_modules_to_save")
 SHARED_WAIT_S = 60  # a network disk may show another node's new file some seconds late
 
 
@@ -88,7 +90,21 @@ def save_arguments(output_dir: str, *arguments, resumed: bool = False) -> None:
     file = Path(output_dir) / ARGUMENTS_FILE
     if resumed and file.exists():
         before = read_json(file, remedy="Remove it: the run goes on without knowing its settings before.")
+        refuse_other_weights(output_dir, before, record)
         changed = filter(None, (changed_keys(before.get(kind, {}), values) for kind, values in record.items()))
         if changed := ", ".join(changed):
             print(f"{output_dir} goes on with changed settings: {changed}", flush=True)
     write_json(file, record)
+
+
+def refuse_other_weights(output_dir: str, before: dict, now: dict) -> None:
+    """Raise unless a checkpoint's weights and optimizer are those of these settings, {their kind: settings}: torch would
+    say so in other words."""
+    before, now = ({key: value for kind in each.values() for key, value in kind.items()} for each in (before, now))
+    names = WEIGHTS if now.get("use_peft") and before.get("use_peft") else WEIGHTS[:3]
+    names = [name for name in names if name in before]
+    if changed := changed_keys(*({name: each.get(name) for name in names} for each in (before, now))):
+        raise ConfigError(
+            f"{output_dir} cannot go on with other weights or another optimizer than its checkpoint's ({changed}). Start "
+            f"it as it was; or give another output_dir, and the checkpoint as model_name_or_path."
+        )
