@@ -66,6 +66,11 @@ CELLS |= {
     "grpo, full, turns": ("grpo", "full", "text and clip", TURNS),
     "grpo, lora, uneven turns": ("grpo", "lora", "text and clip", {**UNEVEN, **TURNS}),
 }
+# Methods that read the output head, which the engines shard, and the old log-probabilities.
+CELLS |= {
+    "grpo, full, token weights": ("grpo", "full", "clips", {"methods": "tw_grpo", "loss_type": "bnpo"}),
+    "grpo, full, regression": ("grpo", "full", "clips", {"methods": "reg_grpo", "num_iterations": 2}),
+}
 TRAINED = {"train_vision_tower": "true"}
 CELLS |= {f"{s}, full, tower trained": (s, "full", "clips", TRAINED) for s in STAGES}
 # Each row's prompt by both processes together; GRPO's second step is on the first one's rollouts, and resumed amid them.
