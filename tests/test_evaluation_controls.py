@@ -12,7 +12,9 @@ from test_evaluation_runs import command, prompts, script  # noqa: F401  (fixtur
 
 from veripo_trl.data.prompts import load_template, without_thinking
 from veripo_trl.data.schema import RowError
+from veripo_trl.evaluate import generate
 from veripo_trl.evaluate.compare import control_files, control_lines
+from veripo_trl.evaluate.generate import Decoding, TransformersEngine
 from veripo_trl.evaluate.questions import key_of, read_questions
 from veripo_trl.evaluate.run import OutputFiles
 from veripo_trl.evaluate.votes import elected, majority
@@ -122,6 +124,21 @@ def test_a_vote_keeps_its_candidates_and_goes_on(
     assert (
         json.loads(output.read_text()) == results and json.loads(files.record.read_text()) == record
     )
+
+
+def test_votes_behind_long_prompts_hold_no_more_copies_than_there_are_prompts(load, mixed_rows, monkeypatch):
+    model, encoder = load()
+    engine = TransformersEngine(model.eval(), encoder, Decoding(max_new_tokens=3))
+    prompts, rows = [encoder.encode(row) for row in mixed_rows[1:3]], []
+    engine.model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+    )
+    whole = engine.complete(prompts, [1, 2], samples=4)
+    assert rows == [2, 8, 8, 8]  # both prompts, then a token of each candidate
+    for copied, pieces in ((0, [2] * 12), (3 * max(map(len, prompts)), [3] * 6 + [2] * 3)):
+        rows.clear()
+        monkeypatch.setattr(generate, "COPIED", copied)
+        assert engine.complete(prompts, [1, 2], samples=4) == whole and rows == [2, *pieces]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from vllm.multimodal.cache import MultiModalReceiverCache
 
 from veripo_trl.evaluate.run import OutputFiles
 from veripo_trl.vllm import evaluation as vllm_engine
@@ -91,7 +92,11 @@ def made(output: Path) -> tuple[list, list]:
     return [item["model_output"] for item in json.loads(output.read_text())], record["rows"]
 
 
-def test_candidates_of_a_vote_without_thinking(script, model_paths, media_root, prompts, tmp_path):
+def test_candidates_of_a_vote_without_thinking(script, model_paths, media_root, prompts, tmp_path, monkeypatch):
+    kept, keep = [], MultiModalReceiverCache.get_and_update_item
+    monkeypatch.setattr(
+        MultiModalReceiverCache, "get_and_update_item", lambda *a: kept.append((a[2], keep(*a))) or kept[-1][1]
+    )
     output = tmp_path / "votes.json"
     argv = command(model_paths["qwen2_5_vl"], media_root, prompts, output, votes=3, vote_temperature=1.0)
     assert script.main([*argv, "--direct"]) == 3  # one has no video
@@ -100,6 +105,8 @@ def test_candidates_of_a_vote_without_thinking(script, model_paths, media_root, 
     assert len(groups) == 6 and {len(set(group)) for group in groups} == {3}
     assert all(text.startswith("<think></think>") for group in groups for text in group)
     assert [answer in group for answer, group in zip(filter(None, answers), groups, strict=True)] == [True] * 6
+    # three candidates about each of three clips, twice: one copy of a clip's pixels
+    assert len(kept) == 18 and len({key for key, _ in kept}) == len({id(pixels) for _, pixels in kept}) == 3
 
 
 def test_a_broken_run_ends_with_the_file_of_an_unbroken_one(script, model_paths, media_root, prompts, tmp_path, capfd):

@@ -40,12 +40,11 @@ class VLLMEngine:
         context = encoder.config.get_text_config().max_position_embeddings
         longest = longest_prompt(encoder, [columns]) + more_tokens
         self.context = min(context, longest + decoding.max_new_tokens)
+        options = engine_options(encoder, dtype=dtype, datasets=[columns])
+        # A question's samples are posted to the engine's process one by one, each with all pixels: it keeps one of them.
+        options["mm_processor_cache_gb"] = 4  # as vLLM has it; of the engine's host memory
         self.llm = LLM(
-            model=model_path,
-            seed=decoding.seed,
-            max_model_len=self.context,
-            **engine_options(encoder, dtype=dtype, datasets=[columns]),
-            **llm_options,
+            model=model_path, seed=decoding.seed, max_model_len=self.context, **options, **llm_options
         )
         self.banned = vision_token_ids(encoder.processor, encoder.config)
         self.ends = end_ids(self.llm.model_config.try_get_generation_config().get("eos_token_id"), self.tokenizer)
