@@ -1,8 +1,10 @@
 """Models, clips and rows that the test folders share. All real: saved models, mp4 files, processors."""
 
+import importlib.util
 import locale
 import os
 import signal
+import sys
 
 locale.setlocale(locale.LC_CTYPE, "C.UTF-8")  # the tests' own reading and writing, whatever the machine's language
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
@@ -60,6 +62,15 @@ def media_root(tmp_path_factory):
         picture = np.kron(small, np.ones((size[1] // 4, size[0] // 4, 1), dtype=np.uint8))
         Image.fromarray(picture).save(folder / name)
     return folder
+
+
+def load_script(path: str):
+    """A script of recipes/ or evaluation/ as a module, by its path in the repository."""
+    path = Path(__file__).resolve().parent / path
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)  # TrlParser resolves annotations there
+    spec.loader.exec_module(module)
+    return module
 
 
 def make_row(name: str, root, *, videos=(), images=(), problem="Which colour is first?", **changes) -> dict:

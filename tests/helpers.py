@@ -20,6 +20,8 @@ from veripo_trl.answers.rewards import REWARDS
 from veripo_trl.data.prompts import build_messages, load_template
 from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.data.schema import rows_to_dataset
+from veripo_trl.evaluate.questions import RELEASED_TAIL
+from veripo_trl.evaluate.run import OutputFiles
 from veripo_trl.hub.cards import dataset_card, rollout_counts
 from veripo_trl.hub.push import push_folder
 from veripo_trl.media.sampling import VideoSettings
@@ -404,6 +406,34 @@ def numbers(clip):
     height, width = clip.frames.shape[1:3]
     grey = clip.frames[:, height // 3 : 2 * height // 3, 2 * width // 3 :].mean(axis=(1, 2, 3))
     return np.round((grey - 30) / 4).astype(int).tolist()
+
+
+def released(place, video="long.mp4", **more):
+    return {"question_id": f"q{place // 2}", "video_path": video, "question": "Which?", "answer": "B",
+            "processed_question": f"Which colour is {'first last second'.split()[place % 3]}?\nA. red\nB. blue"
+            + RELEASED_TAIL, **more}  # fmt: skip
+
+
+def released_file(folder: Path) -> Path:
+    """Twelve released rows on three clips; each question id is there twice."""
+    rows = [released(place, ("long.mp4", "wide.mp4", "fast.mp4")[place % 3]) for place in range(12)]
+    file = folder / "tomato.json"
+    file.write_text(json.dumps(rows))
+    return file
+
+
+def evaluation_command(model_paths, media_root, prompts, output, **more) -> list[str]:
+    options = {
+        "model_path": model_paths["qwen2_5_vl"], "output_path": output, "prompt_path": prompts, "video_dir": media_root,
+        "engine": "transformers", "prompt_template": "tiny", "video_max_pixels": 112 * 56, "video_min_pixels": 56 * 56,
+        "video_min_frames": 2, "video_max_frames": 24, "max_new_tokens": 8, "batch_size": 2, "num_workers": 2, **more,
+    }  # fmt: skip
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    files = OutputFiles(output)
+    return {name: getattr(files, name).read_bytes() for name in ("output", "record")}
 
 
 def documented(name: str) -> str:

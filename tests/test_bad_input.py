@@ -1,6 +1,5 @@
 """Bad input to the shipped GRPO recipe: one clear error with row, file and remedy, and nothing lost."""
 
-import importlib.util
 import json
 import os
 import pickle
@@ -11,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_row, write_video
+from conftest import load_script, make_row, write_video
 from torch.utils.data import DataLoader
 
 from veripo_trl.answers.score import SolutionError
@@ -28,10 +27,7 @@ ROLLOUT = {"rollout_id": "old", "question_id": "q", "step": 0, "rewards": {"accu
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("grpo_video", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("recipes/grpo_video.py")
 
 
 def truncated(path):

@@ -1,14 +1,13 @@
 """Scores of predictions: the released script's arithmetic, ours, and what the script prints and writes."""
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from conftest import load_script
 from veripo_trl.data.schema import RowError
 from veripo_trl.evaluate import scores as scoring
 from veripo_trl.evaluate.questions import key_of
@@ -26,13 +25,7 @@ EVALUATION = Path(__file__).resolve().parent.parent / "evaluation"
 
 @pytest.fixture(scope="module")
 def script():
-    """calculate_score.py as a module; it finds `benchmarks` beside itself, as when it is run."""
-    sys.path.insert(0, str(EVALUATION))
-    spec = importlib.util.spec_from_file_location("calculate_score", EVALUATION / "calculate_score.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(EVALUATION))
+    return load_script("evaluation/calculate_score.py")
 
 
 # ------------------------------------------------------------------ released mode, read a second time from the facts

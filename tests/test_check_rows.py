@@ -1,7 +1,6 @@
 """The check command: real files good and bad, the manifest it writes, going on after a break, and the training rows."""
 
 import http.server
-import importlib.util
 import json
 import re
 import shutil
@@ -12,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import make_row, write_video
+from conftest import load_script, make_row, write_video
 
 from veripo_trl.data.manifest import read_manifest
 from veripo_trl.data.rows import load_rows
@@ -54,10 +53,7 @@ def reasons_of(manifest) -> dict:
 
 @pytest.fixture(scope="module")
 def check_rows():
-    spec = importlib.util.spec_from_file_location("check_rows", RECIPES / "check_rows.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("recipes/check_rows.py")
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """Which solved questions the next iteration leaves out, and which are never trained on."""
 
-import importlib.util
 import json
 import random
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import make_row
+from conftest import load_script, make_row
 from helpers import stored_pair, write_pairs
 
 from veripo_trl.errors import ConfigError
@@ -97,10 +96,7 @@ def test_held_out_rows_that_cannot_be(tmp_path):
 
 
 def test_pairs_of_held_out_questions_are_refused(model_paths, tmp_path):
-    recipe = Path(__file__).resolve().parent.parent / "recipes" / "dpo_video.py"
-    spec = importlib.util.spec_from_file_location("dpo_video", recipe)
-    dpo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(dpo)
+    dpo = load_script("recipes/dpo_video.py")
     datasets = rows_file(tmp_path / "a.jsonl", ["q1", "q2", "q3"])
     pairs = write_pairs(tmp_path / "pairs", [stored_pair(make_row(name, tmp_path)) for name in ("q1", "q2", "q3")])
     (tmp_path / "dpo.yaml").write_text(yaml.safe_dump({

@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from test_evaluation_runs import command, prompts, script  # noqa: F401  (fixtures)
+from helpers import evaluation_command as command
+from helpers import released_file
 
+from conftest import load_script
 from veripo_trl.data.prompts import load_template, without_thinking
 from veripo_trl.data.schema import RowError
 from veripo_trl.evaluate import generate
@@ -22,6 +24,16 @@ from veripo_trl.verifier.judges import RulesJudge
 
 CHOICE = {"problem_type": "multiple choice", "options": ["A. red", "B. blue"]}
 NUMBER = {"problem_type": "numerical", "options": []}
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script("evaluation/evaluation_vllm.py")
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    return released_file(tmp_path)
 
 
 def said(answer: str, concluded: str | None = None) -> str:
@@ -76,11 +88,11 @@ def test_the_verifier_elects_among_what_it_finds_best(completions, verdicts, ind
 
 
 def test_without_thinking_the_prompt_ends_with_closed_thinking(
-    script,  # noqa: F811
+    script,
     load,
     model_paths,
     media_root,
-    prompts,  # noqa: F811
+    prompts,
     tmp_path,
 ):
     encoder = load()[1]
@@ -105,7 +117,7 @@ def test_without_thinking_the_prompt_ends_with_closed_thinking(
 
 
 def test_a_vote_keeps_its_candidates_and_goes_on(
-    script, model_paths, media_root, prompts, tmp_path  # noqa: F811
+    script, model_paths, media_root, prompts, tmp_path
 ):
     output = tmp_path / "votes.json"
     argv = command(model_paths, media_root, prompts, output, limit=4, votes=3, vote_temperature=1.0)
@@ -153,7 +165,7 @@ def test_votes_behind_long_prompts_hold_no_more_copies_than_there_are_prompts(lo
         (["--controls", "--perturb", "drop"], "perturbs by itself"),
     ],
 )
-def test_what_cannot_be_asked_together_is_refused(script, model_paths, capsys, more, message):  # noqa: F811
+def test_what_cannot_be_asked_together_is_refused(script, model_paths, capsys, more, message):
     with pytest.raises(SystemExit):
         script.parse_arguments(
             ["--model_path", "m", "--output_path", "o.json", "--prompt_path", "p.json", *more]
@@ -161,7 +173,7 @@ def test_what_cannot_be_asked_together_is_refused(script, model_paths, capsys, m
     assert message in capsys.readouterr().err
 
 
-def test_controls_of_questions_without_a_video_are_refused_at_once(script, tmp_path):  # noqa: F811
+def test_controls_of_questions_without_a_video_are_refused_at_once(script, tmp_path):
     row = {"question_id": "q", "problem": "Which?", "solution": "A", "problem_type": "multiple choice", **CHOICE}
     (tmp_path / "p.json").write_text(json.dumps([row]))
     argv = ["--model_path", "m", "--output_path", str(tmp_path / "o.json"), "--prompt_path", str(tmp_path / "p.json")]
@@ -181,7 +193,7 @@ time.sleep(60)
 """
 
 
-def test_a_signal_to_controls_ends_the_one_at_work(script, media_root, prompts, tmp_path, monkeypatch):  # noqa: F811
+def test_a_signal_to_controls_ends_the_one_at_work(script, media_root, prompts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("control.py").write_text(CONTROL)
     monkeypatch.setattr(script, "__file__", "control.py")

@@ -1,7 +1,6 @@
 """A model as the judge of an evaluation, behind a real server: consistency beside the rules, and whether free text is
 right."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from judge_server import JudgeServer, Reply, honest_verdict
 
+from conftest import load_script
 from veripo_trl.data.schema import rows_to_dataset
 from veripo_trl.errors import ConfigError
 from veripo_trl.recipe.arguments import ReportArguments
@@ -20,16 +20,12 @@ from veripo_trl.verifier.judge_prompts import judge_messages, load_judge_prompt,
 from veripo_trl.verifier.judges import JudgeError
 from veripo_trl.verifier.reply_cache import CacheError
 
-SCRIPT = Path(__file__).resolve().parent.parent / "evaluation" / "calculate_score.py"
 SYNONYMS = {"a puppy": "a young dog"}
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("calculate_score", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("evaluation/calculate_score.py")
 
 
 def judge(number: int, body: dict) -> Reply:

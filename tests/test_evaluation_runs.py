@@ -18,9 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import contents, released, released_file
+from helpers import evaluation_command as command
 from hub_server import HubServer, Repo
 
-from conftest import make_row
+from conftest import load_script, make_row
 from veripo_trl.data.prompts import load_template
 from veripo_trl.data.schema import RowError, rows_to_dataset
 from veripo_trl.errors import ConfigError, VeripoError
@@ -33,44 +35,16 @@ from veripo_trl.files.run_folder import only_process
 from veripo_trl.recipe.verify_stage import JudgeArguments
 
 SCRIPT = Path(__file__).resolve().parent.parent / "evaluation" / "evaluation_vllm.py"
-TAIL = "\nAnswer with the option's letter from the given choices directly."
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("evaluation_vllm", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def released(place, video="long.mp4", **more):
-    return {"question_id": f"q{place // 2}", "video_path": video, "question": "Which?", "answer": "B",
-            "processed_question": f"Which colour is {'first last second'.split()[place % 3]}?\nA. red\nB. blue" + TAIL,
-            **more}  # fmt: skip
+    return load_script("evaluation/evaluation_vllm.py")
 
 
 @pytest.fixture
 def prompts(tmp_path):
-    """Twelve released rows on three clips; each question id is there twice."""
-    rows = [released(place, ("long.mp4", "wide.mp4", "fast.mp4")[place % 3]) for place in range(12)]
-    file = tmp_path / "tomato.json"
-    file.write_text(json.dumps(rows))
-    return file
-
-
-def command(model_paths, media_root, prompts, output, **more) -> list[str]:
-    options = {
-        "model_path": model_paths["qwen2_5_vl"], "output_path": output, "prompt_path": prompts, "video_dir": media_root,
-        "engine": "transformers", "prompt_template": "tiny", "video_max_pixels": 112 * 56, "video_min_pixels": 56 * 56,
-        "video_min_frames": 2, "video_max_frames": 24, "max_new_tokens": 8, "batch_size": 2, "num_workers": 2, **more,
-    }  # fmt: skip
-    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
-
-
-def contents(output: Path) -> dict[str, bytes]:
-    files = OutputFiles(output)
-    return {name: getattr(files, name).read_bytes() for name in ("output", "record")}
+    return released_file(tmp_path)
 
 
 def test_the_output_is_the_released_form_and_the_record_says_how(script, model_paths, media_root, prompts, tmp_path):

@@ -1,8 +1,6 @@
 """What a long video's memory is cut down by changes nothing: pieces of the tower, of the MLP, of a group's decoding."""
 
 import copy
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from transformers import Qwen2_5_VLConfig
 from trl import ModelConfig
 from trl.trainer.utils import add_fused_lm_head
 
+from conftest import load_script
 from veripo_trl.errors import ConfigError
 from veripo_trl.model import features, pieces
 from veripo_trl.model.inputs import vision_inputs
@@ -29,8 +28,6 @@ from veripo_trl.shared_prompt import rollout
 from veripo_trl.shared_prompt.rollout import sample_completions
 from veripo_trl.shared_prompt.scoring import prefix_can_be_shared, score_completions
 from veripo_trl.vllm import inputs
-
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
 def test_a_call_of_the_tower_holds_whole_items_or_runs_of_steps():
@@ -237,9 +234,7 @@ def test_frames_that_fit():
 def test_the_check_says_how_many_frames_fit(model_paths, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["--model_name_or_path", str(model_paths["qwen2_5_vl"]), "--prompt_template", "tiny", "--gpu_memory", "24"]
-    spec = importlib.util.spec_from_file_location("check_rows", RECIPES / "check_rows.py")
-    check_rows = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(check_rows)
+    check_rows = load_script("recipes/check_rows.py")
     assert check_rows.main([*words, "--max_frames", "64"]) == 0
     told = capsys.readouterr().out
     assert "max_frames is 64, which fits." in told and "activation_offloading: true, rollout_batch_size: 2" in told

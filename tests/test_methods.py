@@ -1,6 +1,5 @@
 """How recipes take methods: which mixins and options there are is read before everything else."""
 
-import importlib.util
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from conftest import load_script
 from veripo_trl.answers.rewards import REWARDS
 from veripo_trl.errors import ConfigError
 from veripo_trl.loop.check import check_settings
@@ -57,10 +57,7 @@ class Trainer:
 
 @pytest.fixture
 def grpo():
-    spec = importlib.util.spec_from_file_location("grpo_video", RECIPES / "grpo_video.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("recipes/grpo_video.py")
 
 
 def parsed(recipe, *argv) -> tuple:

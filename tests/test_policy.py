@@ -1,6 +1,5 @@
 """Which models and adapters are loaded, how, and what is said of those that are not."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import make_row
+from conftest import load_script, make_row
 from helpers import make_grpo_trainer
 from helpers import make_sft_trainer as make_trainer
 from peft import LoraConfig, PeftModel
@@ -33,8 +32,6 @@ from veripo_trl.recipe.arguments import DataArguments, ReportArguments
 from veripo_trl.recipe.build import make_encoder, make_policy, see_as_trained
 from veripo_trl.recipe.finish import train
 from veripo_trl.recipe.training_rows import rows_folder
-
-EVALUATION = Path(__file__).resolve().parent.parent / "evaluation" / "evaluation_vllm.py"
 
 
 def lora(**changes):
@@ -223,9 +220,7 @@ def test_a_policy_carries_how_it_was_trained_to_see(adapter, model_paths, media_
     trainer = trained(base, run, media_root, own_words=words, lora=lora() if adapter else None)
     template = load_template(str(words))
     words.unlink()
-    spec = importlib.util.spec_from_file_location("evaluation_vllm", EVALUATION)
-    evaluation = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(evaluation)
+    evaluation = load_script("evaluation/evaluation_vllm.py")
     given = ["--output_path", "o.json", "--prompt_path", "p.json", "--engine", "transformers"]
     for folder in (run, run / "checkpoint-1"):
         settings = json.loads((folder / SETTINGS_FILE).read_text())

@@ -1,7 +1,6 @@
 """From official columns to our rows: each source on made-up records, and on the traps that its docstring names."""
 
 import importlib
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from conftest import load_script
 from veripo_trl.data.official import find_source, make_rows, read_official
 from veripo_trl.data.prompts import build_messages, load_template
 from veripo_trl.data.rows import load_rows
@@ -744,10 +744,7 @@ def test_macro_means():
 
 @pytest.fixture(scope="module")
 def cutter():
-    spec = importlib.util.spec_from_file_location("cut_videos", EVALUATION / "cut_videos.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("evaluation/cut_videos.py")
 
 
 def grey(count: int, step: int = 20) -> np.ndarray:
@@ -853,9 +850,7 @@ def test_each_source_says_where_it_is_from_and_is_in_the_page():
 
 
 def test_a_benchmarks_own_total_stands_beside_ours():
-    spec = importlib.util.spec_from_file_location("calculate_score", EVALUATION / "calculate_score.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("evaluation/calculate_score.py")
     scored = [{"benchmark": "MVBench", "ours": float(task == "a"), "released": 0.0, "categories": {"task": task}}
               for task in "a" + "b" * 9]  # fmt: skip
     told = script.totals_of(scored)

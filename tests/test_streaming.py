@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import plain_positions
-from test_evaluation_runs import command, contents, released, script  # noqa: F401
+from helpers import contents, plain_positions, released
+from helpers import evaluation_command as command
 
-from conftest import make_row
+from conftest import load_script, make_row
 from veripo_trl import chat
 from veripo_trl.data.prompts import PromptError, build_messages, build_target, load_template
 from veripo_trl.data.streaming import Memory, taught_rows, turn_row, windows
@@ -49,6 +49,11 @@ def test_windows_are_all_pairs_once():
                 found = windows(frames, clip_tokens=4 * size, pair_tokens=4)
                 assert [pair for first, end in found for pair in range(first, end)] == list(range(pairs))
                 assert [end - first for first, end in found[:-1]] == [size] * (len(found) - 1)
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script("evaluation/evaluation_vllm.py")
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +257,7 @@ def test_all_questions_of_a_turn_together(load, media_root, prompts, tmp_path):
     assert errors == {0: True, 1: True, 2: False}
 
 
-def test_as_a_command(script, model_paths, media_root, prompts, tmp_path, capsys):  # noqa: F811
+def test_as_a_command(script, model_paths, media_root, prompts, tmp_path, capsys):
     output, more = tmp_path / "out.json", {"clip_tokens": 16, "max_memory_tokens": 40}
     options = [*command(model_paths, media_root, prompts, output, **more), "--streaming"]
     assert script.main(options) == 3 and len(json.loads(output.read_text())) == 6

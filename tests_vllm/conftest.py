@@ -29,7 +29,7 @@ spec = importlib.util.spec_from_file_location("main_conftest", Path(__file__).pa
 main = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(main)
 model_paths, media_root, mixed_rows, load = main.model_paths, main.media_root, main.mixed_rows, main.load
-make_row, write_video = main.make_row, main.write_video
+load_script, make_row, write_video = main.load_script, main.make_row, main.write_video
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """evaluation_vllm.py with --engine vllm, as a user runs it: the transformers engine's answers, a broken run, bad rows."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 from vllm.multimodal.cache import MultiModalReceiverCache
 
+from conftest import load_script
 from veripo_trl.evaluate.run import OutputFiles
 from veripo_trl.vllm import evaluation as vllm_engine
 
@@ -33,10 +33,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("evaluation_vllm", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("evaluation/evaluation_vllm.py")
 
 
 @pytest.fixture(autouse=True)
