@@ -87,7 +87,7 @@ if not base.exists():
     (base / "results.json").write_text("{}")
 run = parts.in_own_process
 
-def with_thoughts(recipe, folder, train, **options):
+def with_thoughts(recipe, folder, *change, **options):
     if recipe == "verify_rollouts":
         store, rng = RolloutStore(options["rollouts"][0]), np.random.default_rng(0)
         rollouts = [row | {"finish_reason": "stop"} for row in store.read()]
@@ -97,7 +97,7 @@ def with_thoughts(recipe, folder, train, **options):
             row["completion"] = f"<think>{rng.integers(9)}.0 red. red, so {said}.</think><answer>{answer}</answer>"
         shutil.rmtree(store.folder)
         store.write(rollouts, step=0, part=0, rank=0, reward_names=list(rollouts[0]["rewards"]))
-    return run(recipe, folder, train, **options)
+    return run(recipe, folder, *change, **options)
 
 parts.in_own_process = with_thoughts
 sys.exit(parts.main())

@@ -9,13 +9,12 @@ the format alone. The floor is the one span that, given as the answer to every q
 best mean tIoU on the training rows. A finished run under the output folder is not repeated.
 """
 
-import argparse
 import itertools
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
+
+from runs import in_own_process, options_of  # before torch, whose environment it sets
 
 import numpy as np
 
@@ -23,23 +22,20 @@ from veripo_trl.answers.score import score_answer
 from veripo_trl.errors import run
 from veripo_trl.evaluate.generate import bootstrap_interval
 from veripo_trl.files import tables
-from veripo_trl.files.run_folder import RESULTS
 from veripo_trl.tiny.clips import FPS, NUM_FRAMES
 from veripo_trl.tiny.world import make_world
 
-ROOT = Path(__file__).resolve().parents[2]
 WORLD = "outputs/tiny_when"
-
-
-def stage(script: str, folder: Path, *options: str) -> dict:
-    """The results of a run, which is made unless it is finished."""
-    if not (folder / RESULTS).exists():
-        command = [sys.executable, str(ROOT / script), "--output_dir", str(folder), *options]
-        print("$", " ".join(command), flush=True)
-        path = filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}  # for controls.py
-        subprocess.run(command, check=True, env=environment)
-    return json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+# Line: what differs from the GRPO of `grounding/tiny.yaml`, in the order of running.
+ARMS = {
+    "GRPO": ("grpo", {}),
+    "control: GRPO, rewards shuffled": (
+        "shuffled", {"report_before": "false", "methods": "controls:ShuffledRewards"},
+    ),
+    "control: GRPO, format alone": (
+        "format", {"report_before": "false", "rewards": "format", "reward_weights": 2},
+    ),
+}  # fmt: skip
 
 
 def table_row(seed: int | None, policy: str, summary: dict) -> dict:
@@ -88,33 +84,22 @@ def constant_span() -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/grounding_study"))
-    parser.add_argument(
-        "--json", type=Path, default=ROOT / "evaluation" / "studies" / "grounding.json"
-    )
-    arguments = parser.parse_args(argv)
+    arguments = options_of("grounding", __doc__).parse_args(argv)
     table = [constant_span()]
     for seed in arguments.seeds:
-        folder, seeded = arguments.output_dir / f"seed{seed}", ["--seed", str(seed)]
+        folder = arguments.output_dir / f"seed{seed}"
         start = folder / "cold_start"
-        stage("recipes/sft_video.py", start, "--config", "grounding/tiny_sft.yaml", *seeded)
-        options = ["--config", "grounding/tiny.yaml", "--model_name_or_path", str(start), *seeded]
-        grpo = stage("recipes/grpo_video.py", folder / "grpo", *options)
-        options += ["--report_before", "false"]
-        dealt_out = ["--methods", "controls:ShuffledRewards"]
-        control = stage("recipes/grpo_video.py", folder / "shuffled", *options, *dealt_out)
-        options += ["--rewards", "format", "--reward_weights", "2"]
-        form = stage("recipes/grpo_video.py", folder / "format", *options)
-        table.append(table_row(seed, "cold start", grpo["before"]))
-        table.append(table_row(seed, "GRPO", grpo["after"]))
-        table.append(table_row(seed, "control: GRPO, rewards shuffled", control["after"]))
-        table.append(table_row(seed, "control: GRPO, format alone", form["after"]))
+        in_own_process("sft_video", start, config="grounding/tiny_sft.yaml", seed=seed)
+        given = {"config": "grounding/tiny.yaml", "model_name_or_path": start, "seed": seed}
+        for name, (own, changes) in ARMS.items():
+            results = in_own_process("grpo_video", folder / own, **given, **changes)
+            if name == "GRPO":
+                table.append(table_row(seed, "cold start", results["before"]))
+            table.append(table_row(seed, name, results["after"]))
         tables.print_table("When is it visible? Held-out questions of the tiny world", table)
-        tables.write_json(arguments.json, {"table": table})
+        tables.write_json(
+            arguments.json or arguments.output_dir / "grounding.json", {"table": table}
+        )
 
 
 if __name__ == "__main__":

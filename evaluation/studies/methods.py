@@ -9,9 +9,7 @@ that are not the study's own go to every GRPO run. A finished run under the outp
 repeated.
 """
 
-import argparse
 import copy
-import json
 import math
 import resource
 import sys
@@ -19,7 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
-from runs import in_own_process, known, scores  # before torch, whose environment it sets
+from runs import CONSISTENCY, in_own_process, known, options_of, scores  # before torch, whose environment it sets
 
 from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.errors import run
@@ -31,11 +29,6 @@ from veripo_trl.recipe.held_out import evaluate_policy
 TWICE = {"num_iterations": 2}
 # In a group of standardised advantages a bonus for all that are right cancels.
 T_GRPO = {"scale_rewards": "none", "length_bonus": 0}
-CONSISTENCY = {
-    "rewards": ["accuracy", "format", "consistency"],
-    "reward_weights": [1, 1, 0.5],
-    "reward_kwargs": json.dumps({"consistency": {"judge": "rules"}}),
-}
 CARE = {"care_min_think_tokens": 6}  # a thought of the tiny world has about 13
 # Line: (what it is held against, what differs from tiny/grpo.yaml). In the order of running.
 ARMS = {
@@ -77,16 +70,15 @@ ARMS = {
 LOGGED = ("t_grpo/", "token_weights/", "regression/", "care/", "clip_ratio/region_mean", "cispo_")
 
 
-def train(recipe, argv: list[str]) -> None:
-    """A recipe whose results have `study` too, see `measure`."""
+def measured(recipe) -> None:
+    """Its results have `study` too, see `measure`."""
     finish = recipe.train
 
-    def measured(trainer, heldout, report, **rest):
+    def train(trainer, heldout, report, **rest):
         found = {"study": lambda: heldout and measure(trainer, heldout, report)}
         return finish(trainer, heldout, report, **rest, **found)
 
-    recipe.train = measured
-    sys.exit(run(lambda: recipe.main(argv)))
+    recipe.train = train
 
 
 def measure(trainer, heldout, report) -> dict:
@@ -160,14 +152,9 @@ def means(lines: list[dict]) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = options_of("methods", __doc__)
     parser.add_argument("--only", nargs="+", choices=ARMS, metavar="LINE", help=", ".join(ARMS))
     parser.add_argument("--steps", type=int, default=80, help="generations of 64 rollouts")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/methods_study"))
-    parser.add_argument("--json", type=Path, help="default: methods.json in the output folder")
     arguments, further = parser.parse_known_args(argv)
     steps, lines, before = arguments.steps, [], {}
     for name in arguments.only or ARMS:
@@ -177,10 +164,10 @@ def main(argv: list[str] | None = None) -> None:
             folder = arguments.output_dir / f"seed{seed}"
             start = folder / "cold_start"
             shared = {"seed": seed, "save_strategy": "no", "dataloader_num_workers": 0}
-            in_own_process("sft_video", start, train, config="tiny/sft.yaml", **shared)
+            in_own_process("sft_video", start, measured, config="tiny/sft.yaml", **shared)
             own = folder / name.lower().replace(",", "").replace(" ", "_")
             given = {"config": "tiny/grpo.yaml", "model_name_or_path": start, **shared}
-            results = in_own_process("grpo_video", own, train, further, **given, **changes)
+            results = in_own_process("grpo_video", own, measured, further, **given, **changes)
             lines.append(line(seed, name, results, own, steps))
             before |= {seed: results["before"]} if results["before"] else {}
         table = means(lines)

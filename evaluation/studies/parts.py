@@ -11,7 +11,6 @@ each other DPO line. What searches a second time has the questions of the first 
 under the output folder is not repeated.
 """
 
-import argparse
 import asyncio
 import json
 import math
@@ -21,7 +20,7 @@ import time
 from pathlib import Path
 from statistics import fmean
 
-from runs import in_own_process, known, scores  # before torch, whose environment it sets
+from runs import CONSISTENCY, in_own_process, known, options_of, scores  # before torch, whose environment it sets
 
 from datasets import load_dataset
 
@@ -60,11 +59,6 @@ SETTINGS = {
     "verify": {"kinds": ALL, "prefer_longer": "true", "max_pairs_per_question": 3},
     "dpo": {"max_steps": 20, "report_before": "false"},
 }  # fmt: skip
-CONSISTENCY = {
-    "rewards": ["accuracy", "format", "consistency"],
-    "reward_weights": [1, 1, 0.5],
-    "reward_kwargs": json.dumps({"consistency": {"judge": "rules"}}),
-}
 DIRECT = {"prompt_template": "tiny_process"}
 
 
@@ -114,27 +108,25 @@ LINES = {
 }  # fmt: skip
 
 
-def train(recipe, argv: list[str]) -> None:
-    """A recipe whose results have `cpu_s` of its training, and whose held-out tables `rechecks`."""
-    if hasattr(recipe, "train"):
-        finish, summarize = recipe.train, held_out.summarize
+def measured(recipe) -> None:
+    """Its results have `cpu_s` of its training, and its held-out tables `rechecks`."""
+    finish, summarize = recipe.train, held_out.summarize
 
-        def timed(trainer, *args, **results):
-            training, spent = trainer.train, []
+    def train(trainer, *args, **results):
+        training, spent = trainer.train, []
 
-            def clocked(**kwargs):
-                started = time.process_time()
-                training(**kwargs)
-                spent.append(time.process_time() - started)
+        def clocked(**kwargs):
+            started = time.process_time()
+            training(**kwargs)
+            spent.append(time.process_time() - started)
 
-            trainer.train = clocked
-            return finish(trainer, *args, **results, cpu_s=lambda: spent[0])
+        trainer.train = clocked
+        return finish(trainer, *args, **results, cpu_s=lambda: spent[0])
 
-        recipe.train = timed
-        held_out.summarize = lambda answers, dataset, **judges: {
-            **summarize(answers, dataset, **judges), **rechecks(answers, dataset)
-        }  # fmt: skip
-    sys.exit(run(lambda: recipe.main(argv)))
+    recipe.train = train
+    held_out.summarize = lambda answers, dataset, **judges: {
+        **summarize(answers, dataset, **judges), **rechecks(answers, dataset)
+    }  # fmt: skip
 
 
 def rechecks(answers: list[dict], dataset) -> dict[str, float]:
@@ -205,14 +197,12 @@ def make_line(name: str, seed: int, output_dir: Path) -> dict:
             "seed": seed,
         }
         given |= {**SETTINGS["verify"], **verify}
-        made = in_own_process(
-            "verify_rollouts", folder.with_name(f"{folder.name}_pairs"), train, **given
-        )
+        made = in_own_process("verify_rollouts", folder.with_name(f"{folder.name}_pairs"), **given)
         pairs = made["counts"]["pairs"] | {"wronged": wronged(Path(f"{folder}_pairs/pairs"))}
         own |= {"pairs": json.dumps({"path": f"{folder}_pairs/pairs", "media_root": str(WORLD)})}
     if recipe == "grpo" and start.startswith("direct"):
         own |= DIRECT
-    found = in_own_process(f"{recipe}_video", folder, train, **own)
+    found = in_own_process(f"{recipe}_video", folder, measured, **own)
     return found | {"pairs of a kind": pairs}
 
 
@@ -278,10 +268,7 @@ def make_rows() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = options_of("parts", __doc__)
     parser.add_argument(
         "--lines",
         nargs="+",
@@ -290,8 +277,6 @@ def main(argv: list[str] | None = None) -> None:
         default=list(LINES),
         help=", ".join(LINES),
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/parts_study"))
-    parser.add_argument("--json", type=Path, help="default: parts.json in the output folder")
     arguments = parser.parse_args(argv)
     make_rows()
     lines = []

@@ -1,9 +1,12 @@
 """Runs of the recipes for a study: each a process of its own, forked from one that has imported
 everything and computed nothing."""
 
+import argparse
 import importlib.util
+import json
 import math
 import multiprocessing
+import sys
 from pathlib import Path
 
 RECIPE_DIR = Path(__file__).resolve().parents[2] / "recipes"
@@ -20,13 +23,32 @@ RECIPES = {
     name: load_recipe(name) for name in ("sft_video", "grpo_video", "dpo_video", "verify_rollouts")
 }
 
-from veripo_trl.errors import VeripoError
+from veripo_trl.errors import VeripoError, run
 from veripo_trl.files.disk import read_json
 from veripo_trl.files.run_folder import RESULTS
 
+# The verifier's verdict as a reward.
+CONSISTENCY = {
+    "rewards": ["accuracy", "format", "consistency"],
+    "reward_weights": [1, 1, 0.5],
+    "reward_kwargs": json.dumps({"consistency": {"judge": "rules"}}),
+}
 
-def in_own_process(recipe: str, folder: Path, train, further: list[str] = (), **options) -> dict:
-    """The results of a run, which `train(recipe, argv)` makes unless it is finished."""
+
+def options_of(study: str, doc: str) -> argparse.ArgumentParser:
+    """What every study takes."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=form)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output_dir", type=Path, default=Path(f"outputs/{study}_study"))
+    parser.add_argument("--json", type=Path, help=f"default: {study}.json in the output folder")
+    return parser
+
+
+def in_own_process(
+    recipe: str, folder: Path, change=lambda recipe: None, further: list[str] = (), **options
+) -> dict:
+    """The results of a run, which is made unless it is finished, by the recipe as `change` leaves it."""
     if not (folder / RESULTS).exists():
         argv = []
         for name, value in {**options, "output_dir": folder}.items():
@@ -34,7 +56,7 @@ def in_own_process(recipe: str, folder: Path, train, further: list[str] = (), **
         argv += further  # the last one given counts
         print("$", f"{recipe}.py", *argv, flush=True)
         fork = multiprocessing.get_context("fork")
-        process = fork.Process(target=train, args=(RECIPES[recipe], argv))
+        process = fork.Process(target=_train, args=(RECIPES[recipe], argv, change))
         process.start()
         process.join()
         if process.exitcode:
@@ -42,6 +64,11 @@ def in_own_process(recipe: str, folder: Path, train, further: list[str] = (), **
     return read_json(
         folder / RESULTS, remedy="Remove the folder, and start the same command again."
     )
+
+
+def _train(recipe, argv: list[str], change) -> None:
+    change(recipe)
+    sys.exit(run(lambda: recipe.main(argv)))
 
 
 def known(summary: dict) -> dict:
