@@ -351,6 +351,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args, rank = parse_arguments(argv), int(os.environ[RANK]) if RANK in os.environ else None
     files = OutputFiles(args.output_path)
+    if Path(args.prompt_path).resolve() in (files.output.resolve(), files.record.resolve(), files.journal.resolve()):
+        raise ConfigError(f"--output_path {args.output_path}: its files would overwrite --prompt_path. Choose another.")
     if args.controls:
         return evaluate_controls(args, argv)
     # an engine of its own name: one that outlives a killed run keeps the next one's from starting

@@ -222,6 +222,7 @@ def test_bad_rows_are_listed_and_run_again_when_put_right(script, model_paths, m
 def test_a_journal_of_other_settings_is_refused(script, model_paths, media_root, prompts, tmp_path):
     output = tmp_path / "out.json"
     files = OutputFiles(output)
+    Journal(files.journal, {"a setting": "with which nothing was answered, as an engine did not start"})
     script.main(command(model_paths, media_root, prompts, output, limit=2, num_workers=0))
     before = contents(output)
     for change, told in [({"video_fps": 4}, "video"), ({"seed": 5}, "decoding"), ({"limit": 3}, "rows_sha256"),
@@ -235,6 +236,14 @@ def test_a_journal_of_other_settings_is_refused(script, model_paths, media_root,
         Journal(files.journal, {})
     with pytest.raises(ConfigError, match="ends in .json"):
         OutputFiles("out.txt")
+
+
+def test_the_questions_are_not_overwritten(script, model_paths, media_root, prompts):
+    before = prompts.read_bytes()
+    for output in (prompts, prompts.parent / "." / prompts.name):
+        with pytest.raises(ConfigError, match="would overwrite --prompt_path"):
+            script.main(command(model_paths, media_root, prompts, output, limit=1))
+    assert prompts.read_bytes() == before
 
 
 def test_the_output_may_lie_in_the_models_folder(script, model_paths, media_root, tmp_path):
@@ -286,7 +295,8 @@ def test_commits_of_the_hub_are_recorded_and_compared(
 
 # options of the command line, and what is said about them before anything is loaded
 BAD = [
-    ({"temperature": -1}, "temperature >= 0"), ({"top_p": 0}, "0 < top_p"),
+    ({"temperature": -1}, "temperature >= 0"), ({"temperature": "nan"}, "temperature >= 0"),
+    ({"top_p": 0}, "0 < top_p"),
     ({"batch_size": 0}, "--batch_size: expected 1"), ({"num_workers": -1}, "--num_workers 0 or more"),
     ({"decode_timeout_s": 0}, "--decode_timeout_s above 0"), ({"max_new_tokens": 0}, "max_new_tokens >= 1"),
     ({"gpu_memory_utilization": 90}, "above 0 and at most 1"),

@@ -46,7 +46,8 @@ class Decoding:
     seed: int = 0
 
     def __post_init__(self):
-        if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
+        finite = 0 <= self.temperature < math.inf and 0 < self.repetition_penalty < math.inf  # nan is neither
+        if self.max_new_tokens < 1 or not finite or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"expected max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and repetition_penalty > 0; got {self}"
             )

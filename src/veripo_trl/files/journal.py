@@ -18,7 +18,7 @@ class Journal:
     """What is done so far, a line each; every append is on the disk itself when it returns.
 
     Args:
-        header: what the lines depend on, JSON; the first line. A journal of another header is refused.
+        header: what the lines depend on, JSON; the first line. A journal with lines under another header is refused.
         key: the field that names a line. repair: cut off a last line that was not written to its end; for the one
             process that owns the journal.
 
@@ -34,11 +34,13 @@ class Journal:
         found = _parse(whole.partition(b"\n")[0]) if whole else header
         if found.get("journal") != 1:
             raise JournalError(f"{path}: not a journal, or a damaged one. Choose another output, or remove it.")
-        if found != header:
+        begun_anew = found != header and whole.count(b"\n") == 1 and repair  # nothing was done with the other settings
+        if found != header and not begun_anew:
             raise JournalError(
                 f"{path} is of a run with other settings or rows ({changed_keys(found, header)}). Go on with the old "
                 f"ones, choose another output, or remove the journal."
             )
+        whole = b"" if begun_anew else whole
         if whole != content and repair:
             os.truncate(path, len(whole))
         if not whole:
