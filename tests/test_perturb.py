@@ -1,9 +1,7 @@
 """Answers about perturbed videos: what is shown, by whom they are kept, and the pairs that they make."""
 
-import importlib.util
 import json
 import re
-import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -12,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import make_row
+from conftest import load_script, make_row
 
 from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.data.schema import RowError
@@ -27,10 +25,7 @@ COLUMNS = ("question_id", "problem", "options", "problem_type", "solution", "vid
 
 
 def recipe(name: str):
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(f"recipes/{name}.py")
 
 
 def asked(rows: list[dict]) -> list[dict]:

@@ -1,6 +1,5 @@
 """The verify recipe on real rollout files: what it writes, refuses, and does after being killed."""
 
-import importlib.util
 import json
 import os
 import random
@@ -19,6 +18,7 @@ from helpers import documented, files_of_at_most
 from hub_server import HubServer
 from judge_server import JudgeServer, Reply
 
+from conftest import load_script
 from veripo_trl.data.prompts import load_template
 from veripo_trl.data.rollouts import RolloutStore
 from veripo_trl.data.schema import RowError, content_of
@@ -37,11 +37,7 @@ TEMPLATE = load_template("tiny")
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("verify_rollouts", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["verify_rollouts"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("recipes/verify_rollouts.py")
 
 
 def completion(answer: str, concluded: str | None = None, words: str = "I look at it") -> str:
