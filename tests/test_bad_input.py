@@ -247,6 +247,7 @@ MISTAKES = {
     "quantized": ({"load_in_4bit": True}, "without an adapter.*Set use_peft: true"),
     "no chat template": ({}, "no chat template: expected an instruction-tuned"),
     "output": ({"output_dir": "/proc/none"}, "/proc/none"),
+    "checkpoint": ({"resume_from_checkpoint": "runs/a"}, "expected none, came 'runs/a'. .* as model_name_or_path"),
 }
 
 

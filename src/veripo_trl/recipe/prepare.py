@@ -27,6 +27,11 @@ SHARED_WAIT_S = 60  # a network disk may show another node's new file some secon
 
 def prepare_machine(training_args, *, tiny_world: str | None, tiny_questions: list[str] | None = None) -> None:
     """Limits and threads of this process; the embedded world, where a configuration asks for it."""
+    if training_args.resume_from_checkpoint is not None:  # nobody would read it
+        raise ConfigError(
+            f"resume_from_checkpoint: expected none, came {training_args.resume_from_checkpoint!r}. A run goes on from "
+            f"the last checkpoint in its output_dir; to begin with another policy, give that as model_name_or_path."
+        )
     refuse_separate_disks(training_args.output_dir)
     allow_many_open_files()
     if training_args.use_cpu:  # `accelerate launch` gives each process a single thread
