@@ -238,6 +238,7 @@ MISTAKES = {
     "group size": ({"num_generations": 3}, r"\(4\) must be divisible by num_generations \(3\)"),
     "dtype": ({"dtype": "float99"}, "dtype: expected one of auto, .*; got 'float99'"),
     "not a number": ({"learning_rate": "fast"}, "--learning_rate.*'fast'"),
+    "nan": ({"beta": float("nan")}, "beta: expected a number; got nan"),
     "half a JSON": ({"datasets": ['{"path']}, "datasets: expected entries like .*, as JSON; got "),
     "a null": ({"datasets": [None]}, r"datasets: expected entries like .* got \[None\]: an entry is no mapping"),
     "rewards": ({"reward_weights": [1.0]}, r"weights \(1\) must match number of reward functions \(2\)"),

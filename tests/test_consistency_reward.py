@@ -94,6 +94,9 @@ def test_by_a_judge_of_the_users_own(tmp_path, monkeypatch):
     assert reward(**batch(["<think>so B</think><answer>B</answer>", TEXTS[0]])) == [1, -1]
 
 
+SERVED = {"judge": "server", "url": "http://x/v1", "model": "m", "prompt": PROMPT}
+
+
 @pytest.mark.parametrize(
     "options, error, says",
     [
@@ -102,6 +105,10 @@ def test_by_a_judge_of_the_users_own(tmp_path, monkeypatch):
         ({"judge": "ruls"}, ConfigError, "judge: ruls with nothing"),
         ({"judge": "server", "url": "http://x/v1", "model": "m", "prompt": PROMPT, "retries": 1}, ConfigError, "retries"),
         ({"judge": "server", "url": "ftp://x", "model": "m", "prompt": PROMPT}, JudgeError, "judge URL"),
+        (SERVED | {"url": 3}, JudgeError, "judge URL 3"),
+        (SERVED | {"concurrency": "many"}, JudgeError, "concurrency: expected int, 1 or more; got 'many'"),
+        (SERVED | {"timeout_s": float("nan")}, JudgeError, "timeout_s: expected float, 0 or more; got nan"),
+        ({"judge": "json:dumps", "concurrency": 0}, JudgeError, "judge json:dumps: concurrency: .* got 0"),
         ({"judge": "server", "url": "http://x/v1", "model": "m", "prompt": "none.yaml"}, JudgePromptError, "none.yaml"),
     ],
 )

@@ -224,6 +224,8 @@ def parse(dataclasses: tuple, *, default_config: Path, argv: list[str] | None = 
         value, choices = getattr(item, setting.name), setting.metadata.get("choices")
         if choices and value is not None and value not in choices:  # argparse does not look at a YAML's
             raise ConfigError(f"{setting.name}: expected one of {', '.join(choices)}; got {value!r}.")
+        if value != value:  # it compares as False with every limit
+            raise ConfigError(f"{setting.name}: expected a number; got nan.")
     if rest:
         given = [word[2:].split("=")[0] for word in rest if word.startswith("--")]
         _refuse_unknown("command line", given or rest, known)

@@ -157,8 +157,14 @@ class UserJudge(Judge):
     """A coroutine of the user's own, `async def judge(item) -> verdict`, as `Judge` has it; not cached."""
 
     def __init__(self, name: str, *, concurrency: int):
-        """Raises ConfigError if `name`, as `module:function`, cannot be imported."""
+        """
+        Raises:
+            ConfigError: `name`, as `module:function`, cannot be imported.
+            JudgeError: `concurrency` is no int above 0.
+        """
         super().__init__()
+        if type(concurrency) is not int or concurrency < 1:
+            raise JudgeError(f"judge {name}: concurrency: expected int, 1 or more; got {concurrency!r}.")
         self.name, self.concurrency = name, concurrency
         self.judge = user_function(name, setting="judge")
 

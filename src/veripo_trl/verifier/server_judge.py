@@ -12,7 +12,7 @@ import os
 import random
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from veripo_trl.verifier.judge_prompts import (
     JudgePrompt,
@@ -60,7 +60,7 @@ class ServerJudge(ModelJudge):
             is read just as strictly.
 
     Raises:
-        JudgeError: a URL that is none, or an environment variable without a key.
+        JudgeError: a URL that is none, a number out of its range, or an environment variable without a key.
     """
 
     url: str
@@ -76,9 +76,13 @@ class ServerJudge(ModelJudge):
 
     def __post_init__(self):
         super().__init__(self.prompt)
-        if not re.fullmatch(r"https?://[^/@?#\s]+(/[^?#\s]*)?", self.url):
+        for item in fields(self):
+            value, least = getattr(self, item.name), int(item.name == "concurrency")
+            if item.type in (int, float) and not (type(value) in (int, item.type) and value >= least):
+                raise JudgeError(f"judge: {item.name}: expected {item.type.__name__}, {least} or more; got {value!r}.")
+        if not re.fullmatch(r"https?://[^/@?#\s]+(/[^?#\s]*)?", str(self.url)):
             raise JudgeError(
-                f"judge URL {re.sub(r'//.*@|[?#].*', '…', self.url)}: expected the API's base, like "
+                f"judge URL {re.sub(r'//.*@|[?#].*', '…', str(self.url))}: expected the API's base, like "
                 "http://127.0.0.1:8000/v1; a key goes into an environment variable whose name is given."
             )
         self.url = self.url.rstrip("/")
