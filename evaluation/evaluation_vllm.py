@@ -41,7 +41,7 @@ from veripo_trl.evaluate.perturb import PERTURBATIONS, perturb, write_rollouts
 from veripo_trl.evaluate.questions import read_questions
 from veripo_trl.evaluate.run import OutputFiles, answer_questions, answered, write_outputs
 from veripo_trl.files.journal import Journal
-from veripo_trl.files.run_folder import holder, only_process
+from veripo_trl.files.run_folder import holder, only_process, refuse_own_input
 from veripo_trl.files.tables import printable
 from veripo_trl.hub.locate import locate
 from veripo_trl.hub.push import PATTERNS
@@ -351,8 +351,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args, rank = parse_arguments(argv), int(os.environ[RANK]) if RANK in os.environ else None
     files = OutputFiles(args.output_path)
-    if Path(args.prompt_path).resolve() in (files.output.resolve(), files.record.resolve(), files.journal.resolve()):
-        raise ConfigError(f"--output_path {args.output_path}: its files would overwrite --prompt_path. Choose another.")
+    for own in (files.output, files.record, files.journal):
+        refuse_own_input(own, [args.prompt_path])
     if args.controls:
         return evaluate_controls(args, argv)
     # an engine of its own name: one that outlives a killed run keeps the next one's from starting

@@ -23,7 +23,7 @@ from trl import ModelConfig
 
 from veripo_trl.errors import run
 from veripo_trl.files.disk import write_whole
-from veripo_trl.files.run_folder import only_process
+from veripo_trl.files.run_folder import only_process, refuse_own_input
 from veripo_trl.recipe import row_check as recipe
 from veripo_trl.recipe.arguments import SHARED, DataArguments, GRPOArguments, StopArguments, parse
 from veripo_trl.recipe.build import revision_of, see_as_trained
@@ -52,6 +52,7 @@ def write_manifest(data_args, model_args, memory, arguments) -> int:
     if data_args.tiny_world is not None:
         make_world(data_args.tiny_world, questions=data_args.tiny_questions)
     rows, malformed = recipe.read_checkable(data_args)
+    refuse_own_input(arguments.output, [source["path"] for source in data_args.datasets])
     rows = rows[: arguments.limit]
     data_args = see_as_trained(data_args, model_args.model_name_or_path, revision_of(model_args))
     encoder = recipe.encoder_without_weights(model_args, data_args)

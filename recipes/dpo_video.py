@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int | None:
 def run_stage(data_args, report, pair_args, training_args, model_args) -> int | None:
     if finish_push(training_args):
         return None
-    prepare_machine(training_args, tiny_world=data_args.tiny_world, tiny_questions=data_args.tiny_questions)
+    prepare_machine(training_args, data_args, model_args)
     model_args, data_args, inputs = resolve(model_args, data_args)
     template = load_template(data_args.prompt_template)
     pairs, pair_inputs = load_pairs(

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from veripo_trl.errors import ConfigError, VeripoError, run
 from veripo_trl.evaluate.perturb import PERTURBATIONS
-from veripo_trl.files.run_folder import move_finished_aside, write_results
+from veripo_trl.files.run_folder import move_finished_aside, refuse_own_input, write_results
 from veripo_trl.options import option
 from veripo_trl.recipe.arguments import parse, read_mapping
 from veripo_trl.verifier.files import find_rollout_files, read_rollouts
@@ -56,6 +56,7 @@ class SampleArguments:
 def main(argv: list[str] | None = None) -> None:
     started, (arguments,) = time.time(), parse((SampleArguments,), default_config=DEFAULT_CONFIG, argv=argv)
     folder = Path(arguments.output_dir)
+    refuse_own_input(folder, [arguments.rollouts, arguments.model_name_or_path])
     move_finished_aside(folder)
     options = {
         "model_path": arguments.model_name_or_path,

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int | None:
 def run_stage(data_args, report, stop, training_args, model_args) -> int | None:
     if finish_push(training_args):
         return None
-    prepare_machine(training_args, tiny_world=data_args.tiny_world, tiny_questions=data_args.tiny_questions)
+    prepare_machine(training_args, data_args, model_args)
     model_args, data_args, inputs = resolve(model_args, data_args)
     dataset = load_training_rows(data_args, seed=training_args.seed, output_dir=training_args.output_dir)
     heldout = load_eval_rows(data_args, output_dir=training_args.output_dir)

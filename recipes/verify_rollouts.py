@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from veripo_trl.data.prompts import load_template
 from veripo_trl.errors import run
-from veripo_trl.files.run_folder import only_process
+from veripo_trl.files.run_folder import only_process, refuse_own_input
 from veripo_trl.files.tables import write_json
 from veripo_trl.recipe import verify_stage as recipe
 from veripo_trl.recipe.arguments import parse
@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def verify(arguments: VerifyArguments, options: PairOptions) -> None:
     started = time.time()
+    refuse_own_input(arguments.output_dir, [*arguments.rollouts, *arguments.perturbed])
     recipe.check_kinds(arguments, options)
     recipe.check_repositories(arguments)
     found, inputs = recipe.find_rollouts(arguments)

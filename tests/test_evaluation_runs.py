@@ -241,7 +241,7 @@ def test_a_journal_of_other_settings_is_refused(script, model_paths, media_root,
 def test_the_questions_are_not_overwritten(script, model_paths, media_root, prompts):
     before = prompts.read_bytes()
     for output in (prompts, prompts.parent / "." / prompts.name):
-        with pytest.raises(ConfigError, match="would overwrite --prompt_path"):
+        with pytest.raises(ConfigError, match="expected an output apart from what is read"):
             script.main(command(model_paths, media_root, prompts, output, limit=1))
     assert prompts.read_bytes() == before
 

@@ -118,6 +118,33 @@ def test_a_finished_run_is_moved_aside_and_nothing_is_lost(tmp_path, capsys):
     assert "moved to" in capsys.readouterr().out
 
 
+# command: what it is given that lies in, or is, its output
+OWN_INPUT = {
+    "sft_video": {"model_name_or_path": "run/checkpoint-2", "output_dir": "run", "datasets": [{"path": "rows.jsonl"}]},
+    "grpo_video": {"model_name_or_path": "run", "output_dir": "there/../run", "datasets": [{"path": "rows.jsonl"}]},
+    "dpo_video": {"model_name_or_path": "run", "output_dir": "run", "pairs": [{"path": "run/pairs"}]},
+    "verify_rollouts": {"rollouts": ["run/rollouts"], "output_dir": "run"},
+    "sample_perturbed": {"model_name_or_path": "model", "rollouts": "run/rollouts", "output_dir": "run"},
+    "check_rows": {"model_name_or_path": "run", "datasets": [{"path": "rows.jsonl"}], "output": "rows.jsonl"},
+}
+
+
+@pytest.mark.parametrize("name", OWN_INPUT)
+def test_what_a_run_reads_is_not_written_over_or_moved_aside(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("run/checkpoint-2", "run/rollouts", "there"):
+        Path(folder).mkdir(parents=True)
+    row = {"question_id": "q", "problem": "?", "problem_type": "free-form", "solution": "yes"}
+    Path("rows.jsonl").write_text(json.dumps(row))
+    write_results(Path("run"), {})
+    cpu = {"use_cpu": True, "bf16": False} if name in ("sft_video", "grpo_video", "dpo_video") else {}
+    Path("it.yaml").write_text(json.dumps(OWN_INPUT[name] | cpu))  # JSON is YAML
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    with pytest.raises(ConfigError, match="expected an output apart from what is read; .* holds (run|rows)"):
+        recipe_module(name).main(["--config", "it.yaml"])
+    assert before.items() <= {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}.items()
+
+
 def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path, capsys):
     """Half-written, short of a file, or with a cut one: the one before is taken, saying so."""
     files = {"model.safetensors": 4, "optimizer.pt": 4, "rng_state.pth": 4}

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 
 from veripo_trl.errors import ConfigError, VeripoError
@@ -128,6 +129,16 @@ def move_aside(folder: Path) -> Path:
     while (aside := folder.with_name(f"{folder.name}.previous-{number}")).exists():
         number += 1
     return folder.rename(aside)
+
+
+def refuse_own_input(output: str | Path, inputs: Iterable[str]) -> None:
+    """Raise a ConfigError where what is read lies where will be written: it would be written over, or moved aside."""
+    for name in inputs:
+        if Path(name).exists() and Path(name).resolve().is_relative_to(Path(output).resolve()):
+            raise ConfigError(
+                f"{output}: expected an output apart from what is read; came one that holds {name}, which would be "
+                f"written over or moved aside. Choose another output."
+            )
 
 
 def move_finished_aside(folder: Path) -> None:

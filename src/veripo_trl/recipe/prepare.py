@@ -14,7 +14,14 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from veripo_trl.errors import ConfigError
 from veripo_trl.files.disk import read_json
-from veripo_trl.files.run_folder import changed_keys, held_by, last_checkpoint, move_finished_aside, process_name
+from veripo_trl.files.run_folder import (
+    changed_keys,
+    held_by,
+    last_checkpoint,
+    move_finished_aside,
+    process_name,
+    refuse_own_input,
+)
 from veripo_trl.files.secrets import without_secrets
 from veripo_trl.files.tables import write_json
 
@@ -25,22 +32,23 @@ WEIGHTS = ("use_peft", "train_vision_tower", "optim", "lora_r", "lora_target_mod
 SHARED_WAIT_S = 60  # a network disk may show another node's new file some seconds late
 
 
-def prepare_machine(training_args, *, tiny_world: str | None, tiny_questions: list[str] | None = None) -> None:
+def prepare_machine(training_args, data_args, model_args) -> None:
     """Limits and threads of this process; the embedded world, where a configuration asks for it."""
     if training_args.resume_from_checkpoint is not None:  # nobody would read it
         raise ConfigError(
             f"resume_from_checkpoint: expected none, came {training_args.resume_from_checkpoint!r}. A run goes on from "
             f"the last checkpoint in its output_dir; to begin with another policy, give that as model_name_or_path."
         )
+    refuse_own_input(training_args.output_dir, [model_args.model_name_or_path])
     refuse_separate_disks(training_args.output_dir)
     allow_many_open_files()
     if training_args.use_cpu:  # `accelerate launch` gives each process a single thread
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // training_args.world_size))
-    if tiny_world is not None:
+    if data_args.tiny_world is not None:
         from veripo_trl.tiny.world import make_world
 
         with training_args.main_process_first(desc="tiny world"):
-            make_world(tiny_world, questions=tiny_questions)
+            make_world(data_args.tiny_world, questions=data_args.tiny_questions)
 
 
 def refuse_separate_disks(output_dir: str) -> None:
