@@ -1,6 +1,5 @@
 """Every shipped YAML: read by its recipe's own parser, launched by a command that exists, saying what it claims."""
 
-import importlib.util
 import itertools
 import re
 import shlex
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from conftest import load_script
 from transformers import TrainingArguments
 from trl import ModelConfig
 
@@ -75,21 +75,14 @@ def launch(name: str) -> tuple[str | None, Path, list[str]]:
     return config_file, ROOT / words[0], words[1:]
 
 
-def recipe_module(path: Path):
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def parse(file: Path, recipe: Path) -> dict:
     """{attribute: value} of all argument objects that the recipe makes of a file. No GPU: bf16 is refused then."""
     if recipe.name in ("verify_rollouts.py", "sample_perturbed.py"):
-        module = recipe_module(recipe)
+        module = load_script(recipe)
         parsed = parse_arguments(module.ARGUMENTS, default_config=module.DEFAULT_CONFIG, argv=["--config", str(file)])
         return {key: value for item in parsed for key, value in vars(item).items()}
     own, training = PARSED_BY[recipe.name]
-    module = recipe_module(recipe)
+    module = load_script(recipe)
     kinds = (DataArguments, ReportArguments, getattr(module, own), training, ModelConfig)
     argv = ["--config", str(file), "--bf16", "false", "--use_cpu", "true"]
     values, processes = {}, re.search(r"^prompt_parallel: (\d+)", file.read_text() if file.exists() else "", re.M)
@@ -130,7 +123,7 @@ def test_header_and_launch_command(name):
     elif arguments:
         assert arguments == ["--config", name]
     else:  # the recipe's own default
-        assert recipe_module(recipe).DEFAULT_CONFIG == ALL[name]
+        assert load_script(recipe).DEFAULT_CONFIG == ALL[name]
 
 
 @pytest.mark.parametrize("name", TRAINING)

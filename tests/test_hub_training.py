@@ -1,12 +1,11 @@
 """Training runs that push, as a user starts them, against a Hub on a socket."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import datasets
 import pytest
 import yaml
+from conftest import load_script
 from hub_server import HubServer
 
 from veripo_trl import errors
@@ -14,7 +13,6 @@ from veripo_trl.hub import ask
 from veripo_trl.hub.push import push_folder
 from veripo_trl.model.policy import load_policy
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 SECRET = "hf_veryVerySecretToken"
 COMMON = {
     "prompt_template": "tiny", "min_frames": 8, "max_frames": 8, "min_pixels": 3136, "max_pixels": 3136,
@@ -60,9 +58,7 @@ def run(place, capfd, caplog):
 
     def run(name: str, settings: dict, *, fails: bool = False) -> str:
         (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-        spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-        recipe = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(recipe)
+        recipe = load_script(f"recipes/{name}.py")
         code = errors.run(lambda: recipe.main(["--config", "config.yaml"]))
         said = "".join(capfd.readouterr()) + caplog.text
         caplog.clear()

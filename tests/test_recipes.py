@@ -1,6 +1,5 @@
 """The recipes as a user runs them: `accelerate launch`, another working directory."""
 
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import load_script
 from helpers import make_sft_trainer
 from torch.utils.data import DataLoader
 from trl import ModelConfig
@@ -28,13 +28,6 @@ from veripo_trl.recipe.finish import train
 from veripo_trl.recipe.prepare import open_run, save_arguments
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-
-
-def recipe_module(name: str):
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +63,7 @@ def launch(workplace, *arguments) -> subprocess.Popen:
 def test_a_stopped_search_and_its_second_start(workplace, monkeypatch, capsys):
     """A scheduler's SIGTERM, to every process of the job, in the first step; then the same command."""
     monkeypatch.chdir(workplace)
-    assert recipe_module("sft_video").main(["--config", "sft.yaml"]) is None
+    assert load_script("recipes/sft_video.py").main(["--config", "sft.yaml"]) is None
     assert "development accuracy" in capsys.readouterr().out
     process, run = launch(workplace, "--config", "grpo.yaml"), workplace / "outputs" / "tiny_grpo"
     store = RolloutStore(run / "rollouts")
@@ -141,7 +134,7 @@ def test_what_a_run_reads_is_not_written_over_or_moved_aside(name, tmp_path, mon
     Path("it.yaml").write_text(json.dumps(OWN_INPUT[name] | cpu))  # JSON is YAML
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     with pytest.raises(ConfigError, match="expected an output apart from what is read; .* holds (run|rows)"):
-        recipe_module(name).main(["--config", "it.yaml"])
+        load_script(f"recipes/{name}.py").main(["--config", "it.yaml"])
     assert before.items() <= {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}.items()
 
 
@@ -209,7 +202,7 @@ def test_one_process_works_on_a_run(tmp_path, monkeypatch, model_paths):
         ("verify_rollouts", "--output_dir"), ("check_rows", "--output"), ("veripo", "--output_dir"),
     ):  # fmt: skip
         with pytest.raises(VeripoError, match=f"run.jsonl: process {other.pid} on .* is at work on it"):
-            recipe_module(name).main([option, "outputs/run.jsonl"])
+            load_script(f"recipes/{name}.py").main([option, "outputs/run.jsonl"])
     other.kill()
     other.wait()
     assert holder("outputs/run.jsonl") is None
@@ -309,7 +302,7 @@ def test_what_says_finished_is_written_when_the_disk_has_the_rest(tmp_path, monk
 
 def test_configurations_are_found_and_mistyped_options_refused(capsys):
     """`--config` is found beside the recipes from any directory; a mistyped option names its neighbours."""
-    recipe = recipe_module("grpo_video")
+    recipe = load_script("recipes/grpo_video.py")
     with pytest.raises(ConfigError, match="max_steps"):
         recipe.main(["--config", "tiny/grpo.yaml", "--max_stepz", "3"])
     assert "configs/tiny/grpo.yaml" in capsys.readouterr().out
@@ -317,7 +310,7 @@ def test_configurations_are_found_and_mistyped_options_refused(capsys):
 
 def test_help_names_every_group_of_options(capsys):
     with pytest.raises(SystemExit) as ended:
-        recipe_module("grpo_video").main(["--help"])
+        load_script("recipes/grpo_video.py").main(["--help"])
     shown = capsys.readouterr().out
     assert ended.value.code == 0
     options = ("--datasets", "--max_pixels", "--rollout_batch_size", "--rewards", "--lora_r", "--report_samples")

@@ -3,7 +3,6 @@
 python -m pytest tests_configs
 """
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import load_script
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
@@ -66,9 +66,7 @@ def write_evaluation(rows: str, file: str) -> None:
 
 def run(recipe: str, name: str, **changes) -> dict:
     """The results of a configuration's two steps, from the untrained model of its world."""
-    spec = importlib.util.spec_from_file_location(recipe, RECIPES / f"{recipe}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(f"recipes/{recipe}.py")
     start = f"{TINY[name]['tiny_world']}/model"
     changes = {**TWO_STEPS, "model_name_or_path": start, **changes}
     words = [word for key, value in changes.items() for word in (f"--{key}", str(value))]

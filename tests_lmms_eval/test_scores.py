@@ -4,7 +4,6 @@ Records of the tiny world's clips in the form of each of the six benchmarks, as 
 policy that was taught for some seconds, so that some of its answers are right. Nothing of either tool is replaced.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import load_script
 
 from veripo_trl.data.prompts import build_messages, load_template
 from veripo_trl.data.rows import load_rows
@@ -259,8 +259,8 @@ def test_scores_are_those_of_our_evaluation_row_by_row(policy, records, tmp_path
         --video_dir {home} --engine transformers --dtype bfloat16 --prompt_template tiny
         --batch_size 1 --num_workers 1 --max_new_tokens {NEW_TOKENS}""".split()
     argv += [word for name, value in SEEING.items() for word in (f"--video_{name}", str(value))]
-    assert script("evaluation_vllm")(argv) == 0
-    script("calculate_score")(["--pred_path", str(output)])
+    assert load_script("evaluation/evaluation_vllm.py").main(argv) == 0
+    load_script("evaluation/calculate_score.py").main(["--pred_path", str(output)])
     outputs = [item["model_output"] for item in json.loads(output.read_text())]
     scores = [
         row["ours"] for row in json.loads((tmp_path / "ours.scores.json").read_text())["rows"]
@@ -278,10 +278,3 @@ def test_scores_are_those_of_our_evaluation_row_by_row(policy, records, tmp_path
             assert (sample["resps"][0], score_of(name, sample[metric], record)) == ours, where
             place += 1
     assert place == len(scores) and 0.2 < sum(scores) / place < 0.95, scores
-
-
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "evaluation" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
